@@ -1,0 +1,16 @@
+"""Kernels and tools of the collection; every public name is importable from here."""
+
+from helpers.batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
+from helpers.conv import conv2d_backward
+from helpers.fused import FusedConvBN2d, FusedConvBN2dFunction, fused_conv_bn2d
+
+__all__ = [
+    "FusedConvBN2d",
+    "FusedConvBN2dFunction",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "batch_stats",
+    "conv2d_backward",
+    "fused_conv_bn2d",
+    "update_running_stats",
+]

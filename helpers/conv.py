@@ -1,0 +1,98 @@
+"""The gradients of conv2d, derived in notebooks/02_convolution_backward.ipynb."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["conv2d_backward"]
+
+
+def pair_of_ints(name: str, value, low: int) -> list[int]:
+    """Return `value` as two ints, or say which argument is wrong."""
+    pair = list(value) if isinstance(value, (tuple, list)) else [value, value]
+    if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v >= low for v in pair):
+        raise ValueError(f"{name} must be an int or a pair of ints, each at least {low}; got {value!r}")
+    return pair
+
+
+def conv2d_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    needs=(True, True, False),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    r"""Gradients of ``y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)``.
+
+    With dy = ``grad_out``, x = ``input``, w = ``weight``, stride s, padding p, dilation d::
+
+        dx[n,c,a,b] = sum of  w[o,c,k,l] dy[n,o,i,j]  over s i + d k - p = a, s j + d l - p = b
+        dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j]  x[n, c, s i + d k - p, s j + d l - p]
+        db[o]       = sum over (n,i,j) of  dy[n,o,i,j]
+
+    The library's own convolution backward computes them; the derivation is chapter 2 (the index
+    arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
+
+    Args:
+        grad_out: (N, C_out, H_out, W_out), the dtype and device of ``input``. Never written to.
+        input: (N, C_in, H, W), floating point.
+        weight: (C_out, C_in / groups, kH, kW), the dtype and device of ``input``.
+        stride, padding, dilation: an int or a pair of ints, as in ``F.conv2d``.
+        groups: number of blocks that input and output channels are divided into.
+        needs: which of (d input, d weight, d bias) to compute; the others come back as None.
+
+    Returns:
+        ``(grad_input, grad_weight, grad_bias)``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or range.
+    """
+    stride, dilation = pair_of_ints("stride", stride, 1), pair_of_ints("dilation", dilation, 1)
+    padding = pair_of_ints("padding", padding, 0)
+    for name, t in (("grad_out", grad_out), ("input", input), ("weight", weight)):
+        if t.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
+        if t.dtype != input.dtype or t.device != input.device:
+            raise ValueError(
+                f"{name} must be {input.dtype} on {input.device} like input, got {t.dtype} on {t.device}"
+            )
+    if groups < 1 or weight.shape[0] % groups or input.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"weight must have shape (C_out, {input.shape[1]} / groups, kH, kW) with C_out divisible by "
+            f"groups={groups}, got {tuple(weight.shape)} for an input of shape {tuple(input.shape)}"
+        )
+    out_size = [
+        (input.shape[i] + 2 * padding[i - 2] - dilation[i - 2] * (weight.shape[i] - 1) - 1) // stride[i - 2]
+        + 1
+        for i in (2, 3)
+    ]
+    if min(out_size) < 1:
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} (dilation {dilation}) is larger than the padded input "
+            f"of shape {tuple(input.shape)} (padding {padding})"
+        )
+    expected = (input.shape[0], weight.shape[0], *out_size)
+    if tuple(grad_out.shape) != expected:
+        raise ValueError(f"grad_out must have the output's shape {expected}, got {tuple(grad_out.shape)}")
+    return conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs)
+
+
+def conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs):
+    """``conv2d_backward`` without its checks, for the slabs of the fused kernel."""
+    return torch.ops.aten.convolution_backward(
+        grad_out,
+        input,
+        weight,
+        [weight.shape[0]],
+        stride,
+        padding,
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        list(needs),
+    )

@@ -1,0 +1,207 @@
+"""One way to measure memory, on the CPU and on an accelerator.
+
+    with MemoryTrace(device) as trace:
+        loss = step(batch)
+        trace.mark("end of forward")
+        loss.backward()
+    trace.peak, trace.marks["end of forward"], trace.timeline
+
+Every number counts bytes *above what stood when the trace began*: weights, optimizer state and the
+batch, made before, are not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from dataclasses import dataclass, field
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+__all__ = ["MemoryTrace", "SavedTensor", "describe_device", "memory_device", "saved_tensors"]
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr at every start otherwise
+
+
+def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
+    """The device that memory can be measured on, and how, in words.
+
+    An accelerator whose allocator keeps no peak is named in the words, and the CPU returned instead.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return device, "CPU allocator, every allocation from the profiler"
+    try:
+        torch.accelerator.max_memory_allocated(device)
+        if not torch.accelerator.memory_stats(device):
+            raise RuntimeError("no statistics")
+    except (AttributeError, RuntimeError, NotImplementedError, ValueError):
+        return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"
+    return device, f"{device.type} allocator's statistics"
+
+
+def describe_device(device: torch.device | str) -> dict[str, str]:
+    """Name and versions that a measurement must carry: device, torch, cuDNN where it is used, threads."""
+    device = torch.device(device)
+    about = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
+    if device.type == "cpu":
+        about["device"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    elif device.type == "cuda":
+        about["device"] = torch.cuda.get_device_name(device)
+        about["cudnn"] = str(torch.backends.cudnn.version())
+    else:
+        about["device"] = device.type
+    return about
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@dataclass
+class MemoryTrace:
+    """Context manager that records the memory of what runs inside it.
+
+    Args:
+        device: where the work runs. Must be one that ``memory_device`` returns unchanged.
+        timeline: also record every allocation. Always on for the CPU, which has no other source.
+
+    Attributes:
+        peak: the most bytes at any moment, above the start.
+        marks: bytes above the start at each ``mark(name)``.
+        timeline: ``(milliseconds, bytes)`` after each allocation and release, if recorded.
+        mark_times: milliseconds of each mark on the timeline's clock.
+    """
+
+    device: torch.device | str = "cpu"
+    timeline: list[tuple[float, int]] | bool = False
+    peak: int = 0
+    marks: dict[str, int] = field(default_factory=dict)
+    mark_times: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.device = torch.device(self.device)
+        usable, how = memory_device(self.device)
+        if usable != self.device:
+            raise ValueError(f"device must keep memory statistics, got {self.device} ({how})")
+        self._profile = None
+        if self.device.type == "cpu" or self.timeline:
+            activities = [ProfilerActivity.CPU]
+            if self.device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
+            self._profile = profile(activities=activities, profile_memory=True)
+        self.timeline = []
+
+    def mark(self, name: str) -> None:
+        """Note the memory that is held at this moment."""
+        if self.device.type != "cpu":
+            self.marks[name] = torch.accelerator.memory_allocated(self.device) - self._start
+        if self._profile is not None:
+            with record_function("mark:" + name):
+                pass
+
+    def __enter__(self) -> MemoryTrace:
+        if self._profile is not None:
+            _say_once_what_the_profiler_says_once()
+            self._profile.__enter__()
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+            torch.accelerator.reset_peak_memory_stats(self.device)
+            self._start = torch.accelerator.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+            self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
+        if self._profile is not None:
+            self._profile.__exit__(*exception)
+            self._read_events()
+            self._profile = None  # it holds every event
+
+    def _read_events(self) -> None:
+        # The profiler reports a block's release only if it saw its allocation, so the running sum starts
+        # at 0 and blocks made before the trace never enter it.
+        events = sorted(self._profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        held, origin, kind = 0, None, self.device.type
+        for event in events:
+            name = event.name()
+            origin = event.start_ns() if origin is None else origin
+            ms = (event.start_ns() - origin) / 1e6
+            if name == "[memory]" and event.device_type().name.lower() == kind:
+                held += event.nbytes()
+                self.timeline.append((ms, held))
+            elif name.startswith("mark:"):
+                self.mark_times[name[5:]] = ms
+                if kind == "cpu":
+                    self.marks[name[5:]] = held
+        if kind == "cpu":
+            self.peak = max((held for _, held in self.timeline), default=0)
+
+
+@functools.cache
+def _say_once_what_the_profiler_says_once() -> None:
+    """Let the profiler warn, unheard, that it does not count blocks made before it: we rely on that."""
+    block = [torch.empty(1)]
+    stderr = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+                block.clear()
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@dataclass
+class SavedTensor:
+    """A tensor that autograd keeps: which module saved it, its shape and its storage."""
+
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: int
+    nbytes: int
+
+
+def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor, include_parameters: bool = False):
+    """Run ``model(*inputs)`` and list what it saves for backward, in order.
+
+    Args:
+        model: its modules' names label the entries.
+        inputs: what it is called with.
+        include_parameters: also list saved parameters, which exist anyway.
+
+    Returns:
+        ``(output, [SavedTensor, ...])``. A tensor that is saved twice is listed twice, with one
+        ``storage``; its memory counts once.
+    """
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved, alive, stack, handles = [], [], [""], []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if include_parameters or storage.data_ptr() not in parameters:
+            alive.append(t)  # while it lives, no other tensor can get its address
+            entry = (tuple(t.shape), t.dtype, storage.data_ptr(), storage.nbytes())
+            saved.append(SavedTensor(stack[-1], *entry))
+        return t
+
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+            handles.append(module.register_forward_hook(lambda *_: (stack.pop(), None)[1], always_call=True))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, saved

@@ -1,0 +1,153 @@
+"""helpers.conv and helpers.batch_norm against PyTorch's own operators and against finite differences."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.autograd.function import once_differentiable
+
+from helpers import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_stats,
+    conv2d_backward,
+    update_running_stats,
+)
+
+GEOMETRIES = [
+    {"stride": s, "padding": p, "dilation": d, "groups": g}
+    for s, p, d, g in itertools.product((1, 2, (2, 1)), (0, (1, 2)), (1, (1, 2)), (1, 2))
+]
+
+
+def randn(*shape, **kwargs):
+    return torch.randn(*shape, dtype=torch.float64, **kwargs)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_conv2d_backward_equals_autograd(geometry):
+    x, b = randn(2, 4, 7, 9, requires_grad=True), randn(6, requires_grad=True)
+    w = randn(6, 4 // geometry["groups"], 3, 2, requires_grad=True)
+    y = F.conv2d(x, w, b, **geometry)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, w, b), dy)
+    found = conv2d_backward(dy, x.detach(), w.detach(), **geometry, needs=(True, True, True))
+    torch.testing.assert_close(found, expected)
+
+
+class Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return F.conv2d(x, w, stride=2, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return conv2d_backward(dy, *ctx.saved_tensors, stride=2, padding=1)[:2]
+
+
+def test_conv2d_backward_gradcheck():
+    assert gradcheck(
+        Conv2d.apply,
+        (randn(2, 3, 5, 4, requires_grad=True), randn(2, 3, 3, 2, requires_grad=True)),
+        fast_mode=False,
+    )
+
+
+def test_conv2d_backward_computes_only_what_is_needed():
+    x, w = randn(1, 2, 5, 5), randn(3, 2, 3, 3)
+    dx, dw, db = conv2d_backward(randn(1, 3, 3, 3), x, w, needs=(False, True, False))
+    assert dx is None and db is None and dw.shape == w.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": 0}, "stride must be .* at least 1; got 0"),
+        ({"padding": (1, 2, 3)}, "padding must be"),
+        ({"groups": 2}, r"weight must have shape \(C_out, 2 / groups"),
+        ({"dilation": 4}, "larger than the padded input"),
+        ({"grad_out": randn(1, 3, 4, 3)}, r"grad_out must have the output's shape \(1, 3, 3, 3\)"),
+        ({"input": randn(2, 5, 5)}, "input must have 4 dimensions"),
+        (
+            {"weight": randn(3, 2, 3, 3).float()},
+            "weight must be torch.float64 on cpu like input, got torch.float32",
+        ),
+    ],
+)
+def test_conv2d_backward_names_the_bad_argument(change, message):
+    arguments = {"grad_out": randn(1, 3, 3, 3), "input": randn(1, 2, 5, 5), "weight": randn(3, 2, 3, 3)}
+    with pytest.raises(ValueError, match=message):
+        conv2d_backward(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_equals_pytorch(training, affine):
+    y = (3 * randn(4, 5, 3, 7) + 2).requires_grad_()
+    gamma, beta = (randn(5, requires_grad=True), randn(5, requires_grad=True)) if affine else (None, None)
+    running = [randn(5), torch.rand(5, dtype=torch.float64) + 0.5]
+    ours = [r.clone() for r in running]
+    mean, var = batch_stats(y.detach()) if training else ours
+    z = F.batch_norm(y, *running, gamma, beta, training, momentum=0.3, eps=1e-3)
+    dz = torch.randn_like(z)
+    found = batch_norm_forward(y, gamma, beta, mean, var, 1e-3)
+    torch.testing.assert_close(found, z)
+    found = batch_norm_backward(
+        dz, y.detach(), None if gamma is None else gamma.detach(), mean, var, 1e-3, training
+    )
+    inputs = (y, gamma, beta) if affine else (y,)
+    torch.testing.assert_close(found[: len(inputs)], torch.autograd.grad(z, inputs, dz))
+    if training:
+        update_running_stats(*ours, mean, var, y.numel() // 5, momentum=0.3)
+        torch.testing.assert_close(ours, running)
+
+
+class BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, gamma, beta):
+        stats = batch_stats(y)
+        ctx.save_for_backward(y, gamma, *stats)
+        return batch_norm_forward(y, gamma, beta, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        return batch_norm_backward(dz, *ctx.saved_tensors)
+
+
+def test_batch_norm_gradcheck():
+    inputs = [
+        randn(s, requires_grad=True) if isinstance(s, int) else randn(*s, requires_grad=True)
+        for s in ((3, 2, 3, 1), 2, 2)
+    ]
+    assert gradcheck(BatchNorm.apply, inputs, fast_mode=False)
+
+
+def test_batch_norm_backward_never_writes_to_its_arguments():
+    dz, y = randn(1, 3, 1, 1).expand(2, 3, 4, 4), randn(2, 3, 4, 4)
+    before = y.clone(), dz.clone()
+    batch_norm_backward(dz, y, None, *batch_stats(y))
+    assert torch.equal(y, before[0]) and torch.equal(dz, before[1])
+
+
+def test_batch_stats_of_a_channel_far_from_zero():
+    y = torch.randn(8, 3, 16, 16) + 1000
+    mean, var = batch_stats(y)
+    torch.testing.assert_close(var.double(), y.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.double(), y.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
+
+
+def test_batch_stats_of_half_precision_are_float32():
+    mean, var = batch_stats(torch.randn(4, 3, 5, 5).bfloat16())
+    assert mean.dtype == var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "weight"])
+def test_batch_norm_backward_names_the_bad_argument(name):
+    arguments = {"weight": None, "mean": torch.zeros(3), "var": torch.ones(3), name: torch.ones(4)}
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\), got \(4,\)"):
+        batch_norm_backward(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), **arguments)

@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
+CACHED_BYTES = 1 << 20  # what a CPU core keeps at hand between two passes
 
 
 def per_channel(vector: Tensor) -> Tensor:
@@ -33,12 +34,42 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(mean, var)``, each (C,), float32 or, for float64 input, float64.
     """
-    # Neither way computes Σ y² - m μ², which loses every digit of the variance once |μ| is thousands of σ.
+    if not y.is_cpu:
+        var, mean = torch.var_mean(y.to(stats_dtype(y.dtype)), CHANNELS, correction=0)
+        return mean, var
+    # On a CPU var_mean is several times slower than sweeps over images that stay in the cache.
+    step = max(1, CACHED_BYTES // max(1, y[:1].nbytes))
+    return merge_stats(
+        [(len(piece), *_stats_of_piece(piece)) for piece in y.split(step)], stats_dtype(y.dtype)
+    )
+
+
+def _stats_of_piece(y: Tensor) -> tuple[Tensor, Tensor]:
+    # Not Σ y² - m μ², which loses every digit of the variance once |μ| is thousands of σ. The mean of
+    # y - μ is the rounding error of μ: without it, Σ (y - μ) would not vanish in backward.
     y = y.to(stats_dtype(y.dtype))
-    if y.is_cpu:  # nn.BatchNorm2d's own two-pass loop: there about three times as fast as var_mean
-        return torch.batch_norm_update_stats(y, None, None, 0.0)
-    var, mean = torch.var_mean(y, CHANNELS, correction=0)
-    return mean, var
+    rounded = y.mean(CHANNELS)
+    centred = y - per_channel(rounded)
+    error = centred.mean(CHANNELS)
+    return rounded.to(wide_dtype(y)) + error, (centred.square_().mean(CHANNELS) - error**2).clamp_min(0)
+
+
+def merge_stats(stats: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the whole from (size, mean, variance) of its parts (Chan, Golub & LeVeque 1983).
+
+    μ = Σ n_s μ_s / n and var = Σ n_s (var_s + (μ_s - μ)²) / n, where n = Σ n_s; rounded to ``dtype`` last.
+    """
+    sizes, means, variances = zip(*stats, strict=True)
+    means, variances = torch.stack(means), torch.stack(variances)
+    share = (means.new_tensor(sizes, dtype=wide_dtype(means)) / sum(sizes))[:, None]
+    mean = (share * means).sum(0)
+    var = (share * (variances + (means - mean) ** 2)).sum(0)
+    return mean.to(dtype), var.to(dtype)
+
+
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """float64, in which the few sums of slabs are summed, where the device has it."""
+    return t.dtype if t.device.type == "mps" else torch.float64
 
 
 def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
@@ -58,29 +89,27 @@ def batch_norm_sums(grad_out: Tensor, y_centred: Tensor) -> tuple[Tensor, Tensor
     return grad_out.sum(CHANNELS, dtype=dtype), (grad_out * y_centred).sum(CHANNELS)
 
 
-def batch_norm_grad_input_(
-    grad_out: Tensor,
-    y_centred: Tensor,
-    scale: Tensor,
-    var_eps: Tensor,
-    sums: tuple[Tensor, Tensor] | None,
-    m: int,
-) -> Tensor:
-    """Overwrite ``y_centred`` = y - μ with dy, the gradient of batch norm's input.
+def grad_input_coefficients(
+    scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-channel s, a and b with which batch norm's input gradient is dy = s dz + a (y - μ) + b.
 
-    With s = γ/σ (``scale``) and σ² = var + ε (``var_eps``)::
-
-        dy = s (dz  -  Σ dz / m  -  (y - μ) Σ dz (y - μ) / (m σ²))
-
-    Without ``sums`` the statistics are constants and dy = s dz.
+    With s = γ/σ (``scale``) and σ² = var + ε (``var_eps``), a = -s Σ dz (y - μ) / (m σ²) and b = -s Σ dz / m.
     """
-    if sums is None:
-        return torch.mul(grad_out, per_channel(scale), out=y_centred)
-    sum_dz, sum_dz_centred = sums
-    a = -scale * sum_dz_centred / (m * var_eps)
-    b = -scale * sum_dz / m
-    torch.addcmul(per_channel(b), y_centred, per_channel(a), out=y_centred)
-    return y_centred.addcmul_(grad_out, per_channel(scale))
+    # Each is rounded once: an error of b would stand in all m values, and Σ dy would not vanish.
+    s, sum_dz, sum_dz_y = (t.to(wide_dtype(t)) for t in (scale, *sums))
+    return scale, (-s * sum_dz_y / (m * var_eps)).to(scale.dtype), (-s * sum_dz / m).to(scale.dtype)
+
+
+def grad_input_(grad_out: Tensor, y_centred: Tensor, s: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """Overwrite ``y_centred`` = y - μ with dy = s dz + a (y - μ) + b.
+
+    a and b are None for constant statistics.
+    """
+    if a is None:
+        return torch.mul(grad_out, per_channel(s), out=y_centred)
+    # A broadcast first argument of addcmul is slow on a CPU; these three are not.
+    return y_centred.mul_(per_channel(a)).add_(per_channel(b)).addcmul_(grad_out, per_channel(s))
 
 
 def batch_norm_forward(
@@ -146,7 +175,8 @@ def batch_norm_backward(
     y_centred = centre(input, mean)
     sum_dz, sum_dz_centred = sums = batch_norm_sums(grad_out, y_centred)
     m = input.numel() // input.shape[1]
-    dy = batch_norm_grad_input_(grad_out, y_centred, scale, var_eps, sums if training else None, m)
+    a_b = grad_input_coefficients(scale, var_eps, sums, m)[1:] if training else (None, None)
+    dy = grad_input_(grad_out, y_centred, scale, *a_b)
     return dy.to(input.dtype), sum_dz_centred * torch.rsqrt(var_eps), sum_dz
 
 

@@ -23,12 +23,15 @@ from torch.autograd.function import once_differentiable
 
 from helpers.batch_norm import (
     CHANNELS,
-    batch_norm_grad_input_,
     batch_stats,
     centre,
+    grad_input_,
+    grad_input_coefficients,
+    merge_stats,
     per_channel,
     stats_dtype,
     update_running_stats,
+    wide_dtype,
 )
 from helpers.conv import conv_grads, pair_of_ints
 
@@ -36,7 +39,7 @@ __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction", "fused_conv_bn2d"]
 
 # Bytes of one slab where `slab_size` is None. On a CPU a slab should stay in a core's cache between the
 # steps that use it; on an accelerator it must be large enough to fill the device.
-SLAB_BYTES = {"cpu": 1 << 20}
+SLAB_BYTES = {"cpu": 1 << 21}
 SLAB_BYTES_ACCELERATOR = 1 << 27
 
 
@@ -108,12 +111,12 @@ def conv_bn_forward(
             y[s] = y_s
         else:
             y = y_s
-    mean, var = merge_stats(stats)
+    mean, var = merge_stats(stats, stats_dtype(x.dtype))
     scale = scale_of(gamma, var, eps)
     shift = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
     for s in cut:
         z_s = centre(y[s], mean, inplace=True)
-        torch.addcmul(per_channel(shift), z_s, per_channel(scale), out=z_s)
+        z_s.mul_(per_channel(scale)).add_(per_channel(shift))
         if z_s.dtype != y.dtype:
             y[s] = z_s
     return y, mean, var
@@ -137,27 +140,6 @@ def fold(weight, bias, gamma, beta, mean, var, eps) -> tuple[Tensor, Tensor]:
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
-def merge_stats(stats: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the whole from (size, mean, variance) of its parts (Chan, Golub & LeVeque 1983).
-
-    μ = Σ n_s μ_s / n and var = Σ n_s (var_s + (μ_s - μ)²) / n, where n = Σ n_s.
-    """
-    if len(stats) == 1:
-        return stats[0][1:]
-    sizes, means, variances = zip(*stats, strict=True)
-    means, variances = torch.stack(means), torch.stack(variances)
-    dtype, wide = means.dtype, wide_dtype(means)
-    share = (means.new_tensor(sizes, dtype=wide) / sum(sizes))[:, None]
-    mean = (share * means).sum(0)
-    var = (share * (variances + (means - mean) ** 2)).sum(0)
-    return mean.to(dtype), var.to(dtype)
-
-
-def wide_dtype(t: Tensor) -> torch.dtype:
-    """float64, in which the few sums of slabs are summed, where the device has it."""
-    return t.dtype if t.device.type == "mps" else torch.float64
-
-
 def conv_bn_backward(
     grad_out: Tensor,
     x: Tensor,
@@ -177,7 +159,7 @@ def conv_bn_backward(
     """dx, dw, dγ and dβ; those not in ``needs`` come back empty.
 
     With dz = ``grad_out``, in two sweeps over the slabs: (1) recompute y - μ and collect the sums Σ dz and
-    Σ dz (y - μ); (2) overwrite y - μ with dy (``batch_norm_grad_input_``) and run the convolution's
+    Σ dz (y - μ); (2) overwrite y - μ with dy (``grad_input_``) and run the convolution's
     backward on it. With frozen statistics, dy needs no sum and only dγ asks for y.
     """
     need_x, need_w, need_gamma, need_beta = needs
@@ -196,7 +178,7 @@ def conv_bn_backward(
     many = len(cut) > 1
     dx = torch.empty_like(x, memory_format=layout(x)) if need_x and many else x.new_empty(0)
     dw = None
-    sum_dz, sum_dz_y = mean.new_zeros((2, mean.numel()), dtype=wide_dtype(mean))
+    sum_dz, sum_dz_y = (mean.new_zeros(mean.numel(), dtype=wide_dtype(mean)) for _ in (0, 1))
     waiting: deque[Tensor] = deque()
 
     for s in cut if need_y or need_beta else ():
@@ -208,10 +190,12 @@ def conv_bn_backward(
             if training and need_dy:
                 waiting.append(wait_in(dx, s, y_s) if many else y_s)
 
-    sums = (sum_dz.to(mean.dtype), sum_dz_y.to(mean.dtype))
+    coefficients = (scale, None, None)
+    if training:
+        coefficients = grad_input_coefficients(scale, var + eps, (sum_dz, sum_dz_y), m)
     for s in cut if need_dy else ():
         y_s = centred(waiting.popleft()) if training else torch.empty_like(grad_out[s], dtype=mean.dtype)
-        dy_s = batch_norm_grad_input_(grad_out[s], y_s, scale, var + eps, sums if training else None, m)
+        dy_s = grad_input_(grad_out[s], y_s, *coefficients)
         dx_s, dw_s, _ = conv_grads(
             dy_s.to(x.dtype), x[s], weight, stride, padding, dilation, groups, (need_x, need_w, False)
         )
@@ -223,8 +207,8 @@ def conv_bn_backward(
         if need_w:
             dw = dw_s.to(mean.dtype) if dw is None else dw.add_(dw_s)
     dw = dw.to(weight.dtype) if need_w else weight.new_empty(0)
-    dgamma = sums[1] * torch.rsqrt(var + eps) if need_gamma else mean.new_empty(0)
-    return dx, dw, dgamma, sums[0] if need_beta else mean.new_empty(0)
+    dgamma = (sum_dz_y * torch.rsqrt(var + eps)).to(mean.dtype) if need_gamma else mean.new_empty(0)
+    return dx, dw, dgamma, sum_dz.to(mean.dtype) if need_beta else mean.new_empty(0)
 
 
 def wait_in(dx: Tensor, s: slice, y_s: Tensor) -> Tensor:
@@ -381,7 +365,7 @@ def fused_conv_bn2d(
     m = input.shape[0] * h * w
     if batch_stats and m == 1:
         raise ValueError(
-            f"input: batch statistics need more than 1 value per channel, got 1 (N=1, output 1x1)"
+            "input: batch statistics need more than 1 value per channel, got 1 (N=1, output 1x1)"
         )
     if m == 0:  # an empty batch has no slab, and moves the counter alone
         if training and num_batches_tracked is not None:

@@ -1,0 +1,99 @@
+# `make` lists what there is to make. Everything lands in .venv/ and build/, the whole of MNIST in data/MNIST/.
+
+PYTHON ?= python3
+QUICK ?=
+EXECUTED ?=
+PYTEST_ARGS ?=
+
+# What else stands on the command line is a parameter of the notebooks: make run EPOCHS=3 DEVICE=cpu
+OWN := PYTHON QUICK EXECUTED PYTEST_ARGS MAKEFLAGS MAKEOVERRIDES SHELL
+NAMES := $(filter-out $(OWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
+quote = '$(subst ','\'',$1)'
+PARAMETERS = $(foreach v,$(sort $(NAMES)),$(call quote,$v=$(value $v)))
+
+BUILD := $(CURDIR)/build
+PY := .venv/bin/python
+
+# Caches, settings and temporary files stay in the clone.
+export HYPOTHESIS_STORAGE_DIRECTORY := $(BUILD)/hypothesis
+export IPYTHONDIR := $(BUILD)/ipython
+export JUPYTER_CONFIG_DIR := $(BUILD)/jupyter/config
+export JUPYTER_DATA_DIR := $(BUILD)/jupyter/data
+export JUPYTER_RUNTIME_DIR := $(BUILD)/jupyter/runtime
+export MPLCONFIGDIR := $(BUILD)/matplotlib
+export PIP_CACHE_DIR := $(BUILD)/pip
+export RUFF_CACHE_DIR := $(BUILD)/ruff
+export TORCHINDUCTOR_CACHE_DIR := $(BUILD)/inductor
+export npm_config_cache := $(BUILD)/npm
+export TORCH_EXTENSIONS_DIR := $(BUILD)/extensions
+export TORCH_HOME := $(BUILD)/torch
+export TRITON_CACHE_DIR := $(BUILD)/triton
+export TRITON_HOME := $(BUILD)
+export CUDA_CACHE_PATH := $(BUILD)/cuda
+export XDG_CACHE_HOME := $(BUILD)/cache
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# A Unix socket's path holds about 100 characters: below a deep clone, sockets in TMPDIR would not open.
+TMP := $(shell test $$(printf %s '$(subst ','\'',$(BUILD))/tmp' | wc -c) -le 60 && echo short)
+ifeq ($(TMP),short)
+export TMPDIR := $(BUILD)/tmp
+endif
+
+.PHONY: help run test data notebooks html lab bench clean check python
+.NOTPARALLEL:
+
+help:
+	@echo 'make run        run every notebook into build/notebooks/; QUICK=1 for small sizes'
+	@echo '                parameters: make run EPOCHS=3 DEVICE=cpu (a wrong one lists them all)'
+	@echo 'make test       lint, and test everything'
+	@echo 'make data       download the whole of MNIST into data/MNIST/'
+	@echo 'make notebooks  run the notebooks with their defaults and keep the outputs in notebooks/'
+	@echo 'make html       export the notebooks to build/html/; EXECUTED=1 for those of the last make run'
+	@echo 'make lab        open JupyterLab'
+	@echo 'make bench      time and measure the layers; takes parameters as make run does'
+	@echo 'make clean      remove build/ and .venv/'
+	@echo 'PYTHON=...      the interpreter for .venv/, 3.10 or later; python3 by default'
+
+run: check .venv/.installed
+	@$(PY) helpers/run.py run $(if $(filter-out 0,$(QUICK)),--quick) $(PARAMETERS)
+
+test: .venv/.installed
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
+
+data: .venv/.installed
+	@$(PY) -m helpers.mnist download
+
+notebooks: .venv/.installed
+	@$(PY) helpers/run.py refresh
+
+html: .venv/.installed
+	@$(PY) helpers/run.py html $(if $(filter-out 0,$(EXECUTED)),--executed)
+
+lab: .venv/.installed
+	@$(PY) -m jupyterlab
+
+bench: .venv/.installed
+	@$(PY) -m helpers.bench $(PARAMETERS)
+
+clean:
+	rm -rf build .venv
+	find helpers data -name __pycache__ -type d -prune -exec rm -rf {} +
+
+python:
+	@$(PYTHON) -c '' 2>/dev/null || \
+		{ echo 'There is no Python at $(PYTHON): install Python 3.10 or later, or name one: make PYTHON=...' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1); name another: make PYTHON=..." >&2; exit 1; }
+	@mkdir -p build/tmp
+
+# Before anything is installed: a wrong parameter must not cost an installation.
+check: python
+	@$(PYTHON) helpers/run.py check $(PARAMETERS)
+
+# The stamp is made last, so that an installation that broke off is taken up again.
+.venv/.installed: requirements.txt | python
+	@echo 'Installing requirements.txt into .venv/ (PyTorch is large: some minutes)'
+	@$(PYTHON) -m venv .venv
+	@$(PY) -m pip install --requirement requirements.txt
+	@rm -rf build/pip
+	@touch $@

@@ -1,0 +1,283 @@
+"""`make bench`: memory and time of the layers, each beside the unfused pair, in one run.
+
+    python -m helpers.bench [DEVICE=cuda] [REPEATS=7] [QUICK=1]
+
+prints a table for each workload and writes data/measurements/bench_<device>.json. Times are forward and
+backward of the network; all methods take turns, a ratio is taken within each round, and the median of
+the ratios is shown with their range.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from helpers.fused import FusedConvBN2d
+from helpers.memory import MemoryTrace, describe_device, memory_device
+from helpers.mnist import Net, pick_device
+
+__all__ = ["METHODS", "TutorialConvBN2d", "chain", "compare", "print_table"]
+
+MIB = 2**20
+MEASUREMENTS = Path(__file__).resolve().parents[1] / "data" / "measurements"
+
+
+class TutorialConvBN2dFunction(torch.autograd.Function):
+    """The kernel of PyTorch's tutorial as it stands there, but for ``padding``: what ours is measured by.
+
+    Unbiased variance, ε outside the root, no γ and β; the weight gradient as a convolution of transposed
+    inputs. Chapter 4 explains it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, padding, eps=1e-3):
+        ctx.save_for_backward(x, weight)
+        ctx.padding, ctx.eps = padding, eps
+        y = F.conv2d(x, weight, padding=padding)
+        ctx.m = y.numel() / y.shape[1]
+        ctx.sum = y.sum((0, 2, 3))
+        ctx.std = y.var((0, 2, 3), unbiased=True).sqrt()
+        z = y - (ctx.sum / ctx.m)[:, None, None]
+        z /= (ctx.std + eps)[:, None, None]
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        x, weight = ctx.saved_tensors
+        y = F.conv2d(x, weight, padding=ctx.padding)
+        m, denom = ctx.m, (ctx.std + ctx.eps)[:, None, None]
+        mean = (ctx.sum / m)[:, None, None]
+        dvar = -((y - mean) * dz).sum((0, 2, 3)) / (ctx.std + ctx.eps) ** 2 / (2 * ctx.std)
+        dmean = (dz / denom).sum((0, 2, 3)) / -m
+        dy = y * (dvar * m)[:, None, None]
+        dy += (-dvar * ctx.sum)[:, None, None]
+        dy *= 2 / ((m - 1) * m)
+        dy += dmean[:, None, None]
+        dy *= denom
+        dy += dz
+        dy /= denom
+        p = ctx.padding
+        dw = F.conv2d(x.transpose(0, 1), dy.transpose(0, 1), padding=p).transpose(0, 1)
+        dx = F.conv_transpose2d(dy, weight, padding=p)
+        return dx, dw, None, None
+
+
+class TutorialConvBN2d(nn.Module):
+    """The tutorial's layer: ``TutorialConvBN2dFunction`` with a weight."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> None:
+        super().__init__()
+        self.weight = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False).weight
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return TutorialConvBN2dFunction.apply(x, self.weight, self.padding)
+
+
+def unfused(c_in: int, c_out: int, kernel: int, padding: int = 0) -> nn.Sequential:
+    """nn.Conv2d without bias, then nn.BatchNorm2d."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=False), nn.BatchNorm2d(c_out))
+
+
+class Checkpointed(nn.Module):
+    """The unfused pair under torch.utils.checkpoint."""
+
+    def __init__(self, *args) -> None:
+        super().__init__()
+        self.pair = unfused(*args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.pair, x, use_reentrant=False)
+
+
+def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
+    """A factory of ours, with that slab size."""
+    return lambda c_in, c_out, kernel, padding=0: FusedConvBN2d(
+        c_in, c_out, kernel, padding=padding, bias=False, slab_size=slab_size
+    )
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "unfused": unfused,
+    "tutorial": TutorialConvBN2d,
+    "checkpoint": Checkpointed,
+    "fused, whole batch": fused("batch"),
+    "fused, slabs": fused(None),
+}
+
+
+def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: int) -> nn.Sequential:
+    """``blocks`` equal blocks conv, batch norm, ReLU that keep the image's size."""
+    block = [nn.Sequential(make(channels, channels, kernel, kernel // 2), nn.ReLU()) for _ in range(blocks)]
+    return nn.Sequential(*block)
+
+
+def compare(
+    networks: dict[str, nn.Module], x: Tensor, repeats: int = 5, amp: torch.dtype | None = None
+) -> list[dict]:
+    """Peak, end of forward and time of one step of each network on ``x``, beside the first network's.
+
+    Args:
+        networks: all on ``x``'s device, and that device one that ``memory_device`` returns unchanged.
+        repeats: rounds of timing; 0 for memory alone.
+        amp: an autocast dtype, or None.
+
+    Returns:
+        A row each: name, peak, forward (bytes above the start), seconds (median), and the ratios
+        ``peak_ratio``, ``forward_ratio``, ``time_ratio`` with ``time_range``.
+    """
+    device = x.device
+
+    def forward(network: nn.Module) -> Tensor:
+        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
+            return network(x)
+
+    def step(network: nn.Module, mark: Callable[[str], None] = lambda name: None) -> None:
+        out = forward(network)
+        mark("end of forward")
+        out.backward(grad_out)
+
+    with torch.no_grad():
+        grad_out = torch.randn_like(forward(next(iter(networks.values()))))
+    rows, seconds = [], {name: [] for name in networks}
+    for name, network in networks.items():
+        step(network)  # warm: libraries choose their algorithms
+        network.zero_grad()
+        with MemoryTrace(device) as trace:
+            step(network, trace.mark)
+        network.zero_grad()
+        rows.append({"name": name, "peak": trace.peak, "forward": trace.marks["end of forward"]})
+    for _ in range(repeats):
+        for name, network in networks.items():
+            seconds[name].append(timed(lambda network=network: step(network), device))
+            network.zero_grad()
+    base = next(iter(networks))
+    for row in rows:
+        row["peak_ratio"], row["forward_ratio"] = (row[k] / rows[0][k] for k in ("peak", "forward"))
+        if repeats:
+            ratios = [a / b for a, b in zip(seconds[row["name"]], seconds[base], strict=True)]
+            row["seconds"] = statistics.median(seconds[row["name"]])
+            row["time_ratio"], row["time_range"] = statistics.median(ratios), (min(ratios), max(ratios))
+    return rows
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds that ``run`` takes: on a CUDA device between two of its own events."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def table(rows: list[dict]) -> str:
+    """``compare``'s rows as text, one line a network."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}      peak          end of forward   step"]
+    for row in rows:
+        line = f"{row['name']:{width}}  {row['peak'] / MIB:7.1f} MiB {row['peak_ratio']:5.3f}"
+        line += f"  {row['forward'] / MIB:7.1f} MiB {row['forward_ratio']:5.3f}"
+        if "seconds" in row:
+            low, high = row["time_range"]
+            line += f"  {row['seconds'] * 1e3:6.0f} ms {row['time_ratio']:5.3f} ({low:.2f} to {high:.2f})"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    """Print ``compare``'s rows under ``title``."""
+    print(f"\n{title}\n{table(rows)}", flush=True)
+
+
+def workloads(device: torch.device, quick: bool) -> dict[str, tuple[Callable, tuple[int, ...]]]:
+    """Title -> (network from a factory, input shape)."""
+    n = 256 if device.type != "cpu" else 32
+    batch, n = (64, 4) if quick else (2048, n)
+    return {
+        f"MNIST network, batch {batch}": (Net, (batch, 1, 28, 28)),
+        f"12 blocks, 3x3, 32 channels, {n}x56x56": (lambda m: chain(m, 12, 32, 3), (n, 32, 56, 56)),
+        f"12 blocks, 1x1, 128 channels, {n}x56x56": (lambda m: chain(m, 12, 128, 1), (n, 128, 56, 56)),
+    }
+
+
+def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write: bool = True) -> dict:
+    """Measure every workload and method; print the tables; return (and write) the record."""
+    device, how = memory_device(pick_device(device_name))
+    modes = {"float32": (None, torch.contiguous_format)}
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        modes = {
+            "float32 with TF32": (None, torch.contiguous_format),
+            "bfloat16 autocast, channels_last": (torch.bfloat16, torch.channels_last),
+        }
+    record = {
+        "date": datetime.date.today().isoformat(),
+        **describe_device(device),
+        "memory": how,
+        "tables": {},
+    }
+    print(", ".join(f"{k}: {v}" for k, v in record.items() if k != "tables"))
+    for mode, (amp, memory_format) in modes.items():
+        for title, (build, shape) in workloads(device, quick).items():
+            torch.manual_seed(0)
+            networks = {
+                name: build(make).to(device).to(memory_format=memory_format) for name, make in METHODS.items()
+            }
+            x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
+            rows = compare(networks, x, repeats, amp)
+            record["tables"][f"{title}, {mode}"] = rows
+            print_table(f"{title}, {mode}", rows)
+            del networks
+    if write:
+        MEASUREMENTS.mkdir(exist_ok=True)
+        path = MEASUREMENTS / f"bench_{device.type}.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(
+            f"\nwritten to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}"
+        )
+    return record
+
+
+def main(arguments: list[str]) -> int:
+    """NAME=VALUE arguments, checked before anything runs."""
+    allowed = {"DEVICE": str, "REPEATS": int, "QUICK": int}
+    values = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0}
+    try:
+        for argument in arguments:
+            name, _, text = argument.partition("=")
+            if name not in allowed:
+                raise ValueError(f"{name} is no parameter of bench; there are {', '.join(allowed)}")
+            try:
+                values[name] = allowed[name](text)
+            except ValueError:
+                raise ValueError(f"{name} must be of type {allowed[name].__name__}, got {text!r}") from None
+        if values["REPEATS"] < 1:
+            raise ValueError(f"REPEATS must be at least 1, got {values['REPEATS']}")
+        pick_device(values["DEVICE"])
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    quick = bool(values["QUICK"])
+    run(values["DEVICE"], values["REPEATS"], quick, write=not quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

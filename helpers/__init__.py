@@ -2,15 +2,27 @@
 
 from helpers.batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
 from helpers.conv import conv2d_backward
-from helpers.fused import FusedConvBN2d, FusedConvBN2dFunction, fused_conv_bn2d
+from helpers.fused import (
+    BatchNorm,
+    FusedBlock2d,
+    FusedBlockFunction,
+    FusedConvBN2d,
+    FusedConvBN2dFunction,
+    fused_block2d,
+    fused_conv_bn2d,
+)
 
 __all__ = [
+    "BatchNorm",
+    "FusedBlock2d",
+    "FusedBlockFunction",
     "FusedConvBN2d",
     "FusedConvBN2dFunction",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",
     "conv2d_backward",
+    "fused_block2d",
     "fused_conv_bn2d",
     "update_running_stats",
 ]

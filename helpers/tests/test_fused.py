@@ -501,7 +501,7 @@ def test_func_grad_equals_the_pair():
 def test_vmap_and_forward_mode_raise_clearly():
     fused = FusedConvBN2d(2, 3, 3, track_running_stats=False)
     x = torch.randn(2, 2, 5, 5)
-    with pytest.raises(RuntimeError, match="FusedConvBN2dFunction.*vmap"):
+    with pytest.raises(RuntimeError, match="FusedBlockFunction.*vmap"):
         torch.func.vmap(lambda x: fused(x[None]))(x)
     with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(fused, (x,), (x,))

@@ -9,7 +9,9 @@ the ratios is shown with their range.
 
 from __future__ import annotations
 
+import copy
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from helpers.fused import FusedConvBN2d
+from helpers.fused import FusedBlock2d, FusedConvBN2d
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.mnist import Net, pick_device
 
@@ -90,14 +92,14 @@ def unfused(c_in: int, c_out: int, kernel: int, padding: int = 0) -> nn.Sequenti
 
 
 class Checkpointed(nn.Module):
-    """The unfused pair under torch.utils.checkpoint."""
+    """A module under torch.utils.checkpoint."""
 
-    def __init__(self, *args) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.pair = unfused(*args)
+        self.module = module
 
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.pair, x, use_reentrant=False)
+        return checkpoint(self.module, x, use_reentrant=False)
 
 
 def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
@@ -110,7 +112,7 @@ def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
 METHODS: dict[str, Callable[..., nn.Module]] = {
     "unfused": unfused,
     "tutorial": TutorialConvBN2d,
-    "checkpoint": Checkpointed,
+    "checkpoint": lambda *args: Checkpointed(unfused(*args)),
     "fused, whole batch": fused("batch"),
     "fused, slabs": fused(None),
 }
@@ -120,6 +122,66 @@ def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: in
     """``blocks`` equal blocks conv, batch norm, ReLU that keep the image's size."""
     block = [nn.Sequential(make(channels, channels, kernel, kernel // 2), nn.ReLU()) for _ in range(blocks)]
     return nn.Sequential(*block)
+
+
+def norm_first_chains(blocks: int, channels: int, kernel: int) -> dict[str, Callable[[], nn.Module]]:
+    """The same ``blocks`` of batch norm, ReLU, conv, fused in each way that there is."""
+
+    def modules() -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        norm, conv = (
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False),
+        )
+        return [(copy.deepcopy(norm), copy.deepcopy(conv)) for _ in range(blocks)]
+
+    def plain() -> list[nn.Module]:
+        return [nn.Sequential(norm, nn.ReLU(), conv) for norm, conv in modules()]
+
+    def after() -> nn.Sequential:
+        pairs = modules()
+        convs, norms = [conv for _, conv in pairs], [norm for norm, _ in pairs]
+        fused = [FusedConvBN2d.from_pair(*pair) for pair in zip(convs, norms[1:], strict=False)]
+        layers = [norms[0], *(layer for f in fused for layer in (nn.ReLU(), f)), nn.ReLU(), convs[-1]]
+        return nn.Sequential(*layers)
+
+    return {
+        "unfused": lambda: nn.Sequential(*plain()),
+        "checkpoint": lambda: nn.Sequential(*[Checkpointed(block) for block in plain()]),
+        "conv with the norm behind it": after,
+        "norm, ReLU with the conv behind": lambda: nn.Sequential(
+            *[FusedBlock2d(conv, norm, nn.ReLU()) for norm, conv in modules()]
+        ),
+    }
+
+
+def pointwise_pairs(blocks: int, narrow: int, wide: int) -> dict[str, Callable[[], nn.Module]]:
+    """``blocks`` times: 1x1 conv to more channels, batch norm, ReLU, and an average back to narrow."""
+
+    def network(pair: Callable[[nn.Conv2d, nn.BatchNorm2d], nn.Module]) -> nn.Sequential:
+        layers = []
+        for _ in range(blocks):
+            layers += [pair(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide)), Narrow(narrow)]
+        return nn.Sequential(*layers)
+
+    return {
+        "unfused": lambda: network(nn.Sequential),
+        "checkpoint": lambda: network(lambda *pair: Checkpointed(nn.Sequential(*pair))),
+        "fused, y recomputed": lambda: network(
+            lambda c, b: FusedBlock2d(c, norm_after=b, backward="recompute")
+        ),
+        "fused, by algebra": lambda: network(lambda c, b: FusedBlock2d(c, norm_after=b, backward="algebra")),
+    }
+
+
+class Narrow(nn.Module):
+    """The mean of every wide / narrow channels: cheap, and saves nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.channels, -1)).mean(2)
 
 
 def compare(
@@ -206,15 +268,23 @@ def print_table(title: str, rows: list[dict]) -> None:
     print(f"\n{title}\n{table(rows)}", flush=True)
 
 
-def workloads(device: torch.device, quick: bool) -> dict[str, tuple[Callable, tuple[int, ...]]]:
-    """Title -> (network from a factory, input shape)."""
-    n = 256 if device.type != "cpu" else 32
-    batch, n = (64, 4) if quick else (2048, n)
-    return {
-        f"MNIST network, batch {batch}": (Net, (batch, 1, 28, 28)),
-        f"12 blocks, 3x3, 32 channels, {n}x56x56": (lambda m: chain(m, 12, 32, 3), (n, 32, 56, 56)),
-        f"12 blocks, 1x1, 128 channels, {n}x56x56": (lambda m: chain(m, 12, 128, 1), (n, 128, 56, 56)),
-    }
+def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, ...], dict[str, Callable]]]:
+    """Title -> (input shape, {method: function that makes the network})."""
+    batch, n = (64, 4) if quick else (2048, 32 if device.type == "cpu" else 256)
+    kinds = {"3x3, 32 channels": (32, 3), "1x1, 128 channels": (128, 1)}
+
+    def of_pairs(build: Callable[[Callable], nn.Module]) -> dict[str, Callable]:
+        return {name: functools.partial(build, make) for name, make in METHODS.items()}
+
+    works = {f"MNIST network, batch {batch}": ((batch, 1, 28, 28), of_pairs(Net))}
+    for kind, (channels, kernel) in kinds.items():
+        networks = of_pairs(lambda make, c=channels, k=kernel: chain(make, 12, c, k))
+        works[f"12 blocks conv, norm, ReLU: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
+    for kind, (channels, kernel) in kinds.items():
+        networks = norm_first_chains(12, channels, kernel)
+        works[f"12 blocks norm, ReLU, conv: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
+    works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
+    return works
 
 
 def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write: bool = True) -> dict:
@@ -235,11 +305,9 @@ def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write:
     }
     print(", ".join(f"{k}: {v}" for k, v in record.items() if k != "tables"))
     for mode, (amp, memory_format) in modes.items():
-        for title, (build, shape) in workloads(device, quick).items():
+        for title, (shape, makers) in workloads(device, quick).items():
             torch.manual_seed(0)
-            networks = {
-                name: build(make).to(device).to(memory_format=memory_format) for name, make in METHODS.items()
-            }
+            networks = {n: make().to(device).to(memory_format=memory_format) for n, make in makers.items()}
             x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
             rows = compare(networks, x, repeats, amp)
             record["tables"][f"{title}, {mode}"] = rows

@@ -179,8 +179,8 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
         weight, bias = (weight, None) if own else fold(weight, bias, post)
     y = empty_output(x, weight, *conv[:3])
     # Off the CPU one large convolution is as good as many small ones, and y has to be whole in the end.
-    whole = not y.is_cpu and pre is None
-    cut = slabs(len(x), max(x[:1].nbytes, y[:1].nbytes), weight, -1 if whole else slab_size)
+    slices = slabs(len(x), max(x[:1].nbytes, y[:1].nbytes), weight, slab_size)
+    cut = slices if y.is_cpu or pre is not None else [slice(0, len(x))]
     stats = []
     for s in cut:
         y_s = F.conv2d(enter(x[s], pre, act)[2], weight, bias, *conv)
@@ -193,7 +193,7 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     if own:
         mean, var = merge_stats(stats, none.dtype)
         post = post._replace(mean=mean, var=var)
-        for s in cut:
+        for s in slices:
             z_s = centre(y[s], mean, inplace=True).mul_(per_channel(scale_of(post)))
             if post.beta is not None:
                 z_s += per_channel(post.beta)
@@ -436,7 +436,8 @@ def _forward(x, weight, bias, norms, there, eps, *settings):
     "fused_block::backward",
     mutates_args=(),
     schema="(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, bool[] there, "
-    f"bool[] constant, bool algebra, bool[] needs, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool[] constant, bool algebra, bool[] needs, {SETTINGS})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(dz, x, weight, bias, norms, there, constant, algebra, needs, eps, *settings):
     with torch.autocast(x.device.type, enabled=False):
@@ -649,7 +650,7 @@ def algebra_pays(input: Tensor, weight: Tensor, size: list[int]) -> bool:
     c_out, columns = weight.shape[0], weight[0].numel()
     pixels = input.shape[0] * size[0] * size[1]
     if weight.shape[2:] != (1, 1):
-        return columns <= c_out
+        return c_out >= 2 * columns
     return c_out >= 1.5 * columns and pixels >= 8 * columns
 
 

@@ -387,7 +387,7 @@ def train(
     on_step: Callable[[int, int, float], object] | None = None,
     measure: Callable[[], object] = _NoMeasure,
 ) -> list[float]:
-    """Train as the tutorial does: Adadelta, the learning rate times ``gamma`` after each epoch.
+    """Train as the tutorial does: Adadelta, the learning rate times ``gamma`` after each pass over the data.
 
     An epoch is one pass over ``split``, repeated until it holds at least `STEPS_PER_EPOCH` steps, so that
     an epoch of the sample trains about as long as one of the whole set.
@@ -429,7 +429,7 @@ def train(
                 losses.append(loss.item())
                 if on_step is not None:
                     on_step(len(losses), total, losses[-1])
-        scheduler.step()
+            scheduler.step()
     return losses
 
 

@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from helpers.run import NOTEBOOKS, ROOT, code_cells, find_notebooks, headlines, read_json, read_parameters, tags
+from helpers.run import (
+    NOTEBOOKS,
+    ROOT,
+    code_cells,
+    find_notebooks,
+    headlines,
+    read_json,
+    read_parameters,
+    tags,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = read_json(NOTEBOOKS / "05_mnist_memory.ipynb")

@@ -364,8 +364,9 @@ def columns(t: Tensor, weight: Tensor, conv: Conv) -> Tensor:
 
 
 def product(p: Tensor, q: Tensor) -> Tensor:
-    """Σ p qᵀ over images and pixels: (N, P, H, W), (N, Q, H, W) -> (P, Q)."""
-    return torch.bmm(p.flatten(2), q.flatten(2).transpose(1, 2)).sum(0)
+    """Σ p qᵀ over images and pixels, (N, P, H, W) and (N, Q, H, W) -> (P, Q): a pointwise weight gradient."""
+    weight = q.new_empty(p.shape[1], q.shape[1], 1, 1)
+    return conv_grads(p, q, weight, [1, 1], [0, 0], [1, 1], 1, (False, True, False))[1].flatten(1)
 
 
 def sums_by_algebra(dz, x, cut, weight, pre, act, post, conv):
@@ -381,12 +382,13 @@ def sums_by_algebra(dz, x, cut, weight, pre, act, post, conv):
         dz_s = dz[s].to(dtype)
         mean_s = a_s.mean(CHANNELS)
         a_s = a_s - per_channel(mean_s)
+        rest = a_s.mean(CHANNELS)  # the rounding error of mean_s
         G, R = G + product(dz_s, a_s).to(wide), R + product(a_s, a_s).to(wide)
-        parts.append((a_s.numel() // a_s.shape[1], mean_s, dz_s.sum(CHANNELS)))
-    sizes, means, sums = zip(*parts, strict=True)
+        parts.append((a_s.numel() // a_s.shape[1], mean_s, rest, dz_s.sum(CHANNELS)))
+    sizes, *vectors = zip(*parts, strict=True)
     sizes = torch.tensor(sizes, dtype=wide, device=x.device)[:, None]
-    means, sums = torch.stack(means).to(wide), torch.stack(sums).to(wide)
-    mean = (sizes * means).sum(0) / sizes.sum()
+    means, rests, sums = (torch.stack(v).to(wide) for v in vectors)
+    mean = (sizes * (means + rests)).sum(0) / sizes.sum()
     d = means - mean
     return sums.sum(0), G + sums.T @ d, R + (sizes * d).T @ d, mean.to(dtype)
 

@@ -30,6 +30,7 @@ from helpers.batch_norm import (
     grad_input_,
     grad_input_coefficients,
     merge_stats,
+    partial_stats,
     per_channel,
     stats_dtype,
     update_running_stats,
@@ -185,7 +186,7 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     for s in cut:
         y_s = F.conv2d(enter(x[s], pre, act)[2], weight, bias, *conv)
         if own:
-            stats.append((len(y_s), *batch_stats(y_s)))
+            stats += partial_stats(y_s)
         if len(cut) > 1:
             y[s] = y_s
         else:

@@ -52,6 +52,19 @@ def test_the_figure_is_the_committed_run():
     assert (ROOT / path).read_bytes() == base64.b64decode(figure)
 
 
+def test_the_ratios_are_the_committed_record():
+    record = read_json(ROOT / "data" / "measurements" / "bench_cpu.json")
+    assert f"({record['device']}, torch {record['torch']}, {record['date']};" in README, "copy the new record into the README"
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| (0\.\d\d) \| (0\.\d\d) \| (\S+) \((\S+) to (\S+)\) \|$", README, re.MULTILINE
+    )
+    assert len(rows) >= 6
+    for title, method, *numbers in rows:
+        [row] = [row for row in record["tables"][f"{title}, float32"] if row["name"] == method]
+        measured = (row["peak_ratio"], row["forward_ratio"], row["time_ratio"], *row["time_range"])
+        assert numbers == [f"{value:.2f}" for value in measured]
+
+
 def test_links_and_paths_lead_somewhere():
     assert missing(README) == []
     assert missing("[a](notebooks/99_x.ipynb) `helpers/gone.py` [b](https://x.org/y) `data/MNIST/raw/`") == [

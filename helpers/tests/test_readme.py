@@ -54,7 +54,8 @@ def test_the_figure_is_the_committed_run():
 
 def test_the_ratios_are_the_committed_record():
     record = read_json(ROOT / "data" / "measurements" / "bench_cpu.json")
-    assert f"({record['device']}, torch {record['torch']}, {record['date']};" in README, "copy the new record into the README"
+    about = f"({record['device']}, torch {record['torch']}, {record['date']};"
+    assert about in README, "copy the new record's ratios into the README"
     rows = re.findall(
         r"^\| (.+?) \| (.+?) \| (0\.\d\d) \| (0\.\d\d) \| (\S+) \((\S+) to (\S+)\) \|$", README, re.MULTILINE
     )

@@ -584,8 +584,7 @@ def fused_block2d(
     slab_size = slab_argument(slab_size)
     if activation.name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation.name!r}")
-    if backward not in ("auto", "recompute", "algebra"):
-        raise ValueError(f'backward must be "auto", "recompute" or "algebra", got {backward!r}')
+    check_backward(backward)
     input, weight, bias = autocast(input, weight, bias)
     check_tensors(input, weight, bias, groups)
     check_norm("norm_before", norm_before, input.shape[1], input.device)
@@ -716,6 +715,19 @@ def slab_argument(slab_size: int | str | None) -> int:
     if isinstance(slab_size, int) and not isinstance(slab_size, bool) and slab_size >= 1:
         return slab_size
     raise ValueError(f'slab_size must be None, "batch" or a number of images from 1 on, got {slab_size!r}')
+
+
+def check_backward(backward: str) -> None:
+    """Raise a ValueError for a way to differentiate the norm after that does not exist."""
+    if backward not in ("auto", "recompute", "algebra"):
+        raise ValueError(f'backward must be "auto", "recompute" or "algebra", got {backward!r}')
+
+
+def pad_first(conv: nn.Conv2d, input: Tensor):
+    """The input and padding to call the function with: a mode other than zeros pads ``input`` beforehand."""
+    if conv.padding_mode == "zeros" or input.dim() != 4:
+        return input, conv.padding
+    return F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
 
 
 def explicit_padding(input: Tensor, weight: Tensor, padding, dilation, stride, plain: bool):
@@ -856,10 +868,8 @@ class FusedConvBN2d(nn.Module):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        conv, bn, padding = self.conv, self.bn, self.conv.padding
-        if conv.padding_mode != "zeros" and input.dim() == 4:
-            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
+        conv, bn = self.conv, self.bn
+        input, padding = pad_first(conv, input)
         return fused_conv_bn2d(
             input,
             conv.weight,
@@ -961,8 +971,7 @@ class FusedBlock2d(nn.Module):
         plain = norm_before is None and act.name == "none"
         if conv.padding_mode != "zeros" and not plain:
             raise ValueError(f'conv must have padding_mode "zeros" behind a norm, got {conv.padding_mode!r}')
-        if backward not in ("auto", "recompute", "algebra"):
-            raise ValueError(f'backward must be "auto", "recompute" or "algebra", got {backward!r}')
+        check_backward(backward)
         self.norm_before, self.activation, self.conv, self.norm_after = (
             norm_before,
             activation,
@@ -972,10 +981,8 @@ class FusedBlock2d(nn.Module):
         self.slab_size, self.backward = slab_size, backward
 
     def forward(self, input: Tensor) -> Tensor:
-        conv, padding = self.conv, self.conv.padding
-        if conv.padding_mode != "zeros" and input.dim() == 4:
-            input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
+        conv = self.conv
+        input, padding = pad_first(conv, input)
         norms = [None if bn is None else BatchNorm.of(bn) for bn in (self.norm_before, self.norm_after)]
         geometry = (conv.stride, padding, conv.dilation, conv.groups)
         act = activation_of(self.activation)

@@ -17,8 +17,8 @@ WIDENED_BYTES = 1 << 26  # what an accelerator widens to float32 at once
 
 
 def per_channel(vector: Tensor) -> Tensor:
-    """(C,) -> (1, C, 1, 1), so that it broadcasts over (N, C, H, W)."""
-    return vector[None, :, None, None]
+    """(C,) -> (C, 1, 1), so that it broadcasts over (N, C, H, W)."""
+    return vector.view(-1, 1, 1)
 
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,7 +42,7 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """(images, mean, variance) of pieces of y that fit into a cache, for `merge_stats`."""
     dtype = stats_dtype(y.dtype)
     piece_bytes = CACHED_BYTES if y.is_cpu else WIDENED_BYTES if y.dtype != dtype else y.nbytes
-    pieces = y.split(max(1, piece_bytes // max(1, y[:1].nbytes)))
+    pieces = [y] if y.nbytes <= piece_bytes else y.split(max(1, piece_bytes // max(1, y[:1].nbytes)))
     return [(len(piece), *_stats_of_piece(piece.to(dtype))) for piece in pieces]
 
 
@@ -53,10 +53,12 @@ def _stats_of_piece(y: Tensor) -> tuple[Tensor, Tensor]:
     # On a CPU var_mean is several times slower than these sweeps. Not Σ y² - m μ², which loses every digit
     # of the variance once |μ| is thousands of σ. The mean of y - μ is the rounding error of μ: without it,
     # Σ (y - μ) would not vanish in backward.
-    rounded = y.mean(CHANNELS)
+    m = y.numel() // y.shape[1]
+    rounded = y.sum(CHANNELS).div_(m)
     centred = y - per_channel(rounded)
-    error = centred.mean(CHANNELS)
-    return rounded.to(wide_dtype(y)) + error, (centred.square_().mean(CHANNELS) - error**2).clamp_min(0)
+    total, square = batch_norm_sums(centred, centred, torch.zeros_like(rounded))
+    error = total.div_(m)
+    return rounded.to(wide_dtype(y)).add_(error), square.div_(m).sub_(error * error).clamp_min_(0)
 
 
 def merge_stats(stats: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -64,9 +66,12 @@ def merge_stats(stats: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> 
 
     μ = Σ n_s μ_s / n and var = Σ n_s (var_s + (μ_s - μ)²) / n, where n = Σ n_s; rounded to ``dtype`` last.
     """
+    if len(stats) == 1:
+        return stats[0][1].to(dtype), stats[0][2].to(dtype)
     sizes, means, variances = zip(*stats, strict=True)
     means, variances = torch.stack(means), torch.stack(variances)
-    share = (means.new_tensor(sizes, dtype=wide_dtype(means)) / sum(sizes))[:, None]
+    sizes = torch.as_tensor(sizes, dtype=wide_dtype(means), device=means.device)
+    share = (sizes / sizes.sum())[:, None]
     mean = (share * means).sum(0)
     var = (share * (variances + (means - mean) ** 2)).sum(0)
     return mean.to(dtype), var.to(dtype)
@@ -88,33 +93,44 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
     return y.to(mean.dtype) - per_channel(mean)
 
 
-def batch_norm_sums(grad_out: Tensor, y_centred: Tensor) -> tuple[Tensor, Tensor]:
+def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
-    dtype = y_centred.dtype
-    return grad_out.sum(CHANNELS, dtype=dtype), (grad_out * y_centred).sum(CHANNELS)
+    if y.is_cpu and grad_out.dtype == y.dtype == mean.dtype and y.is_contiguous() and grad_out.is_contiguous():
+        # The library's backward for constant statistics, asked for dγ and dβ at σ = 1: one sweep, with no
+        # tensor of y's size. In other layouts and dtypes its sums are less exact.
+        _, sum_dz_y, sum_dz = torch.ops.aten.native_batch_norm_backward(
+            grad_out, y, None, mean, torch.ones_like(mean), None, None, False, 0.0, (False, True, True)
+        )
+        return sum_dz, sum_dz_y
+    return grad_out.sum(CHANNELS, dtype=mean.dtype), (grad_out * centre(y, mean)).sum(CHANNELS)
 
 
 def grad_input_coefficients(
-    scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int
+    scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-channel s, a and b with which batch norm's input gradient is dy = s dz + a (y - μ) + b.
 
     With s = γ/σ (``scale``) and σ² = var + ε (``var_eps``), a = -s Σ dz (y - μ) / (m σ²) and b = -s Σ dz / m.
     """
     # Each is rounded once: an error of b would stand in all m values, and Σ dy would not vanish.
-    s, sum_dz, sum_dz_y = (t.to(wide_dtype(t)) for t in (scale, *sums))
-    return scale, (-s * sum_dz_y / (m * var_eps)).to(scale.dtype), (-s * sum_dz / m).to(scale.dtype)
+    sum_dz, sum_dz_y = (t.to(wide_dtype(t)) for t in sums)
+    s_m = scale / -m
+    return scale, (s_m * sum_dz_y / var_eps).to(scale.dtype), (s_m * sum_dz).to(scale.dtype)
 
 
-def grad_input_(grad_out: Tensor, y_centred: Tensor, s: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    """Overwrite ``y_centred`` = y - μ with dy = s dz + a (y - μ) + b.
+def grad_input_(
+    grad_out: Tensor, y_centred: Tensor, s: Tensor, a: Tensor | None, b: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """dy = s dz + a (y - μ) + b, with a and b None for constant statistics.
 
-    a and b are None for constant statistics.
+    Overwrites ``y_centred`` = y - μ; the result lies there or in ``out``, which may be ``grad_out``.
     """
+    s = per_channel(s)
     if a is None:
-        return torch.mul(grad_out, per_channel(s), out=y_centred)
+        return torch.mul(grad_out, s, out=y_centred if out is None else out)
     # A broadcast first argument of addcmul is slow on a CPU; these three are not.
-    return y_centred.mul_(per_channel(a)).add_(per_channel(b)).addcmul_(grad_out, per_channel(s))
+    y_centred.mul_(per_channel(a)).add_(per_channel(b))
+    return torch.addcmul(y_centred, grad_out, s, out=y_centred if out is None else out)
 
 
 def batch_norm_forward(
@@ -178,7 +194,7 @@ def batch_norm_backward(
     var_eps = var + eps
     scale = torch.rsqrt(var_eps) if weight is None else weight * torch.rsqrt(var_eps)
     y_centred = centre(input, mean)
-    sum_dz, sum_dz_centred = sums = batch_norm_sums(grad_out, y_centred)
+    sum_dz, sum_dz_centred = sums = batch_norm_sums(grad_out, input, mean)
     m = input.numel() // input.shape[1]
     a_b = grad_input_coefficients(scale, var_eps, sums, m)[1:] if training else (None, None)
     dy = grad_input_(grad_out, y_centred, scale, *a_b)
@@ -186,7 +202,7 @@ def batch_norm_backward(
 
 
 def update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, m: int, momentum: float
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, m: int | Tensor, momentum: float
 ) -> None:
     """Move the running statistics towards the batch's, in place: r ← (1 - momentum) r + momentum s.
 
@@ -194,4 +210,5 @@ def update_running_stats(
     the batch itself is normalised with the biased one.
     """
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)
+    unbiased = m / (m - 1) if isinstance(m, Tensor) else m / max(m - 1, 1)
+    running_var.lerp_((var * unbiased).to(running_var.dtype), momentum)

@@ -15,17 +15,21 @@ From top to bottom: how a batch is cut and laid out; `enter`, what happens befor
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from helpers.batch_norm import (
     CHANNELS,
-    batch_stats,
+    batch_norm_sums,
     centre,
     grad_input_,
     grad_input_coefficients,
@@ -95,6 +99,7 @@ class Norm(NamedTuple):
     mean: Tensor | None
     var: Tensor | None
     eps: float
+    group: str = ""  # name of the process group whose whole batch the statistics are of
 
 
 class Conv(NamedTuple):
@@ -107,20 +112,40 @@ class Conv(NamedTuple):
 
 
 aten = torch.ops.aten
-# name -> act(u, p) and its backward da, u, p -> du, where p is the slope of leaky_relu
+# name -> act(u, p) and its backward (da, u, p, out) -> du, where p is the slope of leaky_relu. Those of
+# FROM_RESULT overwrite u with a, and their backward takes a for u.
 ACTIVATIONS = {
-    "none": (lambda u, p: u, lambda da, u, p: da),
-    "relu": (lambda u, p: u.relu(), lambda da, u, p: aten.threshold_backward(da, u, 0)),
-    "relu6": (lambda u, p: u.clamp(0, 6), lambda da, u, p: aten.hardtanh_backward(da, u, 0, 6)),
-    "leaky_relu": (F.leaky_relu, lambda da, u, p: aten.leaky_relu_backward(da, u, p, False)),
-    "silu": (lambda u, p: F.silu(u), lambda da, u, p: aten.silu_backward(da, u)),
-    "hardswish": (lambda u, p: F.hardswish(u), lambda da, u, p: aten.hardswish_backward(da, u)),
-    "gelu": (lambda u, p: F.gelu(u), lambda da, u, p: aten.gelu_backward(da, u)),
+    "none": (lambda u, p: u, lambda da, u, p, out: out.copy_(da) if out is not da else da),
+    "relu": (
+        lambda u, p: u.relu_(),
+        lambda da, u, p, out: aten.threshold_backward.grad_input(da, u, 0, grad_input=out),
+    ),
+    "relu6": (
+        lambda u, p: u.clamp_(0, 6),
+        lambda da, u, p, out: aten.hardtanh_backward.grad_input(da, u, 0, 6, grad_input=out),
+    ),
+    "leaky_relu": (
+        lambda u, p: F.leaky_relu(u, p),
+        lambda da, u, p, out: aten.leaky_relu_backward.grad_input(da, u, p, False, grad_input=out),
+    ),
+    "silu": (
+        lambda u, p: F.silu(u),
+        lambda da, u, p, out: aten.silu_backward.grad_input(da, u, grad_input=out),
+    ),
+    "hardswish": (
+        lambda u, p: F.hardswish(u),
+        lambda da, u, p, out: aten.hardswish_backward.out(da, u, out=out),
+    ),
+    "gelu": (
+        lambda u, p: F.gelu(u),
+        lambda da, u, p, out: aten.gelu_backward.grad_input(da, u, grad_input=out),
+    ),
     "gelu_tanh": (
         lambda u, p: F.gelu(u, approximate="tanh"),
-        lambda da, u, p: aten.gelu_backward(da, u, approximate="tanh"),
+        lambda da, u, p, out: aten.gelu_backward.grad_input(da, u, approximate="tanh", grad_input=out),
     ),
 }
+FROM_RESULT = ("none", "relu", "relu6")
 
 
 class Act(NamedTuple):
@@ -130,16 +155,19 @@ class Act(NamedTuple):
     parameter: float = 0.0
 
     def forward(self, u: Tensor) -> Tensor:
+        """act(u), in u's memory where backward needs no u."""
         return ACTIVATIONS[self.name][0](u, self.parameter)
 
-    def backward(self, da: Tensor, u: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name][1](da, u, self.parameter)
+    def backward(self, da: Tensor, u: Tensor, out: Tensor | None = None) -> Tensor:
+        """du, in ``out`` or, without one, in da's memory."""
+        return ACTIVATIONS[self.name][1](da, u, self.parameter, da if out is None else out)
 
 
-def scale_of(norm: Norm) -> Tensor:
-    """γ/σ."""
-    inv_std = torch.rsqrt(norm.var + norm.eps)
-    return inv_std if norm.gamma is None else norm.gamma * inv_std
+def scales(norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """σ² = var + ε, 1/σ and γ/σ."""
+    var_eps = norm.var + norm.eps
+    inv_std = var_eps.rsqrt()
+    return var_eps, inv_std, inv_std if norm.gamma is None else norm.gamma * inv_std
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -147,33 +175,74 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
 
     γ (w∗x + b - μ)/σ + β  =  (γ/σ w)∗x  +  β + γ/σ (b - μ), with ∗ the convolution.
     """
-    scale = scale_of(norm)
+    *_, scale = scales(norm)
     shift = scale * (-norm.mean if bias is None else bias - norm.mean)
     if norm.beta is not None:
         shift = shift + norm.beta
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
-def enter(x_s: Tensor, pre: Norm | None, act: Act) -> tuple[Tensor, Tensor, Tensor]:
-    """What happens to a slab before the convolution: x - μ₁, u = γ₁ (x - μ₁)/σ₁ + β₁ and a = act(u)."""
-    if pre is None:
-        return x_s, x_s, act.forward(x_s)
-    x_centred = centre(x_s, pre.mean)
-    u = x_centred * per_channel(scale_of(pre))
-    if pre.beta is not None:
-        u += per_channel(pre.beta)
-    return x_centred, u, act.forward(u).to(x_s.dtype)
+class Entry(NamedTuple):
+    """The way from x to the convolution's input a, with what is the same for every slab."""
+
+    mean: Tensor | None  # these three (C, 1, 1), None without a norm before
+    scale: Tensor | None
+    beta: Tensor | None
+    act: Act
+
+    @classmethod
+    def of(cls, pre: Norm | None, scale: Tensor | None, act: Act) -> Entry:
+        if pre is None:
+            return cls(None, None, None, act)
+        beta = None if pre.beta is None else per_channel(pre.beta)
+        return cls(per_channel(pre.mean), per_channel(scale), beta, act)
+
+    def __call__(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
+        """u = γ₁ (x - μ₁)/σ₁ + β₁, or a where the activation's backward takes that for u; and a = act(u)."""
+        if self.mean is None:
+            u = x_s if self.act.name == "none" else x_s.clone()
+        else:
+            u = (x_s.to(self.mean.dtype) - self.mean).mul_(self.scale)
+            if self.beta is not None:
+                u.add_(self.beta)
+        return u, self.act.forward(u).to(x_s.dtype)
+
+
+def over_group(group: str, *vectors: Tensor) -> list[Tensor]:
+    """The sums of ``vectors`` over the processes of a group, in one message; as they are without a group."""
+    if not group:
+        return list(vectors)
+    message = torch.cat([v.flatten().to(wide_dtype(v)) for v in vectors])
+    torch.distributed.all_reduce(message, group=_resolve_process_group(group))
+    return [t.view_as(v) for t, v in zip(message.split([v.numel() for v in vectors]), vectors, strict=True)]
+
+
+def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance and, with a group, number of values, from the parts of this process' batch and its group's."""
+    m = sum(size for size, *_ in stats)
+    if not group:
+        return *merge_stats(stats, dtype), stats[0][1].new_empty(0, dtype=wide_dtype(stats[0][1]))
+    mean, var = merge_stats(stats, wide_dtype(stats[0][1]))
+    mine = torch.cat([mean, var, mean.new_tensor([m])])
+    rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(_resolve_process_group(group)))]
+    torch.distributed.all_gather(rows, mine, group=_resolve_process_group(group))
+    sizes = torch.stack([row[-1] for row in rows])
+    parts = [(size, *row[:-1].chunk(2)) for size, row in zip(sizes, rows, strict=True)]
+    return *merge_stats(parts, dtype), sizes.sum()
 
 
 def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None, conv: Conv, slab_size: int):
-    """z, and the statistics μ₁, var₁, μ₂, var₂ that were used; empty ones for a norm that is not there.
+    """z, and what was used of each norm: μ₁, var₁, m₁, μ₂, var₂, m₂.
 
+    Empty ones for a norm that is not there; the number of values m only where a process group made it.
     With batch statistics after it, the convolution's bias does not matter: the norm subtracts it again.
     A norm with constant statistics folds into the convolution.
     """
-    none = x.new_empty(0, dtype=stats_dtype(x.dtype))
+    dtype = stats_dtype(x.dtype)
+    none = x.new_empty(0, dtype=dtype)
+    m_1 = m_2 = x.new_empty(0, dtype=wide_dtype(x))
     if pre is not None and pre.mean is None:
-        mean, var = batch_stats(x)
+        mean, var, m_1 = whole_stats(partial_stats(x), pre.group, dtype)
         pre = pre._replace(mean=mean, var=var)
     own = post is not None and post.mean is None
     if post is not None:
@@ -182,9 +251,9 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     # Off the CPU one large convolution is as good as many small ones, and y has to be whole in the end.
     slices = slabs(len(x), max(x[:1].nbytes, y[:1].nbytes), weight, slab_size)
     cut = slices if y.is_cpu or pre is not None else [slice(0, len(x))]
-    stats = []
+    enter, stats = Entry.of(pre, None if pre is None else scales(pre)[2], act), []
     for s in cut:
-        y_s = F.conv2d(enter(x[s], pre, act)[2], weight, bias, *conv)
+        y_s = F.conv2d(enter(x[s])[1], weight, bias, *conv)
         if own:
             stats += partial_stats(y_s)
         if len(cut) > 1:
@@ -192,19 +261,17 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
         else:
             y = y_s
     if own:
-        mean, var = merge_stats(stats, none.dtype)
+        mean, var, m_2 = whole_stats(stats, post.group, dtype)
         post = post._replace(mean=mean, var=var)
+        scale = per_channel(scales(post)[2])
         for s in slices:
-            z_s = centre(y[s], mean, inplace=True).mul_(per_channel(scale_of(post)))
+            z_s = centre(y[s], mean, inplace=True).mul_(scale)
             if post.beta is not None:
                 z_s += per_channel(post.beta)
             if z_s.dtype != y.dtype:
                 y[s] = z_s
-    # Outputs of an operator must be memory of their own, so given statistics are copied.
-    used = [
-        t if t is not None else none for norm in (pre, post) for t in (norm[2:4] if norm else (none, none))
-    ]
-    return y, *(t.clone() for t in used)
+    used = [(none, none, m) if norm is None else (*norm[2:4], m) for norm, m in ((pre, m_1), (post, m_2))]
+    return y, *used[0], *used[1]
 
 
 def block_backward(
@@ -217,6 +284,7 @@ def block_backward(
     post: Norm | None,
     conv: Conv,
     slab_size,
+    counts,
     constant,
     algebra,
     needs,
@@ -227,24 +295,29 @@ def block_backward(
     `sums_by_algebra`); dy, the convolution's backward and the activation's; the norm before, in dx's memory.
 
     ``pre`` and ``post`` have their statistics here. ``constant`` says of each norm whether they were given:
-    then no gradient passes through them.
+    then no gradient passes through them. ``counts`` has the m of those that a process group made.
     """
     need_x, need_w, need_b, need_gamma_1, need_beta_1, need_gamma, need_beta = needs
     need_a = need_x or need_gamma_1 or need_beta_1
     need_dy, own = need_a or need_w, post is not None and not constant[1]
     cut = slabs(len(x), max(dz[:1].nbytes, x[:1].nbytes), weight, slab_size)
-    m, dtype, many = dz.numel() // dz.shape[1], stats_dtype(x.dtype), len(cut) > 1
+    dtype, many = stats_dtype(x.dtype), len(cut) > 1
+    m_1, m_2 = (
+        count if count.numel() else t.numel() // t.shape[1] for count, t in zip(counts, (x, dz), strict=True)
+    )
     dx = torch.empty_like(x, memory_format=layout(x)) if need_x and many else x.new_empty(0)
+    var_1, inv_std_1, s_1 = (None, None, None) if pre is None else scales(pre)
+    var_2, inv_std_2, s = (None, None, None) if post is None else scales(post)
+    enter = Entry.of(pre, s_1, act)
     # The bias moves y; from here on, μ₂ is the mean of the y without it.
     if post is not None and bias is not None and constant[1]:
         post = post._replace(mean=post.mean - bias)
 
     # Sweep 1: Σ dz, Σ dz (y - μ₂), and the coefficients s, a, b of dy = s dz + a (y - μ₂) + b.
-    s = a = b = gram = None
+    a = b = gram = None
     waiting: deque[Tensor] = deque()
-    forms = (pre, act, post, conv)
     if algebra and own:
-        sum_dz, *gram = sums_by_algebra(dz, x, cut, weight, *forms)
+        sum_dz, *gram = sums_by_algebra(dz, x, cut, weight, enter, post, conv)
         sum_dz_y = (weight.flatten(1) * gram[0]).sum(1)
     else:
         need_y = post is not None and (need_gamma or (own and need_dy))
@@ -254,16 +327,13 @@ def block_backward(
             else None
         )
         need_sum = need_beta or need_b
-        sum_dz, sum_dz_y = sums_by_recomputing(dz, x, cut, weight, *forms, need_y, need_sum, keep)
-    if post is not None:
-        s = scale_of(post)
-    if own:
-        s, a, b = grad_input_coefficients(s, post.var + post.eps, (sum_dz, sum_dz_y), m)
+        sum_dz, sum_dz_y = sums_by_recomputing(dz, x, cut, weight, enter, post, conv, need_y, need_sum, keep)
+    if own and need_dy:
+        s, a, b = grad_input_coefficients(s, var_2, over_group(post.group, sum_dz, sum_dz_y), m_2)
 
     # Sweep 2.
-    dw, sums_1 = None, (wide_zeros(x.shape[1], x), wide_zeros(x.shape[1], x))
-    s_1 = None if pre is None else scale_of(pre)
-    if gram:
+    dw, sums_1 = None, None
+    if gram and need_dy:
         G, R, a_mean = gram
         W = weight.flatten(1).to(G.dtype)
         W_s, W_a = s[:, None] * W, a[:, None] * W
@@ -272,14 +342,15 @@ def block_backward(
             (W.T @ b.to(W.dtype)).to(x.dtype)
         ]
     for i in cut if need_a or (need_dy and not gram) else ():
-        x_centred, u, a_i = enter(x[i], pre, act)
+        x_i, dz_i = x[i], dz[i]
+        u, a_i = enter(x_i)
         if gram:
-            da = algebra_grad_input(dz[i], a_i, a_mean, kernels, conv)
+            da = algebra_grad_input(dz_i, a_i, a_mean, kernels, conv)
         else:
-            dy = dz[i]
+            dy = dz_i
             if post is not None:
                 y = waiting.popleft() if own else torch.empty_like(dy, dtype=dtype)
-                y = centre(y, post.mean) if own and y.dtype != dtype else y
+                y = centre(y, post.mean, inplace=True) if own else y
                 dy = grad_input_(dy, y, s, a, b).to(x.dtype)
                 del y
             da, dw_i, _ = conv_grads(dy, a_i, weight, *conv, (need_a, need_w, False))
@@ -288,60 +359,64 @@ def block_backward(
                 dw = dw_i.to(dtype) if dw is None else dw.add_(dw_i)
         if not need_a:
             continue
-        du = act.backward(da if pre is None else da.to(dtype), u)
+        direct = need_x and many and dtype == x.dtype
+        du = act.backward(da if pre is None else da.to(dtype), u, dx[i] if direct else None)
         if pre is not None:
-            sums_1[0].add_(du.sum(CHANNELS))
-            sums_1[1].add_((du * x_centred).sum(CHANNELS))
+            sums_1 = add_up(sums_1, batch_norm_sums(du, x_i, pre.mean))
             du = du.mul_(per_channel(s_1)) if constant[0] else du
-        if need_x and many:
+        if need_x and many and not direct:
             dx[i] = du
-        elif need_x:
+        elif need_x and not many:
             dx = du.to(x.dtype)
 
     # Sweep 3: the norm before, from du, which waits in dx.
     if need_x and pre is not None and not constant[0]:
-        coefficients = grad_input_coefficients(s_1, pre.var + pre.eps, sums_1, x.numel() // x.shape[1])
+        sums = over_group(pre.group, *sums_1)
+        coefficients = grad_input_coefficients(s_1, var_1, sums, m_1)
         for i in cut:
-            dx[i] = grad_input_(dx[i], centre(x[i], pre.mean), *coefficients)
+            dx_i, x_centred = dx[i], centre(x[i], pre.mean)
+            if dtype == x.dtype:
+                grad_input_(dx_i, x_centred, *coefficients, out=dx_i)
+            else:
+                dx[i] = grad_input_(dx_i, x_centred, *coefficients)
 
     none = x.new_empty(0, dtype=dtype)
-    db = none
+    db = dgamma_1 = dbeta_1 = dgamma = dbeta = none
     if need_b:  # with batch statistics the norm after subtracts the bias again
         db = torch.zeros_like(bias, dtype=dtype) if own else (sum_dz if s is None else s * sum_dz)
-    gammas = [
-        t * torch.rsqrt(norm.var + norm.eps) if need else none
-        for t, norm, need in ((sums_1[1], pre, need_gamma_1), (sum_dz_y, post, need_gamma))
-    ]
-    betas = [t if need else none for t, need in ((sums_1[0], need_beta_1), (sum_dz, need_beta))]
-    # An operator's outputs must not share memory.
-    small = (t.to(dtype, copy=True) for t in (db, gammas[0], betas[0], gammas[1], betas[1]))
+    if need_gamma_1:
+        dgamma_1 = sums_1[1] * inv_std_1
+    if need_beta_1:
+        dbeta_1 = sums_1[0]
+    if need_gamma:
+        dgamma = sum_dz_y * inv_std_2
+    if need_beta:
+        dbeta = sum_dz
+    small = (t.to(dtype) for t in (db, dgamma_1, dbeta_1, dgamma, dbeta))
     return dx, dw.to(weight.dtype) if need_w else x.new_empty(0), *small
 
 
-def wide_zeros(channels: int, like: Tensor) -> Tensor:
-    """A per-channel sum to add slabs to."""
-    return torch.zeros(channels, dtype=wide_dtype(like), device=like.device)
+def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """Per-channel sums over the slabs, in `wide_dtype`."""
+    if total is None:
+        return [t.to(wide_dtype(t)) for t in parts]
+    return [t.add_(part) for t, part in zip(total, parts, strict=True)]
 
 
-def sums_by_recomputing(dz, x, cut, weight, pre, act, post, conv, need_y: bool, need_sum: bool, keep):
-    """Σ dz and Σ dz (y - μ₂), with y = conv(a) computed again.
-
-    ``keep(slab, y_s)`` takes charge of each recomputed slab: y - μ₂ in full precision, y in half.
-    """
-    sum_dz, sum_dz_y = (wide_zeros(dz.shape[1], dz) for _ in "12")
-    dtype = stats_dtype(x.dtype)
+def sums_by_recomputing(dz, x, cut, weight, enter: Entry, post, conv, need_y: bool, need_sum: bool, keep):
+    """Σ dz and Σ dz (y - μ₂), with y = conv(a) computed again; ``keep(slab, y_s)`` takes charge of each y_s."""
+    total = None
     for s in cut if need_y or need_sum else ():
-        sum_dz += dz[s].sum(CHANNELS, dtype=dtype)
-        if need_y:
-            y_s = F.conv2d(enter(x[s], pre, act)[2], weight, None, *conv)
-            # y must be forward's y to the last bit, or Σ (y - μ) is not 0 and a large gradient leaks through
-            # it. So it is rounded where forward rounded it, and μ is subtracted after that.
-            y_centred = centre(y_s, post.mean, inplace=True)
-            sum_dz_y += (dz[s] * y_centred).sum(CHANNELS)
-            del y_centred
-            if keep is not None:
-                keep(s, y_s)
-    return sum_dz, sum_dz_y
+        if not need_y:
+            total = add_up(total, (dz[s].sum(CHANNELS, dtype=stats_dtype(x.dtype)),))
+            continue
+        # y must be forward's y to the last bit, or Σ (y - μ) is not 0 and a large gradient leaks through
+        # it. So it is rounded where forward rounded it, and μ is subtracted after that.
+        y_s = F.conv2d(enter(x[s])[1], weight, None, *conv)
+        total = add_up(total, batch_norm_sums(dz[s], y_s, post.mean))
+        if keep is not None:
+            keep(s, y_s)
+    return *(total or ()), *(None,) * (2 - len(total or ()))
 
 
 def wait_in(dx: Tensor, s: slice, y_s: Tensor) -> Tensor:
@@ -370,26 +445,29 @@ def product(p: Tensor, q: Tensor) -> Tensor:
     return conv_grads(p, q, weight, [1, 1], [0, 0], [1, 1], 1, (False, True, False))[1].flatten(1)
 
 
-def sums_by_algebra(dz, x, cut, weight, pre, act, post, conv):
+def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
     """Σ dz, G = Σ dz ãᵀ, R = Σ ã ãᵀ and the mean of a, where ã = a - mean(a): y is not needed.
 
     As y - μ₂ = W ã, Σ dz (y - μ₂) = rowsum(W∘G). Each slab is centred by its own mean first, which keeps the
     digits, and the slabs are merged as in `merge_stats`: with d = mean of the slab - mean of all,
-    G = Σ_s G_s + (Σ dz)_s dᵀ and R = Σ_s R_s + n_s d dᵀ.
+    G = Σ_s G_s + (Σ dz)_s dᵀ and R = Σ_s R_s + n_s d dᵀ. The mean of all is that of the process group's batch:
+    then what dw takes from it sums to the right gradient over the processes, not in each.
     """
     dtype, wide, G, R, parts = stats_dtype(x.dtype), wide_dtype(x), 0, 0, []
     for s in cut:
-        a_s = columns(enter(x[s], pre, act)[2], weight, conv).to(dtype)
+        a_s = columns(enter(x[s])[1], weight, conv).to(dtype)
         dz_s = dz[s].to(dtype)
-        mean_s = a_s.mean(CHANNELS)
+        n = a_s.numel() // a_s.shape[1]
+        mean_s = a_s.sum(CHANNELS).div_(n)
         a_s = a_s - per_channel(mean_s)
-        rest = a_s.mean(CHANNELS)  # the rounding error of mean_s
+        rest = a_s.sum(CHANNELS).div_(n)  # the rounding error of mean_s
         G, R = G + product(dz_s, a_s).to(wide), R + product(a_s, a_s).to(wide)
-        parts.append((a_s.numel() // a_s.shape[1], mean_s, rest, dz_s.sum(CHANNELS)))
+        parts.append((n, mean_s, rest, dz_s.sum(CHANNELS)))
     sizes, *vectors = zip(*parts, strict=True)
     sizes = torch.tensor(sizes, dtype=wide, device=x.device)[:, None]
     means, rests, sums = (torch.stack(v).to(wide) for v in vectors)
-    mean = (sizes * (means + rests)).sum(0) / sizes.sum()
+    total, m = over_group(post.group, (sizes * (means + rests)).sum(0), sizes.sum())
+    mean = total / m
     d = means - mean
     return sums.sum(0), G + sums.T @ d, R + (sizes * d).T @ d, mean.to(dtype)
 
@@ -410,53 +488,80 @@ def algebra_grad_input(
 
 
 # The two functions as operators. torch.compile would otherwise see that the recomputed convolution equals
-# the first one, keep the first instead, and with it the memory that this file saves.
+# the first one, keep the first instead, and with it the memory that this file saves. Elsewhere they are
+# called directly, which costs less.
 SETTINGS = (
-    "float[] eps, str act, float act_parameter, "
+    "str[] process_groups, float[] eps, str act, float act_parameter, "
     "int[] stride, int[] padding, int[] dilation, int groups, int slab_size"
 )
 
 
-def _unpack(norms: list[Tensor | None], there: list[bool], eps: list[float], settings) -> tuple:
+def _unpack(norms: list[Tensor | None], there: list[bool], settings) -> tuple:
     """pre, act, post, conv and slab_size from the operators' flat arguments."""
-    pre, post = (Norm(*norms[4 * i : 4 * i + 4], eps[i]) if there[i] else None for i in (0, 1))
-    name, parameter, stride, padding, dilation, groups, slab_size = settings
+    process_groups, eps, name, parameter, stride, padding, dilation, groups, slab_size = settings
+    pre, post = (
+        Norm(*norms[4 * i : 4 * i + 4], eps[i], process_groups[i]) if there[i] else None for i in (0, 1)
+    )
     return pre, Act(name, parameter), post, Conv(stride, padding, dilation, groups), slab_size
 
 
-@torch.library.custom_op(
+def _forward(x, weight, bias, norms, there, *settings):
+    with without_autocast(x):  # the arguments have their final dtypes
+        return block_forward(x, weight, bias, *_unpack(norms, there, settings))
+
+
+def _backward(dz, x, weight, bias, norms, counts, there, constant, algebra, needs, *settings):
+    with without_autocast(x):
+        forms = _unpack(norms, there, settings)
+        return block_backward(dz, x, weight, bias, *forms, counts, constant, algebra, needs)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def own_memory(run: Callable) -> Callable:
+    """An operator's outputs may share memory neither with one another nor with its inputs."""
+
+    def operator(x, *arguments):
+        large, *small = run(x, *arguments)
+        return large, *(t.clone() for t in small)
+
+    return operator
+
+
+_forward_operator = torch.library.custom_op(
     "fused_block::forward",
+    own_memory(_forward),
     mutates_args=(),
     schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, bool[] there, {SETTINGS})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _forward(x, weight, bias, norms, there, eps, *settings):
-    with torch.autocast(x.device.type, enabled=False):  # the arguments have their final dtypes
-        return block_forward(x, weight, bias, *_unpack(norms, there, eps, settings))
-
-
-@torch.library.custom_op(
+_backward_operator = torch.library.custom_op(
     "fused_block::backward",
+    own_memory(_backward),
     mutates_args=(),
-    schema="(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, bool[] there, "
+    schema="(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, Tensor[] counts, bool[] there, "
     f"bool[] constant, bool algebra, bool[] needs, {SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward(dz, x, weight, bias, norms, there, constant, algebra, needs, eps, *settings):
-    with torch.autocast(x.device.type, enabled=False):
-        forms = _unpack(norms, there, eps, settings)
-        return block_backward(dz, x, weight, bias, *forms, constant, algebra, needs)
 
 
-@_forward.register_fake
-def _(x, weight, bias, norms, there, eps, act, act_parameter, stride, padding, dilation, *_):
-    sizes = (x.shape[1] * there[0],) * 2 + (weight.shape[0] * there[1],) * 2
-    stats = (torch.empty(size, dtype=stats_dtype(x.dtype), device=x.device) for size in sizes)
-    return empty_output(x, weight, stride, padding, dilation), *stats
+@_forward_operator.register_fake
+def _(x, weight, bias, norms, there, process_groups, eps, act, act_parameter, stride, padding, dilation, *_):
+    outputs = [empty_output(x, weight, stride, padding, dilation)]
+    for i, channels in enumerate((x.shape[1], weight.shape[0])):
+        own = there[i] and norms[4 * i + 2] is None
+        stats = [torch.empty(channels * there[i], dtype=stats_dtype(x.dtype), device=x.device) for _ in "12"]
+        outputs += [*stats, x.new_empty(() if own and process_groups[i] else 0, dtype=wide_dtype(x))]
+    return tuple(outputs)
 
 
-@_backward.register_fake
-def _(dz, x, weight, bias, norms, there, constant, algebra, needs, *_):
+@_backward_operator.register_fake
+def _(dz, x, weight, bias, norms, counts, there, constant, algebra, needs, *_):
     sizes = (weight.shape[0], x.shape[1], x.shape[1], weight.shape[0], weight.shape[0])
     small = [torch.empty(size, dtype=stats_dtype(x.dtype), device=x.device) for size in sizes]
     large = [torch.empty_like(t, memory_format=layout(t)) for t in (x, weight)]
@@ -464,22 +569,25 @@ def _(dz, x, weight, bias, norms, there, constant, algebra, needs, *_):
 
 
 class FusedBlockFunction(torch.autograd.Function):
-    """``apply(x, weight, bias, γ₁, β₁, γ₂, β₂, μ₁, var₁, μ₂, var₂, there, algebra, *settings)``.
+    """``apply(x, weight, bias, γ₁, β₁, γ₂, β₂, μ₁, var₁, μ₂, var₂, (there, algebra, settings))``.
 
     ``there`` says which of the two norms exist; statistics that are None are the batch's own. Returns z
     and the statistics that were used. Its backward cannot be differentiated again: trying raises.
     """
 
     @staticmethod
-    def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, there, algebra, *settings):
+    def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
+        there, _, settings = form
         norms = [g_1, b_1, mean_1, var_1, g_2, b_2, mean_2, var_2]
-        return _forward(x, weight, bias, norms, there, *settings)
+        if torch.compiler.is_compiling():
+            return _forward_operator(x, weight, bias, norms, there, *settings)
+        z, *stats = _forward(x, weight, bias, norms, there, *settings)
+        given = (mean_1, var_1, mean_2, var_2)
+        return z, *(t.clone() if any(t is g for g in given) else t for t in stats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, g_1, b_1, g_2, _, mean_1, _, mean_2, _, ctx.there, ctx.algebra, *ctx.settings = (
-            inputs
-        )
+        x, weight, bias, g_1, b_1, g_2, _, mean_1, _, mean_2, _, ctx.form = inputs
         ctx.constant = [mean_1 is not None, mean_2 is not None]
         ctx.save_for_backward(x, weight, bias, g_1, b_1, g_2, *output[1:])
         ctx.mark_non_differentiable(*output[1:])
@@ -487,15 +595,18 @@ class FusedBlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, *_):
-        x, weight, bias, g_1, b_1, g_2, mean_1, var_1, mean_2, var_2 = ctx.saved_tensors
+        x, weight, bias, g_1, b_1, g_2, mean_1, var_1, m_1, mean_2, var_2, m_2 = ctx.saved_tensors
         norms = [g_1, b_1, mean_1, var_1, g_2, None, mean_2, var_2]
         needs = list(ctx.needs_input_grad[:7])
-        grads = _backward(
-            dz, x, weight, bias, norms, ctx.there, ctx.constant, ctx.algebra, needs, *ctx.settings
-        )
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * (
-            6 + len(ctx.settings)
-        )
+        run = _backward_operator if torch.compiler.is_compiling() else _backward
+        there, algebra, settings = ctx.form
+        flags = ([m_1, m_2], there, ctx.constant, algebra, needs)
+        grads = run(dz, x, weight, bias, norms, *flags, *settings)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
+
+
+# Function.apply asks for the signature at every call, which takes longer than a small convolution.
+FusedBlockFunction.forward.__signature__ = inspect.signature(FusedBlockFunction.forward)
 
 
 class FusedConvBN2dFunction:
@@ -505,9 +616,10 @@ class FusedConvBN2dFunction:
     def apply(x, weight, bias, gamma, beta, mean, var, eps, stride, padding, dilation, groups, slab_size):
         """z, and the statistics that were used: ``mean`` and ``var``, or where they are None y's own."""
         norms = (None, None, gamma, beta, None, None, mean, var)
-        settings = ([0.0, eps], *Act(), stride, padding, dilation, groups, slab_size)
-        z, _, _, *stats = FusedBlockFunction.apply(x, weight, bias, *norms, [False, True], False, *settings)
-        return z, *stats
+        settings = (["", ""], [0.0, eps], *Act(), stride, padding, dilation, groups, slab_size)
+        form = ([False, True], False, settings)
+        z, *_, mean, var, _ = FusedBlockFunction.apply(x, weight, bias, *norms, form)
+        return z, mean, var
 
 
 class BatchNorm(NamedTuple):
@@ -521,28 +633,37 @@ class BatchNorm(NamedTuple):
     momentum: float | None = 0.1
     eps: float = 1e-5
     num_batches_tracked: Tensor | None = None
+    process_group: str = ""  # name of the group over whose batch the statistics are taken
 
     @classmethod
-    def of(cls, bn: nn.BatchNorm2d) -> BatchNorm:
+    def of(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
         stats = (bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps, bn.num_batches_tracked)
-        return cls(bn.weight, bn.bias, *stats)
+        return cls(bn.weight, bn.bias, *stats, process_group_of(bn))
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:
         """The running statistics where they are used, and None where the batch's own are."""
         own = self.training or self.running_mean is None
         return (None, None) if own else (self.running_mean, self.running_var)
 
-    @torch.no_grad()
-    def update(self, mean: Tensor, var: Tensor, m: int) -> None:
+    def update(self, mean: Tensor, var: Tensor, m: int | Tensor) -> None:
         """Move the running statistics, if this is a training step and there are any."""
         if not self.training or self.running_mean is None:
             return
-        momentum = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-        update_running_stats(self.running_mean, self.running_var, mean, var, m, momentum)
+        with torch.no_grad():
+            momentum = self.momentum
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+            update_running_stats(self.running_mean, self.running_var, mean, var, m, momentum)
+
+
+def process_group_of(bn: nn.Module) -> str:
+    """The name of an nn.SyncBatchNorm's process group, "" where there is nothing to synchronise."""
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not torch.distributed.is_initialized():
+        return ""
+    group = bn.process_group or torch.distributed.group.WORLD
+    return group.group_name if group.size() > 1 else ""
 
 
 def fused_block2d(
@@ -601,7 +722,7 @@ def fused_block2d(
     constants = [norm.constants() if norm is not None else (None, None) for norm in norms]
     values = (input.shape[0] * input.shape[2] * input.shape[3], input.shape[0] * size[0] * size[1])
     for name, norm, m, (mean, _) in zip(("before", "after"), norms, values, constants, strict=True):
-        if norm is not None and mean is None and m == 1:
+        if norm is not None and mean is None and m == 1 and not norm.process_group:
             raise ValueError(
                 f"input: batch statistics need more than 1 value per channel, norm_{name} gets 1"
             )
@@ -617,24 +738,16 @@ def fused_block2d(
     algebra = can and (backward == "algebra" or (backward == "auto" and algebra_pays(input, weight, size)))
     affine = [t for norm in norms for t in (norm[:2] if norm is not None else (None, None))]
     there, eps = [norm is not None for norm in norms], [0.0 if norm is None else norm.eps for norm in norms]
-    z, *stats = FusedBlockFunction.apply(
-        input,
-        weight,
-        bias,
-        *affine,
-        *constants[0],
-        *constants[1],
-        there,
-        algebra,
-        eps,
-        *activation,
-        *conv,
-        slab_size,
+    groups_of = ["" if norm is None else norm.process_group for norm in norms]
+    form = (there, algebra, (groups_of, eps, *activation, *conv, slab_size))
+    z, mean_1, var_1, m_1, mean_2, var_2, m_2 = FusedBlockFunction.apply(
+        input, weight, bias, *affine, *constants[0], *constants[1], form
     )
     if norm_before is not None:
-        norm_before.update(*stats[:2], values[0])
+        norm_before.update(mean_1, var_1, m_1 if groups_of[0] else values[0])
     if norm_after is not None:
-        norm_after.update(stats[2] if bias is None else stats[2] + bias, stats[3], values[1])
+        mean_2 = mean_2 if bias is None else mean_2 + bias
+        norm_after.update(mean_2, var_2, m_2 if groups_of[1] else values[1])
     return z
 
 
@@ -654,6 +767,18 @@ def algebra_pays(input: Tensor, weight: Tensor, size: list[int]) -> bool:
     if weight.shape[2:] != (1, 1):
         return c_out >= 2 * columns
     return c_out >= 1.5 * columns and pixels >= 8 * columns
+
+
+def algebra_pays_for(input: Tensor, conv: nn.Conv2d, activation, norm_after: nn.Module) -> bool:
+    """Whether "auto" chooses the algebra for these modules."""
+    x, w, stride = input, conv.weight, list(conv.stride)
+    if not norm_after.training and norm_after.running_mean is not None:
+        return False
+    if input.dim() != 4 or isinstance(conv.padding, str):
+        return False
+    geometry = Conv(stride, list(conv.padding), list(conv.dilation), conv.groups)
+    plain = activation is None
+    return algebra_applies(x, w, geometry, plain) and algebra_pays(x, w, output_size(x, w, *geometry[:3]))
 
 
 def empty_batch(input, weight, bias, norm_before, activation: Act, norm_after, conv: Conv) -> Tensor:
@@ -904,10 +1029,12 @@ def check_modules(**modules: tuple[nn.Module | None, type]) -> None:
             raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether ``module`` has a hook that runs when it is called or differentiated."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in names)
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def activation_of(module: nn.Module | None) -> Act:
@@ -930,6 +1057,25 @@ def activation_of(module: nn.Module | None) -> Act:
     raise ValueError(
         "activation must be None or one of ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, GELU, Identity, "
         f"got {type(module).__name__}"
+    )
+
+
+def call_block(
+    input: Tensor,
+    conv: nn.Conv2d,
+    norm_before: nn.Module | None = None,
+    activation: nn.Module | Act | None = None,
+    norm_after: nn.Module | None = None,
+    slab_size: int | str | None = None,
+    backward: str = "auto",
+) -> Tensor:
+    """`fused_block2d` with the parameters, buffers and settings of modules, as they stand now."""
+    input, padding = pad_first(conv, input)
+    before, after = (None if bn is None else BatchNorm.of(bn) for bn in (norm_before, norm_after))
+    act = activation if isinstance(activation, Act) else activation_of(activation)
+    geometry = (conv.stride, padding, conv.dilation, conv.groups)
+    return fused_block2d(
+        input, conv.weight, conv.bias, before, act, after, *geometry, slab_size, backward
     )
 
 
@@ -981,13 +1127,8 @@ class FusedBlock2d(nn.Module):
         self.slab_size, self.backward = slab_size, backward
 
     def forward(self, input: Tensor) -> Tensor:
-        conv = self.conv
-        input, padding = pad_first(conv, input)
-        norms = [None if bn is None else BatchNorm.of(bn) for bn in (self.norm_before, self.norm_after)]
-        geometry = (conv.stride, padding, conv.dilation, conv.groups)
-        act = activation_of(self.activation)
-        tail = (*geometry, self.slab_size, self.backward)
-        return fused_block2d(input, conv.weight, conv.bias, norms[0], act, norms[1], *tail)
+        modules = (self.conv, self.norm_before, self.activation, self.norm_after)
+        return call_block(input, *modules, self.slab_size, self.backward)
 
     def extra_repr(self) -> str:
         return f"slab_size={self.slab_size!r}, backward={self.backward!r}"

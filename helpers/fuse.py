@@ -1,0 +1,443 @@
+"""`fuse_conv_bn`: the kernel of `helpers.fused` in a model that exists.
+
+The model is traced with torch.fx, twice: in training and in eval mode. In each graph a convolution takes
+the norm and activation before it and the norm after it into one call, and the graph becomes the model's
+forward. Modules, parameters, buffers and their names stay as and where they are: the new forward looks
+them up by name.
+
+From top to bottom: tracing, and what makes a trace unsafe; finding the groups; the new forward and when it
+is traced again; the report.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from helpers.fused import HOOKS, Act, activation_of, algebra_pays_for, call_block, has_hooks
+
+__all__ = ["FusionReport", "fuse_conv_bn", "unfuse"]
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+# Tracing -------------------------------------------------------------------------------------------------
+
+
+class NotCertain(Exception):
+    """Why a graph of a module's forward would not always compute what the forward computes."""
+
+
+class Tracer(fx.Tracer):
+    """torch.fx's tracer, which stops where its graph would be a guess.
+
+    Its graph replaces the forward of the module that is traced and of the containers inside it, so a module
+    with hooks is never looked into.
+    """
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return has_hooks(module) or isinstance(module, Fused) or super().is_leaf_module(module, name)
+
+    def create_arg(self, a):
+        if type(a) is OrderedDict:
+            items = [self.create_arg(list(item)) for item in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
+            if all(a is not b for b in self.root.buffers()):
+                raise NotCertain("its forward makes a tensor that does not depend on the input")
+        return super().create_arg(a)
+
+
+def required_parameters(module: nn.Module) -> list[str]:
+    """Names of the arguments that ``module.forward`` cannot be called without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(plain_class(module).forward).parameters.values())[1:]
+    if any(p.kind is p.KEYWORD_ONLY and p.default is p.empty for p in parameters):
+        raise NotCertain("its forward has a required keyword-only argument")
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
+
+
+def containers(module: nn.Module) -> list[nn.Module]:
+    """``module`` and those inside it that a trace may run through: all but PyTorch's own layers."""
+    inside = (m for m in module.modules() if m is not module)
+    return [module, *(m for m in inside if not m.__module__.startswith("torch.nn") or list(m.children()))]
+
+
+def plain_values(modules: list[nn.Module]) -> tuple:
+    """All numbers, flags and texts that are attributes of ``modules``.
+
+    A forward may depend on them, ``training`` above all, so a graph holds for one set of them only.
+    """
+    values = (value for module in modules for value in vars(module).values())
+    return tuple(v for v in values if v is None or type(v) in (bool, int, float, str))
+
+
+def random_state() -> tuple:
+    return random.getstate(), torch.get_rng_state().tolist()
+
+
+def skeleton(module: nn.Module) -> nn.Module:
+    """A copy that shares the parameters, of its plain class: tracing cannot change the module through it."""
+    memo = {id(p): p for p in module.parameters()}
+    memo |= {id(b): b.detach().clone() for b in module.buffers()}
+    fused_as = type(module)
+    module.__class__ = plain_class(module)
+    try:
+        return copy.deepcopy(module, memo)
+    finally:
+        module.__class__ = fused_as
+
+
+def trace(module: nn.Module, mode: bool | None = None) -> tuple[fx.Graph, tuple]:
+    """The graph of ``module``'s forward, and the `plain_values` for which it holds.
+
+    Args:
+        module: stays as it is; a copy that shares its parameters is traced.
+        mode: trace in this training mode; None for the mode that each module is in.
+
+    Raises:
+        NotCertain: the graph would not always be right.
+    """
+    if "forward" in vars(module):
+        raise NotCertain("its forward was replaced")
+    names = ", ".join(required_parameters(module))
+    try:
+        copied = skeleton(module)
+        if mode is not None:
+            copied.train(mode)
+    except Exception as error:  # a module may hold anything
+        raise NotCertain(f"it cannot be copied: {first_line(error)}") from None
+    versions, drawn = [b._version for b in copied.buffers()], random_state()
+    everything = list(copied.modules())
+    values, before = plain_values(containers(copied)), plain_values(everything)
+    # The tracer makes a placeholder of each argument of the forward that it finds.
+    plain = type(copied)
+    forward = eval(f"lambda self, {names}: forward(self, {names})", {"forward": plain.forward})
+    copied.__class__ = type(plain.__name__, (plain,), {"forward": forward})
+    try:
+        graph = Tracer().trace(copied)
+    except NotCertain:
+        raise
+    except Exception as error:  # whatever a forward does that cannot be traced
+        raise NotCertain(f"it cannot be traced: {first_line(error)}") from None
+    if random_state() != drawn:
+        raise NotCertain("its forward draws random numbers that decide what it does")
+    stored = (v for m in everything for v in vars(m).values())
+    if (
+        [b._version for b in copied.buffers()] != versions
+        or plain_values(everything) != before
+        or any(isinstance(v, fx.Proxy) for v in stored)
+    ):
+        raise NotCertain("its forward changes its own state")
+    return graph, values
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+# Groups --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """What becomes one call: names of modules, and the activation between."""
+
+    conv: str
+    before: str | None = None
+    act: Act = Act()
+    act_module: str | None = None
+    after: str | None = None
+    nodes: list[fx.Node] = field(default_factory=list, repr=False)
+
+
+def activation_at(node: fx.Node, modules: dict[str, nn.Module]) -> Act | None:
+    """The activation that ``node`` computes of its first argument, if the kernel has it."""
+    if node.op == "call_module":
+        module = modules[node.target]
+        try:
+            return None if has_hooks(module) or isinstance(module, nn.Identity) else activation_of(module)
+        except ValueError:
+            return None
+    functions = {
+        "relu": ("relu", "relu_", F.relu, F.relu_, torch.relu, torch.relu_),
+        "relu6": (F.relu6,),
+        "silu": (F.silu,),
+        "hardswish": (F.hardswish,),
+    }
+    if node.op not in ("call_method", "call_function") or set(node.kwargs) - {"inplace", "input"}:
+        return None
+    if any(isinstance(a, fx.Node) for a in node.args[1:]):
+        return None
+    return next((Act(name) for name, targets in functions.items() if node.target in targets), None)
+
+
+def why_not(node: fx.Node, modules: dict[str, nn.Module], calls: Counter) -> str | None:
+    """Why the module called at ``node`` must be called as it is, or None."""
+    module = modules[node.target]
+    if has_hooks(module):
+        return "it has hooks"
+    if calls[id(module)] > 1:
+        return f"it is called {calls[id(module)]} times"
+    if len(node.args) != 1 or node.kwargs:
+        return "it is not called with one input"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return None
+
+
+def find_groups(graph: fx.Graph, module: nn.Module) -> tuple[list[Group], dict[str, str]]:
+    """The groups in ``graph``, and why other convolutions and batch norms are left alone, by name.
+
+    A norm goes to the convolution behind it where it can: that costs no second convolution. Its result,
+    and the activation's, must go nowhere else, and nothing may happen between the three: what runs there
+    could change the norm's input in place.
+    """
+    modules = dict(module.named_modules(remove_duplicate=False))
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(id(modules[node.target]) for node in called)
+    alone: dict[str, str] = {}
+    convs, norms = {}, {}
+    for node in called:
+        kind = type(modules[node.target])
+        if not issubclass(kind, (nn.Conv2d, *NORMS)):
+            continue
+        reason = why_not(node, modules, calls)
+        if kind is not nn.Conv2d and kind not in NORMS:
+            reason = f"it is a {kind.__name__}"
+        if reason:
+            alone[node.target] = reason
+        else:
+            (convs if kind is nn.Conv2d else norms)[node] = node.target
+    groups, taken = [], set()
+    for node, name in convs.items():
+        group = Group(name, nodes=[node])
+        source, act, act_module = node.args[0], Act(), None
+        if source not in norms and isinstance(source, fx.Node) and (found := activation_at(source, modules)):
+            act, act_module = found, source.target if source.op == "call_module" else None
+            source = source.args[0] if source.args else source.kwargs.get("input")
+        between = list(itertools.takewhile(lambda n: n is not node, nodes_from(source)))
+        padded = modules[name].padding_mode != "zeros" or modules[name].padding == "same"
+        if source in norms and not padded and len(between) == 1 + (act != Act()):
+            if all(len(n.users) == 1 for n in between):
+                group.before, group.act, group.act_module = norms[source], act, act_module
+                group.nodes = [*between, node]
+                taken.add(source)
+        groups.append(group)
+    for group in groups:
+        node = group.nodes[-1]
+        user = next(iter(node.users), None)
+        if len(node.users) == 1 and user in norms and user not in taken and user.args[0] is node:
+            group.after = norms[user]
+            group.nodes.append(user)
+            taken.add(user)
+        if group.before is None and group.after is None:
+            users = len(node.users)
+            alone[group.conv] = f"its output has {users} users" if users > 1 else "no batch norm is next to it"
+    for node, name in norms.items():
+        if node not in taken:
+            alone[name] = "no convolution before or behind it takes its input or its result alone"
+    for name, m in modules.items():
+        if isinstance(m, (nn.Conv2d, *NORMS)) and not calls[id(m)]:
+            alone.setdefault(name, "this forward does not call it by itself")
+    return [g for g in groups if g.before or g.after], alone
+
+
+def nodes_from(node) -> Iterator[fx.Node]:
+    """``node`` and those behind it in the graph's order."""
+    while isinstance(node, fx.Node) and node.op != "root":
+        yield node
+        node = node.next
+
+
+def compile_forward(graph: fx.Graph, groups: list[Group], options: dict, name: str) -> Callable:
+    """``graph`` as a function of the module and its inputs, each group one call of the kernel."""
+    for group in groups:
+        first, last = group.nodes[0], group.nodes[-1]
+        with graph.inserting_before(next(n for n in group.nodes if n.target == group.conv)):
+            names = (group.conv, group.before, group.act_module, group.after)
+            conv, before, act, after = (graph.get_attr(n) if n else None for n in names)
+            act = act or (tuple(group.act) if group.act.name != "none" else None)
+            call = graph.call_function(call_group, (first.args[0], conv, before, act, after), options)
+        last.replace_all_uses_with(call)
+        for node in reversed(group.nodes):
+            graph.erase_node(node)
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, f"<forward of {name}, fused>", "exec"), namespace)
+    return namespace["forward"]
+
+
+def call_group(
+    input: Tensor,
+    conv: nn.Conv2d,
+    norm_before: nn.Module | None,
+    activation: nn.Module | tuple | None,
+    norm_after: nn.Module | None,
+    recompute_conv: bool,
+    slab_size: int | str | None,
+) -> Tensor:
+    """One group, by the kernel where it still can be."""
+    act = Act(*activation) if isinstance(activation, tuple) else activation
+    plain = type(conv) is nn.Conv2d and all(n is None or type(n) in NORMS for n in (norm_before, norm_after))
+    if not plain:  # parametrised since, for example
+        x = input if norm_before is None else norm_before(input)
+        if act is not None:
+            x = act.forward(x)
+        return conv(x) if norm_after is None else norm_after(conv(x))
+    if recompute_conv or norm_after is None:
+        return call_block(input, conv, norm_before, act, norm_after, slab_size)
+    if norm_before is None and not algebra_pays_for(input, conv, act, norm_after):
+        return norm_after(conv(input))
+    if algebra_pays_for(input, conv, act, norm_after):
+        return call_block(input, conv, norm_before, act, norm_after, slab_size, "algebra")
+    return norm_after(call_block(input, conv, norm_before, act, None, slab_size))
+
+
+# The new forward -----------------------------------------------------------------------------------------
+
+
+class Plan:
+    """The forwards of one module: a graph for each set of values that its containers have had."""
+
+    def __init__(self, recompute_conv: bool = True, slab_size: int | str | None = None) -> None:
+        self.options = {"recompute_conv": recompute_conv, "slab_size": slab_size}
+        self.forwards: dict[tuple, Callable | None] = {}
+        self.by_mode: dict[bool, Callable] = {}
+
+    def __reduce__(self):
+        return Plan, tuple(self.options.values())
+
+    def prepare(self, module: nn.Module) -> Plan:
+        """Trace ``module`` in both modes.
+
+        Raises:
+            NotCertain: from `trace`.
+        """
+        self.forwards.clear()
+        self.required = required_parameters(module)
+        self.containers = containers(module)
+        self.children = [(m._modules, tuple(m._modules.values())) for m in self.containers]
+        self.hooks = [getattr(m, kind) for m in module.modules() for kind in HOOKS]
+        for mode in (False, True):  # the groups that are kept for the report are those of training
+            self.by_mode[mode] = self.add(module, mode)
+        return self
+
+    def add(self, module: nn.Module, mode: bool | None = None) -> Callable:
+        """Trace ``module`` and keep the forward."""
+        graph, values = trace(module, mode)
+        self.groups, self.alone = find_groups(graph, module)
+        forward = compile_forward(graph, self.groups, self.options, type(module).__name__)
+        self.forwards[values, self.hooked()] = forward
+        return forward
+
+    def hooked(self) -> tuple[int, ...]:
+        """Which hooks there are: a module with hooks is called as it is."""
+        return tuple(i for i, hooks in enumerate(self.hooks) if hooks)
+
+    def forward(self, module: nn.Module) -> Callable | None:
+        """The forward for ``module`` as it stands now; None where its own must do."""
+        if torch.compiler.is_compiling():  # which watches all of this itself
+            return self.by_mode[module.training]
+        try:
+            if any(tuple(now.values()) != then for now, then in self.children):
+                self.prepare(module)
+            key = plain_values(self.containers), self.hooked()
+            return self.forwards[key] if key in self.forwards else self.add(module)
+        except NotCertain:
+            self.forwards[key] = None
+        return None
+
+
+class Fused(nn.Module):
+    """Mixed into the class of a module whose forward is fused."""
+
+    def forward(self, *args, **kwargs):
+        plan = vars(self).get("_plan")  # a slice of a Sequential, say, has none
+        if plan is None:
+            return super().forward(*args, **kwargs)
+        missing = plan.required[len(args) :]
+        if len(kwargs) == len(missing) and all(name in kwargs for name in missing):
+            run = plan.forward(self)
+            if run is not None and len(args) <= len(plan.required):
+                return run(self, *args, *(kwargs[name] for name in missing))
+        return super().forward(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        return new_fused, (plain_class(self),), vars(self)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "_plan" in vars(self):
+            self._plan.prepare(self)
+
+
+@functools.cache
+def fused_class(plain: type[nn.Module]) -> type[Fused]:
+    return type("Fused" + plain.__name__, (Fused, plain), {"__module__": plain.__module__})
+
+
+def new_fused(plain: type[nn.Module]) -> Fused:
+    cls = fused_class(plain)
+    return cls.__new__(cls)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module`` without `Fused`."""
+    return type(module).__mro__[2] if isinstance(module, Fused) else type(module)
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undo `fuse_conv_bn`, in place."""
+    for module in model.modules():
+        vars(module).pop("_plan", None)
+        if isinstance(module, Fused):
+            module.__class__ = plain_class(module)
+    vars(model).pop("fusion_report", None)
+    return model
+
+
+def fuse_conv_bn(
+    model: nn.Module, recompute_conv: bool = True, slab_size: int | str | None = None
+) -> nn.Module:
+    unfuse(model)
+    report = FusionReport(recompute_conv)
+    fuse_inside(model, "", report, {"recompute_conv": recompute_conv, "slab_size": slab_size})
+    model.fusion_report = report
+    return model
+
+
+def fuse_inside(module: nn.Module, name: str, report, options: dict) -> None:
+    """Fuse ``module``, or where it cannot be traced, what is in it."""
+    prefix = name + "." if name else ""
+    try:
+        plan = Plan(**options).prepare(module)
+        if plan.groups:
+            module._plan = plan
+            module.__class__ = fused_class(type(module))
+            report.groups += [(prefix, group) for group in plan.groups]
+        report.alone |= {prefix + n: reason for n, reason in plan.alone.items()}
+    except NotCertain as reason:
+        children = list(module.named_children())
+        if children:
+            report.untraced[name or "the model"] = str(reason)
+        for child_name, child in children:
+            fuse_inside(child, prefix + child_name, report, options)
+
+
+@dataclass
+class FusionReport:
+    recompute_conv: bool
+    groups: list = field(default_factory=list)
+    alone: dict = field(default_factory=dict)
+    untraced: dict = field(default_factory=dict)

@@ -16,6 +16,7 @@ From top to bottom: how a batch is cut and laid out; `enter`, what happens befor
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -54,8 +55,9 @@ __all__ = [
 
 # Bytes of one slab where `slab_size` is None. On a CPU a slab should stay in a core's cache between the
 # steps that use it; on an accelerator it must be large enough to fill the device.
-SLAB_BYTES = {"cpu": 1 << 21}
+SLAB_BYTES = {"cpu": 1 << 22}
 SLAB_BYTES_ACCELERATOR = 1 << 27
+MATRIX_PIXELS = 256  # from so many pixels on a matrix product is as fast as the library's convolution
 
 
 def slabs(n: int, image_bytes: int, weight: Tensor, slab_size: int) -> list[slice]:
@@ -83,6 +85,28 @@ def output_size(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[in
         (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     ]
+
+
+def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, out: Tensor | None = None) -> Tensor:
+    """conv(a), in ``out`` if that is given.
+
+    On a CPU a pointwise convolution of large images is a matrix product, which writes where it is told to.
+    """
+    if bias is None and a.is_cpu and is_matrix(weight, conv) and a[0, 0].numel() >= MATRIX_PIXELS:
+        plain = a.is_contiguous() and weight.is_contiguous() and (out is None or out.is_contiguous())
+        if plain and a.dtype in (torch.float32, torch.float64):
+            if out is None:
+                out = a.new_empty(len(a), len(weight), *a.shape[2:])
+            torch.bmm(weight.flatten(1).expand(len(a), -1, -1), a.flatten(2), out=out.flatten(2))
+            return out
+    y = F.conv2d(a, weight, bias, *conv)
+    return y if out is None else out.copy_(y)
+
+
+def is_matrix(weight: Tensor, conv: Conv) -> bool:
+    """Whether the convolution multiplies each pixel with one matrix."""
+    every = conv.stride == [1, 1] and conv.padding == [0, 0] and conv.groups == 1
+    return every and weight.shape[2:] == (1, 1)
 
 
 def empty_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
@@ -185,8 +209,8 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
 class Entry(NamedTuple):
     """The way from x to the convolution's input a, with what is the same for every slab."""
 
-    mean: Tensor | None  # these three (C, 1, 1), None without a norm before
-    scale: Tensor | None
+    pre: Norm | None
+    scale: Tensor | None  # γ₁/σ₁ and β₁, (C, 1, 1)
     beta: Tensor | None
     act: Act
 
@@ -194,18 +218,32 @@ class Entry(NamedTuple):
     def of(cls, pre: Norm | None, scale: Tensor | None, act: Act) -> Entry:
         if pre is None:
             return cls(None, None, None, act)
-        beta = None if pre.beta is None else per_channel(pre.beta)
-        return cls(per_channel(pre.mean), per_channel(scale), beta, act)
+        return cls(pre, per_channel(scale), None if pre.beta is None else per_channel(pre.beta), act)
 
     def __call__(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
         """u = γ₁ (x - μ₁)/σ₁ + β₁, or a where the activation's backward takes that for u; and a = act(u)."""
-        if self.mean is None:
+        pre = self.pre
+        if pre is None:
             u = x_s if self.act.name == "none" else x_s.clone()
+        elif x_s.is_cpu and x_s.dtype == pre.mean.dtype:  # one sweep instead of three
+            u = torch.batch_norm(x_s, pre.gamma, pre.beta, pre.mean, pre.var, False, 0.0, pre.eps, False)
         else:
-            u = (x_s.to(self.mean.dtype) - self.mean).mul_(self.scale)
+            u = centre(x_s, pre.mean).mul_(self.scale)
             if self.beta is not None:
                 u.add_(self.beta)
         return u, self.act.forward(u).to(x_s.dtype)
+
+
+class Once:
+    """A function's first result, for good."""
+
+    def __init__(self, function: Callable) -> None:
+        self.function, self.result = function, None
+
+    def __call__(self, *arguments):
+        if self.result is None:
+            self.result = self.function(*arguments)
+        return self.result
 
 
 def over_group(group: str, *vectors: Tensor) -> list[Tensor]:
@@ -247,19 +285,17 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     own = post is not None and post.mean is None
     if post is not None:
         weight, bias = (weight, None) if own else fold(weight, bias, post)
-    y = empty_output(x, weight, *conv[:3])
+    size = (weight.shape[0], *output_size(x, weight, *conv[:3]))
     # Off the CPU one large convolution is as good as many small ones, and y has to be whole in the end.
-    slices = slabs(len(x), max(x[:1].nbytes, y[:1].nbytes), weight, slab_size)
-    cut = slices if y.is_cpu or pre is not None else [slice(0, len(x))]
+    slices = slabs(len(x), max(x[:1].nbytes, math.prod(size) * x.element_size()), weight, slab_size)
+    cut = slices if x.is_cpu or pre is not None else [slice(0, len(x))]
+    y = empty_output(x, weight, *conv[:3]) if len(cut) > 1 else None
     enter, stats = Entry.of(pre, None if pre is None else scales(pre)[2], act), []
     for s in cut:
-        y_s = F.conv2d(enter(x[s])[1], weight, bias, *conv)
+        y_s = convolve(enter(x[s])[1], weight, bias, conv, y[s] if len(cut) > 1 else None)
         if own:
             stats += partial_stats(y_s)
-        if len(cut) > 1:
-            y[s] = y_s
-        else:
-            y = y_s
+        y = y if len(cut) > 1 else y_s
     if own:
         mean, var, m_2 = whole_stats(stats, post.group, dtype)
         post = post._replace(mean=mean, var=var)
@@ -309,6 +345,8 @@ def block_backward(
     var_1, inv_std_1, s_1 = (None, None, None) if pre is None else scales(pre)
     var_2, inv_std_2, s = (None, None, None) if post is None else scales(post)
     enter = Entry.of(pre, s_1, act)
+    if not many and slab_size == 0:  # a batch that is small enough is entered once, a larger one in each sweep
+        enter = Once(enter)
     # The bias moves y; from here on, μ₂ is the mean of the y without it.
     if post is not None and bias is not None and constant[1]:
         post = post._replace(mean=post.mean - bias)
@@ -338,7 +376,7 @@ def block_backward(
         W = weight.flatten(1).to(G.dtype)
         W_s, W_a = s[:, None] * W, a[:, None] * W
         dw = (s[:, None] * G + W_a @ R).reshape(weight.shape) if need_w else None
-        kernels = [k.T[:, :, None, None].to(x.dtype) for k in (W_s, W_a.T @ W)] + [
+        kernels = [k.T.contiguous()[:, :, None, None].to(x.dtype) for k in (W_s, W_a.T @ W)] + [
             (W.T @ b.to(W.dtype)).to(x.dtype)
         ]
     for i in cut if need_a or (need_dy and not gram) else ():
@@ -412,7 +450,7 @@ def sums_by_recomputing(dz, x, cut, weight, enter: Entry, post, conv, need_y: bo
             continue
         # y must be forward's y to the last bit, or Σ (y - μ) is not 0 and a large gradient leaks through
         # it. So it is rounded where forward rounded it, and μ is subtracted after that.
-        y_s = F.conv2d(enter(x[s])[1], weight, None, *conv)
+        y_s = convolve(enter(x[s])[1], weight, None, conv)
         total = add_up(total, batch_norm_sums(dz[s], y_s, post.mean))
         if keep is not None:
             keep(s, y_s)
@@ -453,7 +491,7 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
     G = Σ_s G_s + (Σ dz)_s dᵀ and R = Σ_s R_s + n_s d dᵀ. The mean of all is that of the process group's batch:
     then what dw takes from it sums to the right gradient over the processes, not in each.
     """
-    dtype, wide, G, R, parts = stats_dtype(x.dtype), wide_dtype(x), 0, 0, []
+    dtype, wide, products, parts = stats_dtype(x.dtype), wide_dtype(x), None, []
     for s in cut:
         a_s = columns(enter(x[s])[1], weight, conv).to(dtype)
         dz_s = dz[s].to(dtype)
@@ -461,15 +499,18 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
         mean_s = a_s.sum(CHANNELS).div_(n)
         a_s = a_s - per_channel(mean_s)
         rest = a_s.sum(CHANNELS).div_(n)  # the rounding error of mean_s
-        G, R = G + product(dz_s, a_s).to(wide), R + product(a_s, a_s).to(wide)
         parts.append((n, mean_s, rest, dz_s.sum(CHANNELS)))
+        of_slab = product(dz_s, a_s), product(a_s, a_s)
+        products = of_slab if len(cut) == 1 else add_up(products, of_slab)
     sizes, *vectors = zip(*parts, strict=True)
     sizes = torch.tensor(sizes, dtype=wide, device=x.device)[:, None]
     means, rests, sums = (torch.stack(v).to(wide) for v in vectors)
     total, m = over_group(post.group, (sizes * (means + rests)).sum(0), sizes.sum())
-    mean = total / m
-    d = means - mean
-    return sums.sum(0), G + sums.T @ d, R + (sizes * d).T @ d, mean.to(dtype)
+    mean, (G, R) = total / m, products
+    if len(cut) > 1 or post.group:
+        d = means - mean
+        G, R = G + sums.T @ d, R + (sizes * d).T @ d
+    return sums.sum(0), G.to(dtype), R.to(dtype), mean.to(dtype)
 
 
 def algebra_grad_input(
@@ -479,7 +520,14 @@ def algebra_grad_input(
     kernel_dz, kernel_a, bias = kernels
     rows, columns = (slice(None, None, step) for step in conv.stride)
     a_centred = centre(a_s[:, :, rows, columns], a_mean).to(a_s.dtype)
-    da = F.conv2d(dz_s, kernel_dz).add_(F.conv2d(a_centred, kernel_a, bias))
+    same = Conv([1, 1], [0, 0], [1, 1], 1)
+    da = convolve(dz_s, kernel_dz, None, same)
+    if da.is_cpu and da.dtype == a_mean.dtype and da.is_contiguous() and a_centred.is_contiguous():
+        flat = da.flatten(2)
+        flat.baddbmm_(kernel_a.flatten(1).expand(len(da), -1, -1), a_centred.flatten(2))
+        da.add_(per_channel(bias))
+    else:
+        da.add_(F.conv2d(a_centred, kernel_a, bias))
     if da.shape == a_s.shape:
         return da
     sparse = torch.zeros_like(a_s)
@@ -760,13 +808,14 @@ def algebra_applies(input: Tensor, weight: Tensor, conv: Conv, plain: bool) -> b
 def algebra_pays(input: Tensor, weight: Tensor, size: list[int]) -> bool:
     """The rule of "auto": the two products with R and with ã must cost less than the convolution saved.
 
-    They cost about 2 C_in² a pixel (columns for a larger kernel), the convolution C_in C_out.
+    They cost 2 C_in² a pixel and 2 C_in² C_out once (with the columns of a larger kernel for C_in), the
+    convolution C_in C_out a pixel. A larger kernel needs no input gradient, but its columns laid out.
     """
     c_out, columns = weight.shape[0], weight[0].numel()
     pixels = input.shape[0] * size[0] * size[1]
     if weight.shape[2:] != (1, 1):
         return c_out >= 2 * columns
-    return c_out >= 1.5 * columns and pixels >= 8 * columns
+    return 2 * columns * (pixels + c_out) <= 1.25 * pixels * c_out
 
 
 def algebra_pays_for(input: Tensor, conv: nn.Conv2d, activation, norm_after: nn.Module) -> bool:

@@ -370,9 +370,9 @@ def test_auto_follows_the_rule():
     from helpers.fused import algebra_pays
 
     for c_in, c_out, shape, pays in (
-        (8, 16, (4, 8, 9, 9), True),
+        (8, 32, (4, 8, 9, 9), True),
         (8, 8, (4, 8, 9, 9), False),
-        (8, 16, (1, 8, 2, 2), False),
+        (8, 32, (1, 8, 2, 2), False),
     ):
         x, w = torch.zeros(shape), torch.zeros(c_out, c_in, 1, 1)
         assert algebra_pays(x, w, list(shape[2:])) == pays

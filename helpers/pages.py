@@ -1,15 +1,15 @@
 """Export the notebooks as pages: what `make html` calls.
 
-A page asks for nothing but the fonts beside it, and has no script: formulas become MathML here, and the style stands in
-the page. Template, style and fonts are in `template/`; the index page is made from the README.
+A page asks for nothing but the fonts beside it, and has no script: formulas become MathML here, and the style
+stands in the page. Template, style and fonts are in `template/`; the index page is made from the README.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import re
 import shutil
-import struct
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urldefrag
 
 import nbformat
+import PIL.Image
 from bs4 import BeautifulSoup, Tag
 from jinja2 import pass_context
 from math_core import LatexError, LatexToMathML
@@ -72,7 +73,8 @@ class Renderer(IPythonRenderer):
         try:
             return MATHML.convert_with_local_state(formula, displaystyle=display)
         except LatexError as error:
-            raise PageError(f"{self.where}: the formula {formula.strip()!r} does not convert: {error}") from None
+            problem = f"the formula {formula.strip()!r} does not convert: {error}"
+            raise PageError(f"{self.where}: {problem}") from error
 
     def block_code(self, code: str, info: str | None = None) -> str:
         return PLAIN.sub(r"\1", super().block_code(code, info))
@@ -115,14 +117,16 @@ class Exporter(HTMLExporter):
 # What the text of a page still needs ---------------------------------------------------------------------
 
 
-def png_width(src: str) -> int | None:
-    """Pixels across of a PNG in a data URI."""
-    head = src.removeprefix("data:image/png;base64,")[:32]
-    return struct.unpack(">I", base64.b64decode(head)[16:20])[0] if len(head) == 32 and head != src[:32] else None
+def shown_width(src: str) -> int | None:
+    """How many pixels across a PNG in a data URI is to be shown: a figure's inch has 100."""
+    if not src.startswith("data:image/png;base64,"):
+        return None
+    with PIL.Image.open(io.BytesIO(base64.b64decode(src.partition(",")[2]))) as image:
+        return round(100 * image.width / image.info.get("dpi", (100,))[0])
 
 
 def finish_formulas(soup: BeautifulSoup) -> None:
-    """Braces keep their distance, what is stretched has a class, primes stand at their height, long ones scroll."""
+    """Braces keep their distance, primes stand at their height, and a long formula in the text can scroll."""
     for operator in soup.main("mo", string=["\u23de", "\u23df", "→", "←"]):
         script = operator.parent
         if script.name in ("munder", "mover", "munderover"):
@@ -145,7 +149,7 @@ def frame_images(soup: BeautifulSoup) -> None:
         if card.name == "p":
             card.name = "div"
         card["class"], card["tabindex"] = [*card.get("class", []), "figure"], "0"
-        width = image.get("width") or png_width(image["src"])
+        width = image.get("width") or shown_width(image["src"])
         if width:
             image["style"] = f"--width: {width}px"
 
@@ -217,7 +221,7 @@ class Site:
         return address
 
     def keep_notebook(self, path: Path, notebook: nbformat.NotebookNode) -> str:
-        """Put the notebook beside the pages without its outputs, which the page shows, and return its address."""
+        """Put the notebook beside the pages, without the outputs that its page shows; return its address."""
         bare = deepcopy(notebook)
         for cell in bare.cells:
             if cell.cell_type == "code":
@@ -294,7 +298,8 @@ def made(notebook: nbformat.NotebookNode) -> str:
     about = notebook.metadata.get("collection", {})
     if not {"date", "torch", "device"} <= about.keys():
         return ""
-    return f"The outputs on this page were made on {about['date']}: PyTorch {about['torch']}, device {about['device']}."
+    with_what = f"PyTorch {about['torch']}, device {about['device']}"
+    return f"The outputs on this page were made on {about['date']}: {with_what}."
 
 
 def index_source(readme: str) -> str:

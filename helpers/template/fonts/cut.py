@@ -21,7 +21,7 @@ MATH = [
     *[(0x20, 0x7E), (0xA0, 0xFF), (0x131, 0x131), (0x237, 0x237), (0x2C6, 0x2C7), (0x2D8, 0x2DD)],
     *[(0x300, 0x30C), (0x332, 0x333), (0x338, 0x338), (0x391, 0x3F6), (0x2010, 0x2026), (0x2032, 0x2035)],
     *[(0x2044, 0x2044), (0x2061, 0x2063), (0x20D0, 0x20E1), (0x2100, 0x214F), (0x2190, 0x21D5)],
-    *[(0x2200, 0x22FF), (0x2308, 0x230B), (0x23B4, 0x23B5), (0x23DC, 0x23E1), (0x27E6, 0x27F9)],
+    *[(0x2200, 0x22FF), (0x2308, 0x230B), (0x23B4, 0x23B5), (0x23DC, 0x23E1), (0x27E6, 0x27FF)],
     *[(0x2A00, 0x2A0C), (0x2A7D, 0x2A7E), (0xFE00, 0xFE00)],
     # Of the mathematical alphabets: bold, italic, script, sans serif; Greek in bold and italic; digits.
     *[(0x1D400, 0x1D467), (0x1D49C, 0x1D4CF), (0x1D5A0, 0x1D5D3), (0x1D6A4, 0x1D71B), (0x1D7CC, 0x1D7E1)],
@@ -35,9 +35,8 @@ FONTS = {
 
 
 def cut(source: Path, target: Path, name: str, ranges: list[tuple[int, int]], features: list[str]) -> None:
-    options = subset.Options(
-        flavor="woff2", layout_features=features, hinting=False, notdef_outline=True, name_IDs=[0, 1, 2, 4, 6, 13]
-    )
+    options = subset.Options(flavor="woff2", layout_features=features, hinting=False, notdef_outline=True)
+    options.name_IDs = [0, 1, 2, 4, 6, 13]
     font = subset.load_font(source, options)
     subsetter = subset.Subsetter(options)
     subsetter.populate(unicodes=[code for first, last in ranges for code in range(first, last + 1)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import mimetypes
 import re
 import shutil
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class Renderer(IPythonRenderer):
     """nbconvert's, with MathML in the place of TeX; ``where`` names the notebook and the cell."""
 
     def __init__(self, where: str, **options):
-        super().__init__(escape=False, embed_images=True, **options)
+        super().__init__(escape=False, **options)
         self.where = where
 
     def mathml(self, formula: str, display: bool) -> str:
@@ -105,12 +106,8 @@ class Exporter(HTMLExporter):
     @pass_context
     def markdown2html(self, context, source: str) -> str:
         """The filter of that name: Markdown to HTML."""
-        cell, metadata = context["cell"], context["resources"]["metadata"]
-        renderer = Renderer(
-            f"{metadata['name']}, cell {cell['id']}",
-            attachments=cell.get("attachments", {}),
-            path=metadata["path"],
-        )
+        cell, name = context["cell"], context["resources"]["metadata"]["name"]
+        renderer = Renderer(f"{name}, cell {cell['id']}", attachments=cell.get("attachments", {}))
         return MarkdownWithMath(renderer=renderer).render(source)
 
 
@@ -142,9 +139,13 @@ def finish_formulas(soup: BeautifulSoup) -> None:
             formula.wrap(soup.new_tag("span", attrs={"class": "long", "tabindex": "0"}))
 
 
-def frame_images(soup: BeautifulSoup) -> None:
-    """Each image gets a card to stand on, and its width, so that nothing moves while the page loads."""
+def frame_images(soup: BeautifulSoup, folder: Path) -> None:
+    """Each image comes into the page, gets a card to stand on, and its width, so that nothing moves later."""
     for image in soup.main("img"):
+        path = folder / unquote(image["src"])
+        if not image["src"].startswith("data:") and path.is_file():
+            kind, _ = mimetypes.guess_type(path)
+            image["src"] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
         card = image.parent
         if card.name == "p":
             card.name = "div"
@@ -262,15 +263,14 @@ def rewrite_links(main: Tag, site: Site, folder: Path, name: str) -> None:
 def make_page(notebook: nbformat.NotebookNode, page: Page, site: Site, folder: Path) -> str:
     """The notebook as HTML; its relative links start in ``folder``."""
     name = Path(page.notebook).name or "README.md"
-    metadata = {"name": name, "path": str(folder)}
-    html, _ = Exporter().from_notebook_node(notebook, {"metadata": metadata, "page": page})
+    html, _ = Exporter().from_notebook_node(notebook, {"metadata": {"name": name}, "page": page})
     soup = BeautifulSoup(html, "html.parser")
     for tag in soup.main(["script", "style", "iframe", "link"]):
         tag.decompose()
     for pre in soup.main("pre"):
         pre["tabindex"] = "0"
     finish_formulas(soup)
-    frame_images(soup)
+    frame_images(soup, folder)
     frame_tables(soup)
     make_ids_unique(soup)
     fill_contents(soup)

@@ -1,5 +1,6 @@
 """The exported pages: what is in them, and what a browser and axe-core say of them, offline."""
 
+import base64
 import re
 import runpy
 import shutil
@@ -92,6 +93,9 @@ def problems(page):
     for table in page("table"):
         if not table("th"):
             found.append(f"a table without headers: {table.get_text(' ', strip=True)[:60]}")
+    for fold in page("details"):
+        if len(fold.get_text(strip=True)) <= len(fold.summary.get_text(strip=True)):
+            found.append(f"nothing is folded into {fold.summary.get_text(strip=True)}")
     found += [f"there is a <{tag.name}>" for tag in page(["script", "iframe", "object", "embed"])]
     return found
 
@@ -109,11 +113,13 @@ FAULTS = {
     "without alt text": ('alt="a picture of something"', ""),
     "from elsewhere": ("data:image", "https://example.org/image"),
     "without headers": ("th>", "td>"),
+    "nothing is folded into s": ("f</details>", "</details>f"),
     "there is a <script>": ("</body>", "<script></script></body>"),
 }
 GOOD = (
     '<html lang="en"><title>t</title><body><h1>a</h1><h2 id="x">b</h2><h3>c</h3>'
-    '<img src="data:image/png;base64," alt="a picture of something"><table><th>d</th></table></body></html>'
+    '<img src="data:image/png;base64," alt="a picture of something"><table><th>d</th></table>'
+    "<details><summary>s</summary>f</details></body></html>"
 )
 
 
@@ -250,6 +256,15 @@ def test_a_figure_is_shown_at_the_size_it_was_drawn_for(pages):
     [image] = pages["index"].main("img")
     assert 600 <= shown_width(image["src"]) <= 1000
     assert shown_width("data:image/svg+xml;base64,PHN2Zz4=") is None
+
+
+def test_an_image_beside_the_text_comes_into_the_page(make, tmp_path):
+    (tmp_path / "a dot.png").write_bytes(base64.b64decode(PNG))
+    page = make(
+        [text("# One\n\n![a small dot](a%20dot.png)\n\n<details><summary>s</summary>\n\nf\n\n</details>")]
+    )
+    assert [image["src"] for image in page.main("img")] == [f"data:image/png;base64,{PNG}"]
+    assert page.main.details.get_text(strip=True) == "sf"
 
 
 @pytest.mark.parametrize("count", [1, 12])

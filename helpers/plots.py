@@ -22,6 +22,7 @@ COLOURS = {
     "checkpoint": "#999999",
     "whole batch": "#56B4E9",
     "fused": "#0072B2",
+    "in place": "#009E73",
     "other": "#666666",
 }
 
@@ -98,6 +99,7 @@ def label_lines(ax, fontsize: float = 9) -> None:
 
     Call it last, when the limits are set. Labels that would touch are moved apart.
     """
+    ax.figure.draw_without_rendering()  # the layout is settled
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
     points = 72 / ax.figure.dpi

@@ -21,7 +21,6 @@ import importlib.metadata
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -231,6 +230,7 @@ def run_notebook(
     Raises:
         NotebookFailure: a cell raised an error, or the kernel died.
     """
+    import nbformat
     import papermill
     from nbclient.exceptions import CellControlSignal, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -249,6 +249,10 @@ def run_notebook(
             cwd=ROOT,
             **client_options(on_cell, at),
         )
+        # The metadata came from the committed notebook, and the outputs did not.
+        notebook = nbformat.read(partial, as_version=4)
+        notebook["metadata"]["collection"] = provenance(path, notebook, values)
+        write_notebook(partial, notebook)
         os.replace(partial, out)
     except (PapermillExecutionError, DeadKernelError, CellControlSignal) as error:
         kept = folder / f"{path.stem}.failed.ipynb"
@@ -353,15 +357,20 @@ def write_notebook(path: Path, notebook: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def provenance() -> dict[str, str]:
-    """What the outputs of a refreshed notebook were made with."""
+def provenance(path: Path, notebook: dict, values: dict[str, Any] | None = None) -> dict[str, str]:
+    """What the outputs of ``notebook`` were made with, by this interpreter; ``path`` declares its parameters.
+
+    A notebook without the parameter DEVICE runs on the CPU.
+    """
     import torch
 
     sys.path.insert(0, str(ROOT))
     from helpers.mnist import pick_device
 
-    device = pick_device("auto")
+    defaults = {p.name: p.default for p in read_parameters(path).values()}
+    device = pick_device({**defaults, **(values or {})}.get("DEVICE", "cpu"))
     return {
+        "code_sha256": code_hash(notebook),
         **{name: importlib.metadata.version(name) for name in ("torch", "torchvision")},
         "python": ".".join(map(str, sys.version_info[:3])),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
@@ -400,7 +409,7 @@ def refresh_notebook(path: Path, figures: Path = MEASUREMENTS) -> None:
         "name": "python",
         "pygments_lexer": "ipython3",
     }
-    notebook["metadata"]["collection"] = {"code_sha256": code_hash(notebook), **provenance()}
+    notebook["metadata"]["collection"] = provenance(path, notebook)
     write_notebook(path, notebook)
 
     pngs = [
@@ -435,22 +444,20 @@ def refresh(names: Sequence[str]) -> int:
 
 
 def html(source: Path = NOTEBOOKS, folder: Path = HTML) -> int:
-    """Export the notebooks of ``source`` as pages in ``folder``."""
-    from nbconvert import HTMLExporter
+    """Export the notebooks of ``source`` as pages in ``folder``; 1 if there are none or one fails, else 0."""
+    sys.path.insert(0, str(ROOT))
+    from helpers.pages import PageError, export
 
     paths = find_notebooks(source)
     if not paths:
         print(f"there are no notebooks in {source}: `make run` comes first", file=sys.stderr)
         return 1
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.html"):
-        stale.unlink()
-    for path in paths:
-        page, _ = HTMLExporter(template_name="classic").from_filename(str(path))
-        # Chapters link to each other's notebooks; their pages link to each other's pages.
-        page = re.sub(r'(href="\d\d_\w+)\.ipynb(["#])', r"\1.html\2", page)
-        (folder / f"{path.stem}.html").write_text(page, encoding="utf-8")
-    print(f"{len(paths)} pages are in {os.path.relpath(folder)}")
+    try:
+        names = export(paths, folder, base=NOTEBOOKS if source == EXECUTED else source)
+    except PageError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{len(names)} pages are in {os.path.relpath(folder)}: open {os.path.relpath(folder / names[0])}")
     return 0
 
 

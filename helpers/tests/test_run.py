@@ -1,5 +1,6 @@
 """The runner: parameters, failures, interrupts, refreshed notebooks and exported pages."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -424,12 +425,29 @@ def test_refresh_that_fails_leaves_the_file(write_pages, capsys):
 def test_html(write_pages, tmp_path, capsys):
     path = write_pages("01_a", "print('out' + 'put')")
     notebook = nbformat.read(path, 4)
-    notebook.cells[0].source = "# 1. Alpha\n\n[next](02_b.ipynb#part), [code](https://example.org/x.ipynb)"
+    notebook.cells[0].source = "# 1. Alpha\n\nAbout $a$."
     nbformat.write(notebook, path)
     runner.refresh_notebook(path)
     assert runner.html(path.parent, tmp_path / "html") == 0
+    assert "2 pages are in" in capsys.readouterr().out
     page = (tmp_path / "html" / "01_a.html").read_text()
-    assert 'href="02_b.html#part"' in page and "https://example.org/x.ipynb" in page
-    assert "Alpha" in page and "output" in page
+    assert "Alpha" in page and "output" in page and "<math>" in page
     assert runner.html(tmp_path / "empty", tmp_path / "html") == 1
     assert "`make run` comes first" in capsys.readouterr().err
+    notebook.cells[0].source = r"$\nosuchcommand$"
+    nbformat.write(notebook, path)
+    assert runner.html(path.parent, tmp_path / "html") == 1
+    assert "01_a.ipynb, cell title: the formula '\\\\nosuchcommand' does not" in capsys.readouterr().err
+
+
+def test_an_executed_notebook_says_with_what(write_pages, tmp_path):
+    """Its metadata comes from the committed notebook, whose outputs are not shown any more."""
+    parameters = "DEVICE: str = 'nowhere'  # where"
+    path = write_pages("01_a", "print(DEVICE)", parameters=parameters)
+    notebook = nbformat.read(path, 4)
+    notebook.metadata["collection"] = {"torch": "0.1", "device": "abacus", "date": "1970-01-01"}
+    nbformat.write(notebook, path)
+    out = nbformat.read(runner.run_notebook(path, tmp_path / "out", {"DEVICE": "cpu"}), 4)
+    made = out.metadata["collection"]
+    assert made["device"] == "cpu" and made["torch"] == importlib.metadata.version("torch")
+    assert made["code_sha256"] == code_hash(out) and made["date"] > "2020"

@@ -74,7 +74,7 @@ def norm_geometry(ax) -> None:
 
     def at(a, b, c):
         """a along 1, b along ŷ, c upward, in an oblique view."""
-        return a + 0.62 * b, 0.42 * b - 0.08 * a + c
+        return a + 0.32 * b, 0.5 * b - 0.08 * a + c
 
     def arrow(start, end, colour, label, shift):
         look = dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=0, shrinkB=0)
@@ -89,7 +89,7 @@ def norm_geometry(ax) -> None:
     arrow(origin, tip, "#D55E00", "dz", (0.05, 0.03))
     arrow(foot, tip, "#0072B2", "σ/γ · dy", (0.08, -0.6))
     ax.plot(*zip(origin, foot, strict=True), color="#D55E00", linestyle=":")
-    ax.set(title="Outside the plane of 1 and ŷ", xlim=(-0.7, 4.2), ylim=(-0.6, 2.1), aspect="equal")
+    ax.set(title="Outside the plane of 1 and ŷ", xlim=(-0.5, 3.6), ylim=(-0.6, 2.1), aspect="equal")
     ax.axis("off")
 
 

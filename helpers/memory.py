@@ -20,7 +20,15 @@ from dataclasses import dataclass, field
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-__all__ = ["MemoryTrace", "SavedTensor", "describe_device", "memory_device", "saved_tensors"]
+__all__ = [
+    "MemoryTrace",
+    "SavedTensor",
+    "describe_device",
+    "memory_device",
+    "saved_by",
+    "saved_tensors",
+    "storage_address",
+]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr at every start otherwise
 
@@ -169,6 +177,24 @@ class SavedTensor:
     dtype: torch.dtype
     storage: int
     nbytes: int
+
+
+def storage_address(t: torch.Tensor) -> int:
+    """Where the memory of ``t`` begins; views of one memory have the same."""
+    return t.untyped_storage().data_ptr()
+
+
+def saved_by(function, *inputs: torch.Tensor):
+    """``(function(*inputs), [each tensor that autograd saves meanwhile, in order])``."""
+    saved = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = function(*inputs)
+    return output, saved
 
 
 def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor, include_parameters: bool = False):

@@ -68,6 +68,7 @@ def test_the_ratios_are_the_committed_record():
 
 def test_links_and_paths_lead_somewhere():
     assert missing(README) == []
+    assert missing((ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")) == []
     assert missing("[a](notebooks/99_x.ipynb) `helpers/gone.py` [b](https://x.org/y) `data/MNIST/raw/`") == [
         "notebooks/99_x.ipynb",
         "helpers/gone.py",

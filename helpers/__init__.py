@@ -2,6 +2,7 @@
 
 from helpers.batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
 from helpers.conv import conv2d_backward
+from helpers.fuse import FusionReport, fuse_conv_bn, unfuse
 from helpers.fused import (
     BatchNorm,
     FusedBlock2d,
@@ -18,11 +19,14 @@ __all__ = [
     "FusedBlockFunction",
     "FusedConvBN2d",
     "FusedConvBN2dFunction",
+    "FusionReport",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",
     "conv2d_backward",
+    "fuse_conv_bn",
     "fused_block2d",
     "fused_conv_bn2d",
+    "unfuse",
     "update_running_stats",
 ]

@@ -95,7 +95,8 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
 
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
-    if y.is_cpu and grad_out.dtype == y.dtype == mean.dtype and y.is_contiguous() and grad_out.is_contiguous():
+    one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
+    if y.is_cpu and one_dtype and dense:
         # The library's backward for constant statistics, asked for dγ and dβ at σ = 1: one sweep, with no
         # tensor of y's size. In other layouts and dtypes its sums are less exact.
         _, sum_dz_y, sum_dz = torch.ops.aten.native_batch_norm_backward(
@@ -119,7 +120,12 @@ def grad_input_coefficients(
 
 
 def grad_input_(
-    grad_out: Tensor, y_centred: Tensor, s: Tensor, a: Tensor | None, b: Tensor | None, out: Tensor | None = None
+    grad_out: Tensor,
+    y_centred: Tensor,
+    s: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """dy = s dz + a (y - μ) + b, with a and b None for constant statistics.
 

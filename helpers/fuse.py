@@ -14,17 +14,17 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import itertools
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers.fused import HOOKS, Act, activation_of, algebra_pays_for, call_block, has_hooks
+from helpers.fused import HOOKS, Act, activation_of, algebra_pays_for, call_block, has_hooks, slab_argument
 
 __all__ = ["FusionReport", "fuse_conv_bn", "unfuse"]
 
@@ -160,6 +160,10 @@ class Group:
     after: str | None = None
     nodes: list[fx.Node] = field(default_factory=list, repr=False)
 
+    def names(self) -> tuple[str | None, ...]:
+        """Of the modules, in the order in which `call_group` takes them."""
+        return self.conv, self.before, self.act_module, self.after
+
 
 def activation_at(node: fx.Node, modules: dict[str, nn.Module]) -> Act | None:
     """The activation that ``node`` computes of its first argument, if the kernel has it."""
@@ -219,31 +223,36 @@ def find_groups(graph: fx.Graph, module: nn.Module) -> tuple[list[Group], dict[s
             alone[node.target] = reason
         else:
             (convs if kind is nn.Conv2d else norms)[node] = node.target
-    groups, taken = [], set()
+    groups, taken = [], {}
     for node, name in convs.items():
         group = Group(name, nodes=[node])
         source, act, act_module = node.args[0], Act(), None
         if source not in norms and isinstance(source, fx.Node) and (found := activation_at(source, modules)):
             act, act_module = found, source.target if source.op == "call_module" else None
             source = source.args[0] if source.args else source.kwargs.get("input")
-        between = list(itertools.takewhile(lambda n: n is not node, nodes_from(source)))
+        between = nodes_between(source, node)
         padded = modules[name].padding_mode != "zeros" or modules[name].padding == "same"
         if source in norms and not padded and len(between) == 1 + (act != Act()):
             if all(len(n.users) == 1 for n in between):
                 group.before, group.act, group.act_module = norms[source], act, act_module
                 group.nodes = [*between, node]
-                taken.add(source)
+                taken[source] = name
         groups.append(group)
     for group in groups:
-        node = group.nodes[-1]
-        user = next(iter(node.users), None)
-        if len(node.users) == 1 and user in norms and user not in taken and user.args[0] is node:
-            group.after = norms[user]
-            group.nodes.append(user)
-            taken.add(user)
-        if group.before is None and group.after is None:
-            users = len(node.users)
-            alone[group.conv] = f"its output has {users} users" if users > 1 else "no batch norm is next to it"
+        node, users = group.nodes[-1], list(group.nodes[-1].users)
+        behind = users[0] if len(users) == 1 and users[0] in norms else None
+        if behind is not None and behind not in taken:
+            group.after = norms[behind]
+            group.nodes.append(behind)
+            taken[behind] = group.conv
+        elif group.before is None:
+            alone[group.conv] = (
+                f"the norm behind it goes to {taken[behind]}"
+                if behind is not None
+                else f"its output goes to {len(users)} places"
+                if len(users) > 1
+                else "no batch norm is next to it"
+            )
     for node, name in norms.items():
         if node not in taken:
             alone[name] = "no convolution before or behind it takes its input or its result alone"
@@ -253,11 +262,13 @@ def find_groups(graph: fx.Graph, module: nn.Module) -> tuple[list[Group], dict[s
     return [g for g in groups if g.before or g.after], alone
 
 
-def nodes_from(node) -> Iterator[fx.Node]:
-    """``node`` and those behind it in the graph's order."""
-    while isinstance(node, fx.Node) and node.op != "root":
-        yield node
-        node = node.next
+def nodes_between(first, last: fx.Node) -> list[fx.Node]:
+    """``first`` and those behind it in the graph's order, up to ``last``; none if ``first`` is no node."""
+    nodes = []
+    while isinstance(first, fx.Node) and first.op != "root" and first is not last:
+        nodes.append(first)
+        first = first.next
+    return nodes
 
 
 def compile_forward(graph: fx.Graph, groups: list[Group], options: dict, name: str) -> Callable:
@@ -265,13 +276,13 @@ def compile_forward(graph: fx.Graph, groups: list[Group], options: dict, name: s
     for group in groups:
         first, last = group.nodes[0], group.nodes[-1]
         with graph.inserting_before(next(n for n in group.nodes if n.target == group.conv)):
-            names = (group.conv, group.before, group.act_module, group.after)
-            conv, before, act, after = (graph.get_attr(n) if n else None for n in names)
+            conv, before, act, after = (graph.get_attr(n) if n else None for n in group.names())
             act = act or (tuple(group.act) if group.act.name != "none" else None)
             call = graph.call_function(call_group, (first.args[0], conv, before, act, after), options)
         last.replace_all_uses_with(call)
         for node in reversed(group.nodes):
             graph.erase_node(node)
+        group.nodes.clear()
     code = graph.python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, f"<forward of {name}, fused>", "exec"), namespace)
@@ -295,13 +306,22 @@ def call_group(
         if act is not None:
             x = act.forward(x)
         return conv(x) if norm_after is None else norm_after(conv(x))
-    if recompute_conv or norm_after is None:
-        return call_block(input, conv, norm_before, act, norm_after, slab_size)
-    if norm_before is None and not algebra_pays_for(input, conv, act, norm_after):
-        return norm_after(conv(input))
-    if algebra_pays_for(input, conv, act, norm_after):
-        return call_block(input, conv, norm_before, act, norm_after, slab_size, "algebra")
-    return norm_after(call_block(input, conv, norm_before, act, None, slab_size))
+    backward = "auto"
+    if not recompute_conv and norm_after is not None:
+        if algebra_pays_for(input, conv, norm_before is None and act is None, norm_after):
+            backward = "algebra"
+        elif not is_constant(norm_after):
+            y = call_group(input, conv, norm_before, activation, None, True, slab_size)
+            return norm_after(y)
+    if norm_before is None and norm_after is None:
+        return conv(input)
+    return call_block(input, conv, norm_before, act, norm_after, slab_size, backward)
+
+
+def is_constant(norm: nn.Module) -> bool:
+    """Whether backward needs nothing of the norm's input: constant statistics, and no gradient for γ."""
+    fixed = norm.weight is None or not norm.weight.requires_grad or not torch.is_grad_enabled()
+    return fixed and not norm.training and norm.running_mean is not None
 
 
 # The new forward -----------------------------------------------------------------------------------------
@@ -410,6 +430,26 @@ def unfuse(model: nn.Module) -> nn.Module:
 def fuse_conv_bn(
     model: nn.Module, recompute_conv: bool = True, slab_size: int | str | None = None
 ) -> nn.Module:
+    """Fuse the convolutions and batch norms of ``model``, in place, and return it.
+
+    The model computes the same function. Modules, parameters, buffers, state_dict keys and an optimizer
+    that holds the parameters stay as they are; the class becomes a subclass whose forward calls the kernel.
+    Where a forward cannot be traced, or a trace would be a guess, the modules inside are tried one by one.
+    What was done is in ``model.fusion_report``. `unfuse` undoes it.
+
+    Args:
+        model: any module; fused already, it is fused anew with these settings.
+        recompute_conv: True for the least memory. False if no convolution may be computed twice: then a norm
+            behind a convolution is fused only where it is differentiated by algebra.
+        slab_size: see `helpers.fused_block2d`.
+
+    Raises:
+        ValueError: ``slab_size`` is none of those.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    slab_argument(slab_size)
     unfuse(model)
     report = FusionReport(recompute_conv)
     fuse_inside(model, "", report, {"recompute_conv": recompute_conv, "slab_size": slab_size})
@@ -417,27 +457,130 @@ def fuse_conv_bn(
     return model
 
 
-def fuse_inside(module: nn.Module, name: str, report, options: dict) -> None:
+def fuse_inside(module: nn.Module, name: str, report: FusionReport, options: dict) -> None:
     """Fuse ``module``, or where it cannot be traced, what is in it."""
     prefix = name + "." if name else ""
+    children = list(module.named_children())
+    if not children:
+        return
     try:
         plan = Plan(**options).prepare(module)
-        if plan.groups:
-            module._plan = plan
-            module.__class__ = fused_class(type(module))
-            report.groups += [(prefix, group) for group in plan.groups]
-        report.alone |= {prefix + n: reason for n, reason in plan.alone.items()}
     except NotCertain as reason:
-        children = list(module.named_children())
-        if children:
-            report.untraced[name or "the model"] = str(reason)
+        report.untraced[name or "the model"] = str(reason)
+        report.alone |= {prefix + n: "" for n, m in children if isinstance(m, (nn.Conv2d, *NORMS))}
         for child_name, child in children:
             fuse_inside(child, prefix + child_name, report, options)
+        return
+    if plan.groups:
+        module._plan = plan
+        module.__class__ = fused_class(type(module))
+        report.groups += [(prefix, group) for group in plan.groups]
+    report.alone |= {prefix + n: reason for n, reason in plan.alone.items()}
+
+
+# The report ----------------------------------------------------------------------------------------------
 
 
 @dataclass
 class FusionReport:
+    """What `fuse_conv_bn` did: print it. With bytes for an input: print ``report.measured(model, input)``."""
+
     recompute_conv: bool
-    groups: list = field(default_factory=list)
-    alone: dict = field(default_factory=dict)
-    untraced: dict = field(default_factory=dict)
+    groups: list[tuple[str, Group]] = field(default_factory=list)  # with the prefix of their names
+    alone: dict[str, str] = field(default_factory=dict)  # name -> why
+    untraced: dict[str, str] = field(default_factory=dict)  # name -> why
+    saved: list[tuple[int, int, str]] | None = None  # of each group: bytes unfused and fused, and how
+
+    def __str__(self) -> str:
+        rows = []
+        for i, (prefix, group) in enumerate(self.groups):
+            before, conv, after = (
+                n and n.rpartition(".")[2] for n in (group.before, group.conv, group.after)
+            )
+            act = group.act.name if group.act.name != "none" else None
+            chain = " → ".join(n for n in (before, act, conv, after) if n)
+            rows.append([prefix + group.conv, chain, *(self._measured(i))])
+        text = [f"fused: {len(rows)} groups", *columns_of(rows)]
+        if self.saved:
+            text.append(f"saved in all: {mib(sum(a - b for a, b, _ in self.saved))}")
+        reasons = [[name, why] for name, why in self.alone.items() if why]
+        text += [f"left alone: {len(self.alone)} convolutions and norms", *columns_of(reasons)]
+        if self.untraced:
+            text += ["not traced, so fused inside only:", *columns_of(list(map(list, self.untraced.items())))]
+        return "\n".join(text)
+
+    def _measured(self, i: int) -> list[str]:
+        if self.saved is None:
+            return []
+        unfused, fused, how = self.saved[i]
+        return [how, f"{mib(unfused)} → {mib(fused)}"]
+
+    def measured(self, model: nn.Module, *inputs: Tensor) -> FusionReport:
+        """The same report with what each group keeps for ``inputs``, unfused and fused.
+
+        Counted beside its input, which both keep. Nothing is computed: the tensors are fake.
+        """
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            inputs = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs]
+            plain = unfuse(skeleton(model))
+            modules, entries, handles = dict(plain.named_modules()), {}, []
+            names = [tuple(n and prefix + n for n in group.names()) for prefix, group in self.groups]
+            for of_group in names:
+                first = next(n for n in (of_group[1], of_group[0]) if n)
+                note = functools.partial(lambda first, module, args: entries.update({first: args[0]}), first)
+                handles.append(modules[first].register_forward_pre_hook(note))
+            plain(*inputs)
+            for handle in handles:
+                handle.remove()
+            saved = [
+                self._of_group(entries.get(before or conv), group, [n and modules[n] for n in of_group])
+                for of_group, (_, group) in zip(names, self.groups, strict=True)
+                for conv, before, *_ in [of_group]
+            ]
+        return replace(self, saved=saved)
+
+    def _of_group(self, x: Tensor | None, group: Group, modules: list[nn.Module | None]):
+        if x is None:
+            return 0, 0, "not called"
+        conv, before, act_module, after = modules
+        x = x.detach().requires_grad_(x.requires_grad)
+        act = act_module or (group.act if group.act.name != "none" else None)
+
+        def unfused() -> Tensor:
+            a = x if before is None else before(x)
+            a = a if act is None else act(a) if isinstance(act, nn.Module) else act.forward(a)
+            return conv(a) if after is None else after(conv(a))
+
+        options = (self.recompute_conv, None)
+        tuple_or_module = tuple(act) if isinstance(act, Act) else act
+        fused = saved_bytes(lambda: call_group(x, conv, before, tuple_or_module, after, *options), x)
+        algebra = after is not None and algebra_pays_for(x, conv, before is None and act is None, after)
+        how = "no convolution twice" if after is None else "by algebra" if algebra else "recomputed"
+        if after is not None and not algebra and not self.recompute_conv:
+            how = f"without {group.after.rpartition('.')[2]}"
+        return saved_bytes(unfused, x), fused, how
+
+
+def saved_bytes(run: Callable[[], Tensor], x: Tensor) -> int:
+    """What autograd keeps of ``run()`` beside x and parameters."""
+    kept, outside = {}, {x.untyped_storage()._cdata}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            kept[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = run()
+    del output
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in outside)
+
+
+def mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def columns_of(rows: list[list[str]]) -> list[str]:
+    """Rows of text as lines, the columns below one another."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip() for row in rows]

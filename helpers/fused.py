@@ -256,14 +256,18 @@ def over_group(group: str, *vectors: Tensor) -> list[Tensor]:
 
 
 def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, variance and, with a group, number of values, from the parts of this process' batch and its group's."""
+    """Mean, variance and (with a group) number of values, from the parts of this process' batch.
+
+    With a group they are those of all its processes' batches together.
+    """
     m = sum(size for size, *_ in stats)
     if not group:
         return *merge_stats(stats, dtype), stats[0][1].new_empty(0, dtype=wide_dtype(stats[0][1]))
     mean, var = merge_stats(stats, wide_dtype(stats[0][1]))
     mine = torch.cat([mean, var, mean.new_tensor([m])])
-    rows = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size(_resolve_process_group(group)))]
-    torch.distributed.all_gather(rows, mine, group=_resolve_process_group(group))
+    processes = _resolve_process_group(group)
+    rows = [torch.empty_like(mine) for _ in range(processes.size())]
+    torch.distributed.all_gather(rows, mine, group=processes)
     sizes = torch.stack([row[-1] for row in rows])
     parts = [(size, *row[:-1].chunk(2)) for size, row in zip(sizes, rows, strict=True)]
     return *merge_stats(parts, dtype), sizes.sum()
@@ -345,7 +349,7 @@ def block_backward(
     var_1, inv_std_1, s_1 = (None, None, None) if pre is None else scales(pre)
     var_2, inv_std_2, s = (None, None, None) if post is None else scales(post)
     enter = Entry.of(pre, s_1, act)
-    if not many and slab_size == 0:  # a batch that is small enough is entered once, a larger one in each sweep
+    if not many and slab_size == 0:  # so small a batch is entered once, a larger one in each sweep
         enter = Once(enter)
     # The bias moves y; from here on, μ₂ is the mean of the y without it.
     if post is not None and bias is not None and constant[1]:
@@ -442,7 +446,7 @@ def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor
 
 
 def sums_by_recomputing(dz, x, cut, weight, enter: Entry, post, conv, need_y: bool, need_sum: bool, keep):
-    """Σ dz and Σ dz (y - μ₂), with y = conv(a) computed again; ``keep(slab, y_s)`` takes charge of each y_s."""
+    """Σ dz and Σ dz (y - μ₂), with y computed again. ``keep(slab, y_s)`` takes charge of each y_s."""
     total = None
     for s in cut if need_y or need_sum else ():
         if not need_y:
@@ -488,8 +492,8 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
 
     As y - μ₂ = W ã, Σ dz (y - μ₂) = rowsum(W∘G). Each slab is centred by its own mean first, which keeps the
     digits, and the slabs are merged as in `merge_stats`: with d = mean of the slab - mean of all,
-    G = Σ_s G_s + (Σ dz)_s dᵀ and R = Σ_s R_s + n_s d dᵀ. The mean of all is that of the process group's batch:
-    then what dw takes from it sums to the right gradient over the processes, not in each.
+    G = Σ_s G_s + (Σ dz)_s dᵀ and R = Σ_s R_s + n_s d dᵀ. The mean of all is that of the process group's
+    batch: then the dw of all processes together are the gradient, though not each by itself.
     """
     dtype, wide, products, parts = stats_dtype(x.dtype), wide_dtype(x), None, []
     for s in cut:
@@ -592,8 +596,8 @@ _backward_operator = torch.library.custom_op(
     "fused_block::backward",
     own_memory(_backward),
     mutates_args=(),
-    schema="(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, Tensor[] counts, bool[] there, "
-    f"bool[] constant, bool algebra, bool[] needs, {SETTINGS})"
+    schema="(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, Tensor[] counts, "
+    f"bool[] there, bool[] constant, bool algebra, bool[] needs, {SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -818,16 +822,14 @@ def algebra_pays(input: Tensor, weight: Tensor, size: list[int]) -> bool:
     return 2 * columns * (pixels + c_out) <= 1.25 * pixels * c_out
 
 
-def algebra_pays_for(input: Tensor, conv: nn.Conv2d, activation, norm_after: nn.Module) -> bool:
-    """Whether "auto" chooses the algebra for these modules."""
-    x, w, stride = input, conv.weight, list(conv.stride)
-    if not norm_after.training and norm_after.running_mean is not None:
+def algebra_pays_for(input: Tensor, conv: nn.Conv2d, plain: bool, norm_after: nn.Module) -> bool:
+    """Whether "auto" chooses the algebra for these modules; ``plain`` with nothing before the convolution."""
+    own = norm_after.training or norm_after.running_mean is None
+    if not own or input.dim() != 4 or isinstance(conv.padding, str):
         return False
-    if input.dim() != 4 or isinstance(conv.padding, str):
-        return False
-    geometry = Conv(stride, list(conv.padding), list(conv.dilation), conv.groups)
-    plain = activation is None
-    return algebra_applies(x, w, geometry, plain) and algebra_pays(x, w, output_size(x, w, *geometry[:3]))
+    w, geometry = conv.weight, Conv(list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups)
+    size = output_size(input, w, *geometry[:3])
+    return algebra_applies(input, w, geometry, plain) and algebra_pays(input, w, size)
 
 
 def empty_batch(input, weight, bias, norm_before, activation: Act, norm_after, conv: Conv) -> Tensor:
@@ -1123,9 +1125,7 @@ def call_block(
     before, after = (None if bn is None else BatchNorm.of(bn) for bn in (norm_before, norm_after))
     act = activation if isinstance(activation, Act) else activation_of(activation)
     geometry = (conv.stride, padding, conv.dilation, conv.groups)
-    return fused_block2d(
-        input, conv.weight, conv.bias, before, act, after, *geometry, slab_size, backward
-    )
+    return fused_block2d(input, conv.weight, conv.bias, before, act, after, *geometry, slab_size, backward)
 
 
 class FusedBlock2d(nn.Module):

@@ -21,14 +21,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
 
+from helpers.fuse import fuse_conv_bn
 from helpers.fused import FusedBlock2d, FusedConvBN2d
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.mnist import Net, pick_device
 
-__all__ = ["METHODS", "TutorialConvBN2d", "chain", "compare", "print_table"]
+__all__ = ["METHODS", "NETWORKS", "TutorialConvBN2d", "chain", "compare", "print_table", "real_networks"]
 
 MIB = 2**20
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "data" / "measurements"
@@ -173,6 +176,36 @@ def pointwise_pairs(blocks: int, narrow: int, wide: int) -> dict[str, Callable[[
     }
 
 
+NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
+
+
+def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
+    """torchvision's network ``name``, unfused and fused, all with the same weights and without dropout.
+
+    Raises:
+        ValueError: torchvision has no such network.
+    """
+    if name not in torchvision.models.list_models():
+        raise ValueError(
+            f"name must be a network of torchvision, such as {', '.join(NETWORKS)}; got {name!r}"
+        )
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = torchvision.models.get_model(name, weights=None)
+        for module in model.modules():  # what is dropped would differ from method to method
+            if isinstance(module, (nn.Dropout, StochasticDepth)):
+                module.p = 0.0
+        return model
+
+    return {
+        "unfused": make,
+        "fused, least memory": lambda: fuse_conv_bn(make()),
+        "fused, no convolution twice": lambda: fuse_conv_bn(make(), recompute_conv=False),
+    }
+
+
 class Narrow(nn.Module):
     """The mean of every wide / narrow channels: cheap, and saves nothing."""
 
@@ -284,6 +317,9 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
         networks = norm_first_chains(12, channels, kernel)
         works[f"12 blocks norm, ReLU, conv: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
     works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
+    shape = (4, 3, 64, 64) if quick else (16, 3, 128, 128) if device.type == "cpu" else (256, 3, 224, 224)
+    for name in NETWORKS:
+        works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, real_networks(name))
     return works
 
 

@@ -97,8 +97,113 @@ WRONG = {
         ],
     },
     # From here on: the chapters that measure.
-    "05": {},
-    "06": {},
-    "07": {},
-    "08": {},
+    "05": {
+        "check_held_bytes": [
+            ("8 * pooled", "4 * pooled", "the places of the maxima are int64"),
+            (" + 8 * pooled", "", "max-pooling also keeps where each maximum was"),
+            ("numbers += y1 + y2", "numbers += 2 * (y1 + y2)", "one pair of outputs too many"),
+            ("numbers += y1 + y2", "pass", "one pair of outputs is missing"),
+            ("4 * numbers", "numbers", "measured"),
+        ],
+        "check_first_win": [
+            ("a - b + 1", "a - b", "it must be lower"),
+            ("max(1, a - b + 1)", "a - b + 1", "at least 1 block"),
+            ("a - b + 1", "a - b + 2", "find the first win"),
+        ],
+        "check_pool": [
+            ("position.to(torch.uint8)", "position", "more than a byte a value is kept"),
+            ("(position.to", "(x, position.to", "more than a byte a value is kept"),
+            ("windows.max(-1)", "windows.min(-1)", "does a window have 2 rows and 2 columns"),
+            ("dout[..., None])", "dout[..., None] / 4)", "each value goes to one place"),
+            (".transpose(3, 4).flatten(4, 5)", ".transpose(4, 5).transpose(3, 4).flatten(4, 5)", "mind rows"),
+        ],
+    },
+    "06": {
+        "check_sum": [
+            ("sum((dz_n * y_n).sum((1, 2)) for dz_n, y_n in zip(dz, y))", "(dz * y).sum(OVER)", "needed 1.0"),
+            ("zip(dz, y)", "zip(dz[1:], y[1:])", "do all images take part"),
+            ("(1, 2)", "(0, 1)", "one number a channel"),
+        ],
+        "check_park": [
+            (
+                "if dx is None or y_i.numel() <= dx[i].numel():",
+                "if False:",
+                "is a y overwritten while it waits",
+            ),
+            ("if stop <= dx.numel() else y_i", "if False else y_i", "it saves 0.00"),
+        ],
+        "check_group_norm": [
+            ("dx[i], dw_n", "dx[:1], dw_n", "in its own place"),
+            ("dz_n * gamma.view(groups, -1)[:, :, None, None]", "dz_n", "inside the two sums"),
+            (" - along_1", "", "inside the two sums"),
+            ("dbeta = dbeta + dz", "dbeta = dz", "dbeta is wrong"),
+            ("(y - mean[n]", "(y - mean[0]", "each image's own mean and std"),
+            (
+                "dx, dw, dgamma, dbeta = torch",
+                "keep, dx, dw, dgamma, dbeta = torch.stack([dz, dz]), torch",
+                "buffers",
+            ),
+        ],
+    },
+    "07": {
+        "check_buffers": [
+            ("(2 if keeps_input else 1)", "1", "the activation keeps its input"),
+            (" else 1)  # x", " else 0)  # x", "the first norm is alone"),
+            ("return blocks\n", "return 2 * blocks\n", "norm-act-conv, ReLU, L = 1: it is 1, got 2"),
+        ],
+        "check_mish": [
+            ("da * (tanh", "(tanh", "multiplies it by da"),
+            ("u * (1 - tanh**2) * u.sigmoid()", "0", "the second of its two terms"),
+            ("(tanh + u", "(u", "the first of its two terms"),
+            (" * u.sigmoid()", "", "the derivative of p by u"),
+        ],
+        "check_momentum": [
+            ("1 - (1 - alpha) ** 0.5", "alpha / 2", "the second move starts where the first has ended"),
+            ("(1 - alpha) ** 0.5", "(1 - alpha) ** 2", "two moves with"),
+            ("1 - (1 - alpha) ** 0.5", "None", "not attempted"),
+        ],
+        "check_dropout": [
+            ("generator=generator) / (1 - p)", "generator=generator)", "1 / (1 - p)"),
+            ("bernoulli_(1 - p,", "bernoulli_(p,", "a share p = 0.25 must go"),
+            ("torch.randint(2**40, ()).item()", "0", "draw a new seed"),
+            (
+                "beta, w, mean, var)\n        ctx",
+                "beta, w, mean, var, x > 0)\n        ctx",
+                "of its size is kept",
+            ),
+            ("kept(u, ctx.p, ctx.seed)", "kept(u, ctx.p, 0)", "the one that forward made"),
+            ("da * k * (u > 0)", "da * (u > 0)", "between da and du"),
+        ],
+    },
+    "08": {
+        "check_first_layer_cost": [
+            ("2 + columns", "3 + columns", "is there a dx"),
+            ("columns / c_out", "2 * columns / c_out", "belongs to dx"),
+            ("c_in * k * k", "c_in", "a row for each value of a patch"),
+            ("2 + columns / c_out", "2", "R is missing"),
+        ],
+        "check_linear": [
+            ("dz.T @ x_centred", "dz.T @ x", "G made of the centred x"),
+            ("len(x), w", "x.numel(), w", "the number of rows"),
+            (" + b @ w", "", "three terms"),
+            ("dz.sum(0)", "dz.mean(0)", "the sum of dz over the rows"),
+        ],
+        "check_forward": [
+            ("F.conv2d(x_centred,", "F.conv2d(x,", "the mean is still in z"),
+            ("* w, beta)", "* w)", "beta is missing"),
+            ("sum(1) / m", "sum(1)", "divide by m"),
+            (
+                "x_mean = x.mean(OVER)",
+                "x_mean = x.mean(OVER) + 0 * F.conv2d(x, w).sum()",
+                "call F.conv2d once",
+            ),
+        ],
+        "check_instance_norm": [
+            ("X.mean(2, keepdim=True)", "X.mean((0, 2), keepdim=True)", "each image has its own mean"),
+            ("dgamma / (sigma * p)", "dgamma / (sigma * p * len(x))", "m is the pixels of one image"),
+            ("dgamma.sum(0)", "dgamma", "dgamma must have shape (16,)"),
+            (" + (b @ W)[..., None]", "", "differ from image to image"),
+            ("W, p = w", "_ = torch.zeros_like(dz); W, p = w", "a tensor of y's size was made"),
+        ],
+    },
 }

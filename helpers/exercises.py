@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers.batch_norm import batch_stats, per_channel
+from helpers.fuse import find_groups, fuse_conv_bn, trace
 from helpers.fused import FusedConvBN2d
 from helpers.memory import MemoryTrace, saved_by, saved_tensors, storage_address
 from helpers.mnist import Net, pair
@@ -719,3 +720,101 @@ def check_instance_norm(answer) -> str:
     if max(b - a for a, b in itertools.pairwise(levels)) >= dz.nbytes:
         return "exercise 4: right gradients, but a tensor of y's size was made on the way"
     return "exercise 4: right"
+
+
+# Chapter 9 -----------------------------------------------------------------------------------------------
+
+
+class Preactivation(nn.Module):
+    """A block with norms before its convolutions, and a shortcut that starts behind the first activation."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(channels) for _ in range(3))
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = F.relu(self.bn1(x))
+        y = self.conv1(shortcut)
+        y = self.conv2(F.relu(self.bn2(y)))
+        return self.bn3(y) + shortcut
+
+
+def check_owners(owners) -> str:
+    """Chapter 9: for each norm of `Preactivation`, the convolution that takes it in, or "none"."""
+    where = "exercise 1: "
+    if not isinstance(owners, dict) or set(owners) != {"bn1", "bn2", "bn3"}:
+        return where + f"give a dict with bn1, bn2 and bn3, got {owners!r}"
+    if None in owners.values():
+        return where + "not attempted yet"
+    groups, _ = find_groups(trace(Preactivation())[0], Preactivation())
+    found = {norm: g.conv for g in groups for norm in (g.before, g.after) if norm}
+    why = {
+        "bn1": "its activation goes to two places, the convolution and the addition",
+        "bn2": "behind it stand an activation and conv2, and nothing else takes their results",
+        "bn3": "behind it is an addition; before it is a convolution whose result goes nowhere else",
+    }
+    for norm, owner in owners.items():
+        if owner not in ("conv1", "conv2", "none"):
+            return where + f'{norm} must be "conv1", "conv2" or "none", got {owner!r}'
+        if owner != found.get(norm, "none"):
+            return where + f"{norm} does not go there: {why[norm]}"
+    return where + "right"
+
+
+def check_held(held) -> str:
+    """Chapter 9: ``held(blocks, recompute_conv)``, tensors that a fused chain of 3x3 blocks keeps."""
+    where = "exercise 2: "
+    if held(3, True) is None:
+        return where + "not attempted yet"
+    for blocks, recompute_conv in itertools.product((1, 2, 5), (True, False)):
+        layers = [(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(blocks)]
+        chain = fuse_conv_bn(nn.Sequential(*itertools.chain(*layers)), recompute_conv)
+        x = torch.randn(2, 4, 5, 5)
+        _, saved = saved_by(chain, x)
+        storages = {s.storage for s in saved if s.shape == x.shape} - {storage_address(x)}
+        got = held(blocks, recompute_conv)
+        if got != len(storages):
+            hint_for = {
+                2 * len(storages): "you have counted two tensors a block, as unfused",
+                len(storages) - 1: "one is missing: look at the chain's end",
+                len(storages) + 1: "one too many: which norm's input is kept, and is x among them?",
+            }
+            say = hint_for.get(got, "list them from the end of the chain")
+            return where + f"held({blocks}, {recompute_conv}) is {got}, measured are {len(storages)}; {say}"
+    return where + "right"
+
+
+class Synonyms(nn.Module):
+    """A stack with activations that the kernel has, under names that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.Sequential(nn.BatchNorm2d(4), nn.Threshold(0.0, 0.0), nn.Conv2d(4, 4, 1))
+        self.stack = nn.Sequential(nn.BatchNorm2d(4), nn.Hardtanh(0.0, 6.0), nn.Conv2d(4, 4, 3), inner)
+        self.last = nn.Sequential(nn.BatchNorm2d(4), nn.Hardtanh(-0.5, 0.5), nn.Conv2d(4, 4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.stack(x))
+
+
+def check_canonical(canonical) -> str:
+    """Chapter 9: ``canonical(model)`` renames activations, so that `fuse_conv_bn` finds two groups more."""
+    where = "exercise 3: "
+    model, x = Synonyms().double(), 3 * torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    keys, want = list(model.state_dict()), model(x)
+    got = canonical(model)
+    if got is None:
+        return where + "not attempted yet"
+    if not isinstance(got, nn.Module):
+        return where + f"return the model, got {type(got).__name__}"
+    if list(got.state_dict()) != keys:
+        return where + "the keys of the state_dict have changed"
+    if not torch.allclose(got(x), want):
+        return where + "the model computes something else; Hardtanh(-0.5, 0.5) is no ReLU6"
+    before = [g.act.name for _, g in fuse_conv_bn(got).fusion_report.groups if g.before]
+    missing = {"relu6": "Hardtanh(0, 6)", "relu": "Threshold(0, 0), which is inside another Sequential"}
+    for name, module in missing.items():
+        if name not in before:
+            return where + f"the norm before {module} is not fused with the convolution behind it"
+    return where + "right"

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from helpers.batch_norm import (
     CHANNELS,
@@ -251,8 +250,15 @@ def over_group(group: str, *vectors: Tensor) -> list[Tensor]:
     if not group:
         return list(vectors)
     message = torch.cat([v.flatten().to(wide_dtype(v)) for v in vectors])
-    torch.distributed.all_reduce(message, group=_resolve_process_group(group))
+    torch.distributed.all_reduce(message, group=group_called(group))
     return [t.view_as(v) for t, v in zip(message.split([v.numel() for v in vectors]), vectors, strict=True)]
+
+
+def group_called(name: str):
+    """The process group of that name; looked up here, since PyTorch may be built without any."""
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)
 
 
 def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,7 +271,7 @@ def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Ten
         return *merge_stats(stats, dtype), stats[0][1].new_empty(0, dtype=wide_dtype(stats[0][1]))
     mean, var = merge_stats(stats, wide_dtype(stats[0][1]))
     mine = torch.cat([mean, var, mean.new_tensor([m])])
-    processes = _resolve_process_group(group)
+    processes = group_called(group)
     rows = [torch.empty_like(mine) for _ in range(processes.size())]
     torch.distributed.all_gather(rows, mine, group=processes)
     sizes = torch.stack([row[-1] for row in rows])
@@ -712,7 +718,9 @@ class BatchNorm(NamedTuple):
 
 def process_group_of(bn: nn.Module) -> str:
     """The name of an nn.SyncBatchNorm's process group, "" where there is nothing to synchronise."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training or not torch.distributed.is_initialized():
+    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+        return ""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ""
     group = bn.process_group or torch.distributed.group.WORLD
     return group.group_name if group.size() > 1 else ""
@@ -760,8 +768,8 @@ def fused_block2d(
     check_backward(backward)
     input, weight, bias = autocast(input, weight, bias)
     check_tensors(input, weight, bias, groups)
-    check_norm("norm_before", norm_before, input.shape[1], input.device)
-    check_norm("norm_after", norm_after, weight.shape[0], input.device)
+    check_norm("norm_before", norm_before, input.shape[1], input)
+    check_norm("norm_after", norm_after, weight.shape[0], input)
     plain = norm_before is None and activation.name == "none"
     input, padding = explicit_padding(input, weight, padding, dilation, stride, plain)
     size = output_size(input, weight, stride, padding, dilation)
@@ -951,7 +959,7 @@ def check_tensors(input, weight, bias, groups) -> None:
             raise ValueError(f"{name} must have input's dtype {input.dtype}, got {t.dtype}")
 
 
-def check_norm(which: str, norm: BatchNorm | None, channels: int, device: torch.device) -> None:
+def check_norm(which: str, norm: BatchNorm | None, channels: int, input: Tensor) -> None:
     """Raise a ValueError that names the tensor of a norm that does not fit."""
     if norm is None:
         return
@@ -961,8 +969,12 @@ def check_norm(which: str, norm: BatchNorm | None, channels: int, device: torch.
         t = getattr(norm, name)
         if t is not None and tuple(t.shape) != (channels,):
             raise ValueError(f"{which}: {name} must have shape ({channels},), got {tuple(t.shape)}")
-        if t is not None and t.device != device:
-            raise ValueError(f"{which}: {name} must be on input's device {device}, got {t.device}")
+        if t is not None and t.device != input.device:
+            raise ValueError(f"{which}: {name} must be on input's device {input.device}, got {t.device}")
+        allowed = dict.fromkeys((input.dtype, stats_dtype(input.dtype)))
+        if t is not None and name in ("gamma", "beta") and t.dtype not in allowed:
+            names = " or ".join(map(str, allowed))
+            raise ValueError(f"{which}: {name} must have dtype {names}, got {t.dtype}")
 
 
 class FusedConvBN2d(nn.Module):

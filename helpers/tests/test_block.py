@@ -404,6 +404,11 @@ def test_bad_arguments_are_named(change, message):
         ({"backward": "algebra"}, torch.zeros(2, 2, 5, 5), "algebra.* needs norm_after"),
         ({}, torch.zeros(1, 2, 1, 1), "norm_before gets 1"),
         ({}, torch.zeros(2, 3, 5, 5), "input must have 2 channels"),
+        (
+            {"norm_before": nn.BatchNorm2d(2).double()},
+            torch.zeros(2, 2, 5, 5),
+            "gamma must have dtype torch.float32",
+        ),
     ],
 )
 def test_bad_input_is_named_and_nothing_changes(block, x, message):

@@ -206,4 +206,22 @@ WRONG = {
             ("W, p = w", "_ = torch.zeros_like(dz); W, p = w", "a tensor of y's size was made"),
         ],
     },
+    "09": {
+        "check_owners": [
+            ('"bn1": "none"', '"bn1": "conv1"', "goes to two places"),
+            ('"bn3": "conv2"', '"bn3": "none"', "before it is a convolution"),
+            ('"bn2": "conv2"', '"bn2": "conv1"', "nothing else takes their results"),
+            ('"bn2": "conv2"', '"bn2": "conv3"', 'must be "conv1", "conv2" or "none"'),
+        ],
+        "check_held": [
+            ("blocks - 1", "2 * blocks - 1", "as unfused"),
+            ("+ relu", "", "one is missing"),
+            ("+ relu", "+ relu + 1", "one too many"),
+        ],
+        "check_canonical": [
+            ("(child.min_val, child.max_val) == (0, 6)", "True", "is no ReLU6"),
+            ("            canonical(child)\n", "            pass\n", "is not fused"),
+            ("    return model\n", "    return list(model.children())\n", "return the model"),
+        ],
+    },
 }

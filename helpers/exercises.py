@@ -767,12 +767,12 @@ def check_held(held) -> str:
     where = "exercise 2: "
     if held(3, True) is None:
         return where + "not attempted yet"
-    for blocks, recompute_conv in itertools.product((1, 2, 5), (True, False)):
+    for blocks, recompute_conv in itertools.product((2, 5, 1), (True, False)):
         layers = [(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(blocks)]
         chain = fuse_conv_bn(nn.Sequential(*itertools.chain(*layers)), recompute_conv)
         x = torch.randn(2, 4, 5, 5)
         _, saved = saved_by(chain, x)
-        storages = {s.storage for s in saved if s.shape == x.shape} - {storage_address(x)}
+        storages = {storage_address(t) for t in saved if t.shape == x.shape} - {storage_address(x)}
         got = held(blocks, recompute_conv)
         if got != len(storages):
             hint_for = {

@@ -8,9 +8,11 @@ from itertools import product
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from helpers.plots import COLOURS
+from helpers.plots import COLOURS, ink
 
-__all__ = ["norm_geometry", "number_grid", "pair_diagram", "saved_bars", "taps"]
+__all__ = ["HUES", "norm_geometry", "number_grid", "pair_diagram", "saved_bars", "taps"]
+
+HUES = ("#E69F00", "#882255", "#000000")  # safe for the colour-blind too, and of none of the methods
 
 
 def saved_bars(ax, bars: Sequence[tuple[str, float, bool]]) -> None:
@@ -23,7 +25,7 @@ def saved_bars(ax, bars: Sequence[tuple[str, float, bool]]) -> None:
         )
         ax.barh(row, size, **look)
         text = f"  {size:.2f}" + ("  y: can be computed again" if hatched else "")
-        ax.text(size, row, text, va="center", color="#9c4400" if hatched else "#333333")
+        ax.text(size, row, text, va="center", color=ink(COLOURS["unfused"]) if hatched else "#333333")
     ax.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
     ax.set(xlabel="MiB", xlim=(0, 1.65 * max(size for _, size, _ in bars)))
     ax.invert_yaxis()
@@ -57,15 +59,17 @@ def taps(ax, title: str, size: int, kernel: int, stride: int, padding: int, dila
     """Which input position each output position of a one-dimensional convolution reads, by kernel tap."""
     out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     reached = stride * (out - 1) + dilation * (kernel - 1) + 1  # how many of the padded rows are read
-    for k, (colour, marker) in enumerate(zip(("#009E73", "#E69F00", "#000000"), "os^", strict=True)):
+    for k, (colour, marker) in enumerate(zip(HUES, "os^", strict=True)):
         at = [stride * i + dilation * k - padding for i in range(out)]
-        ax.scatter(at, range(out), color=colour, marker=marker, label=f"k = {k}")
+        ax.scatter(at, range(out), color=colour, marker=marker)
+        look = dict(textcoords="offset points", ha="center", fontsize=8, color=ink(colour))
+        ax.annotate(f"k = {k}", (at[0], 0), (0, 7), **look)
     for a in range(-padding, size + padding):
         if not 0 <= a < size:
-            ax.axvspan(a - 0.5, a + 0.5, color="#e4e4e4", zorder=0)
+            ax.axvspan(a - 0.5, a + 0.5, color="#eeeeee", zorder=0)
         if a >= reached - padding:
             ax.axvspan(a - 0.5, a + 0.5, facecolor="none", edgecolor="#888888", hatch="///", linewidth=0)
-    ax.set(title=title, xlim=(-padding - 0.6, size + padding - 0.4), ylim=(out - 0.4, -0.6))
+    ax.set(title=title, xlim=(-padding - 0.6, size + padding - 0.4), ylim=(out - 0.4, -0.6 - out / 8))
     ax.set(xlabel="input position a", ylabel="output position i", xticks=range(size), yticks=range(out))
 
 
@@ -79,16 +83,16 @@ def norm_geometry(ax) -> None:
     def arrow(start, end, colour, label, shift):
         look = dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=0, shrinkB=0)
         ax.annotate("", end, start, arrowprops=look)
-        ax.text(end[0] + shift[0], end[1] + shift[1], label, color=colour)
+        ax.text(end[0] + shift[0], end[1] + shift[1], label, color=ink(colour))
 
     corners = [at(a, b, 0) for a, b in ((-0.2, -0.3), (2.6, -0.3), (2.6, 2.2), (-0.2, 2.2))]
     ax.add_patch(plt.Polygon(corners, facecolor="#eeeeee", edgecolor="#bbbbbb"))
     origin, foot, tip = at(0, 0, 0), at(1.5, 1.4, 0), at(1.5, 1.4, 1.2)
     arrow(origin, at(1.1, 0, 0), "#555555", "1", (0.05, -0.2))
     arrow(origin, at(0, 1.1, 0), "#555555", "ŷ", (-0.18, 0.08))
-    arrow(origin, tip, "#D55E00", "dz", (0.05, 0.03))
-    arrow(foot, tip, "#0072B2", "σ/γ · dy", (0.08, -0.6))
-    ax.plot(*zip(origin, foot, strict=True), color="#D55E00", linestyle=":")
+    arrow(origin, tip, HUES[0], "dz", (0.05, 0.03))
+    arrow(foot, tip, HUES[1], "σ/γ · dy", (0.08, -0.6))
+    ax.plot(*zip(origin, foot, strict=True), color=HUES[0], linestyle=":")
     ax.set(title="Outside the plane of 1 and ŷ", xlim=(-0.5, 3.6), ylim=(-0.6, 2.1), aspect="equal")
     ax.axis("off")
 
@@ -121,5 +125,8 @@ def pair_diagram(ax, title: str, kept: str, steps: Sequence[str] = ("", "", "", 
         ax.annotate("", (end, row), (start, row), arrowprops=line)
         ax.text((start + end) / 2, row + 0.06, step + text, ha="center", va="bottom", fontsize=9)
     for column in (0, 1):  # x goes into the convolution's backward, y into batch norm's
-        ax.annotate("", (column + 0.5, 0.3), (column, 1), arrowprops=dict(line, linestyle=":"))
+        tail, tip = (column + 0.12, 0.85), (column + 0.46, 0.37)
+        ax.plot(*zip(tail, tip, strict=True), ":", color="#333333")
+        near = (tail[0] + 11 * tip[0]) / 12, (tail[1] + 11 * tip[1]) / 12
+        ax.annotate("", tip, near, arrowprops=dict(line, shrinkA=0, shrinkB=0))
     ax.axis("off")

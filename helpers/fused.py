@@ -9,7 +9,7 @@ left out at will:
 - the norm after is differentiated by one of two backwards: y is *recomputed*, which costs a second
   convolution (chapters 4 and 6), or, for a pointwise convolution, *algebra* does without y (chapter 8).
 
-From top to bottom: how a batch is cut and laid out; `enter`, what happens before the convolution;
+From top to bottom: how a batch is cut and laid out; `Entry`, what happens before the convolution;
 `block_forward`; `block_backward` in its sweeps; then the bookkeeping: the operators, the Function, checks.
 """
 

@@ -694,9 +694,9 @@ class BatchNorm(NamedTuple):
     process_group: str = ""  # name of the group over whose batch the statistics are taken
 
     @classmethod
-    def of(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
+    def of(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm, process_group: str = "") -> BatchNorm:
         stats = (bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps, bn.num_batches_tracked)
-        return cls(bn.weight, bn.bias, *stats, process_group_of(bn))
+        return cls(bn.weight, bn.bias, *stats, process_group_of(bn, process_group))
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:
         """The running statistics where they are used, and None where the batch's own are."""
@@ -716,14 +716,24 @@ class BatchNorm(NamedTuple):
             update_running_stats(self.running_mean, self.running_var, mean, var, m, momentum)
 
 
-def process_group_of(bn: nn.Module) -> str:
-    """The name of an nn.SyncBatchNorm's process group, "" where there is nothing to synchronise."""
-    if not isinstance(bn, nn.SyncBatchNorm) or not bn.training:
+def process_group_of(bn: nn.Module, name: str = "") -> str:
+    """Name of the group that ``bn`` is synchronised over: an nn.SyncBatchNorm's own, else that of ``name``."""
+    if not bn.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if isinstance(bn, nn.SyncBatchNorm):
+        return group_argument(bn.process_group or torch.distributed.group.WORLD)
+    return name
+
+
+def group_argument(process_group) -> str:
+    """``process_group`` by its name, "" for None and for a group of one process."""
+    if process_group is None:
         return ""
-    group = bn.process_group or torch.distributed.group.WORLD
-    return group.group_name if group.size() > 1 else ""
+    if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
+        raise ValueError(
+            f"process_group must be None or a torch.distributed.ProcessGroup, got {type(process_group).__name__}"
+        )
+    return process_group.group_name if process_group.size() > 1 else ""
 
 
 def fused_block2d(
@@ -787,6 +797,8 @@ def fused_block2d(
                 f"input: batch statistics need more than 1 value per channel, norm_{name} gets 1"
             )
     conv = Conv(stride, padding, dilation, groups)
+    if len(input) == 0 and any(norm is not None and norm.process_group for norm in norms):
+        raise ValueError("input: an empty batch has nothing to add to its process group's statistics")
     if len(input) == 0:
         return empty_batch(input, weight, bias, norm_before, activation, norm_after, conv)
     can = norm_after is not None and constants[1][0] is None and algebra_applies(input, weight, conv, plain)
@@ -871,13 +883,18 @@ def fused_conv_bn2d(
     groups: int = 1,
     slab_size: int | str | None = None,
     num_batches_tracked: Tensor | None = None,
+    process_group=None,
 ) -> Tensor:
     """``F.batch_norm(F.conv2d(input, weight, bias, ...), ...)`` that saves ``input`` and no output.
 
     `fused_block2d` without a norm before, which describes shapes and errors. ``gamma`` and ``beta`` are the
     norm's weight and bias; ``momentum`` None is the cumulative average, which needs ``num_batches_tracked``.
+    In training the statistics are those of the whole ``process_group``'s batch, a
+    torch.distributed.ProcessGroup, or of this process' alone.
     """
+    name = process_group if isinstance(process_group, str) else group_argument(process_group)
     norm = BatchNorm(gamma, beta, running_mean, running_var, training, momentum, eps, num_batches_tracked)
+    norm = norm._replace(process_group=name if training else "")
     geometry = (stride, padding, dilation, groups)
     return fused_block2d(input, weight, bias, None, Act(), norm, *geometry, slab_size, "recompute")
 
@@ -988,6 +1005,8 @@ class FusedConvBN2d(nn.Module):
     Args:
         slab_size: images that backward works on at once; None chooses, "batch" takes all (see
             ``fused_conv_bn2d``).
+        process_group: a torch.distributed.ProcessGroup whose whole batch the statistics are taken over in
+            training, as nn.SyncBatchNorm does; None for this process' batch alone.
 
     Shape: input (N, C_in, H, W), output (N, C_out, H_out, W_out) as ``nn.Conv2d`` has it.
     """
@@ -1010,10 +1029,11 @@ class FusedConvBN2d(nn.Module):
         slab_size: int | str | None = None,
         device=None,
         dtype=None,
+        process_group=None,
     ) -> None:
         super().__init__()
         slab_argument(slab_size)
-        self.slab_size = slab_size
+        self.slab_size, self.process_group = slab_size, group_argument(process_group)
         to = {"device": device, "dtype": dtype}
         conv_args = (
             in_channels,
@@ -1031,7 +1051,11 @@ class FusedConvBN2d(nn.Module):
 
     @classmethod
     def from_pair(
-        cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, slab_size: int | str | None = None
+        cls,
+        conv: nn.Conv2d,
+        bn: nn.BatchNorm2d,
+        slab_size: int | str | None = None,
+        process_group=None,
     ) -> FusedConvBN2d:
         """Fuse two modules that exist; the layer holds them, and so shares their parameters and buffers.
 
@@ -1050,7 +1074,7 @@ class FusedConvBN2d(nn.Module):
             raise ValueError(f"bn must be on conv's device {conv.weight.device}, got {tensors[0].device}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.slab_size = slab_size
+        layer.slab_size, layer.process_group = slab_size, group_argument(process_group)
         layer.conv, layer.bn = conv, bn
         layer.training = bn.training
         return layer
@@ -1075,6 +1099,7 @@ class FusedConvBN2d(nn.Module):
             conv.groups,
             self.slab_size,
             bn.num_batches_tracked,
+            process_group_of(bn, self.process_group),
         )
 
     def extra_repr(self) -> str:
@@ -1086,7 +1111,8 @@ def check_modules(**modules: tuple[nn.Module | None, type]) -> None:
     for name, (module, kind) in modules.items():
         if module is None:
             continue
-        if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        plain = isinstance(module, kind) and type(module).forward is kind.forward
+        if not plain and not (kind is nn.BatchNorm2d and type(module) is nn.SyncBatchNorm):
             raise ValueError(f"{name} must be a plain nn.{kind.__name__}, got {type(module).__name__}")
         if has_hooks(module):
             raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
@@ -1131,10 +1157,12 @@ def call_block(
     norm_after: nn.Module | None = None,
     slab_size: int | str | None = None,
     backward: str = "auto",
+    process_group: str = "",
 ) -> Tensor:
     """`fused_block2d` with the parameters, buffers and settings of modules, as they stand now."""
     input, padding = pad_first(conv, input)
-    before, after = (None if bn is None else BatchNorm.of(bn) for bn in (norm_before, norm_after))
+    norms = (norm_before, norm_after)
+    before, after = (None if bn is None else BatchNorm.of(bn, process_group) for bn in norms)
     act = activation if isinstance(activation, Act) else activation_of(activation)
     geometry = (conv.stride, padding, conv.dilation, conv.groups)
     return fused_block2d(input, conv.weight, conv.bias, before, act, after, *geometry, slab_size, backward)
@@ -1151,6 +1179,7 @@ class FusedBlock2d(nn.Module):
         norm_before, norm_after: nn.BatchNorm2d of its input and of its output channels, or None.
         activation: an nn.ReLU, ReLU6, LeakyReLU, SiLU, Hardswish, GELU or Identity, or None.
         slab_size, backward: see `fused_block2d`.
+        process_group: see `FusedConvBN2d`.
 
     Raises:
         ValueError: modules that are not of these kinds, do not fit, or have hooks.
@@ -1164,6 +1193,7 @@ class FusedBlock2d(nn.Module):
         norm_after: nn.BatchNorm2d | None = None,
         slab_size: int | str | None = None,
         backward: str = "auto",
+        process_group=None,
     ) -> None:
         super().__init__()
         slab_argument(slab_size)
@@ -1186,10 +1216,11 @@ class FusedBlock2d(nn.Module):
             norm_after,
         )
         self.slab_size, self.backward = slab_size, backward
+        self.process_group = group_argument(process_group)
 
     def forward(self, input: Tensor) -> Tensor:
         modules = (self.conv, self.norm_before, self.activation, self.norm_after)
-        return call_block(input, *modules, self.slab_size, self.backward)
+        return call_block(input, *modules, self.slab_size, self.backward, self.process_group)
 
     def extra_repr(self) -> str:
         return f"slab_size={self.slab_size!r}, backward={self.backward!r}"

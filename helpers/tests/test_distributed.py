@@ -1,0 +1,168 @@
+"""Two processes on the CPU: with nn.SyncBatchNorm they do what one process does with the whole batch."""
+
+import copy
+import datetime
+import functools
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers import FusedBlock2d, fuse_conv_bn
+from helpers.fused import process_group_of
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
+)
+TIMEOUT = 30  # seconds
+
+
+def network(seed=0):
+    """Norm before with recomputation, norm before with algebra, a plain pair, each with a norm behind."""
+    torch.manual_seed(seed)
+    layers = [
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Conv2d(4, 16, 1),
+        nn.BatchNorm2d(16),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 3, stride=2, groups=2),
+        nn.BatchNorm2d(4),
+    ]
+    net = nn.Sequential(*layers).double()
+    for norm in net:
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return net
+
+
+def data(sizes):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(sizes), 3, 8, 9, generator=generator, dtype=torch.float64)
+    grad_out = torch.randn(sum(sizes), 4, 2, 3, generator=generator, dtype=torch.float64)
+    return x.split(sizes), grad_out.split(sizes)
+
+
+def spawn(worker, *arguments):
+    """Run ``worker(rank, *arguments)`` in two processes of one group; raise what one of them raises."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(functools.partial(enter_group, worker), (store.port, *arguments), nprocs=2)
+
+
+def enter_group(worker, rank, port, *arguments):
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    try:
+        worker(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def same_as_one_process(rank, sizes, recompute_conv, order):
+    xs, grads = data(sizes)
+    alone, net = network(), network()
+    whole = torch.cat(xs).requires_grad_()
+    z = alone(whole)
+    z.backward(torch.cat(grads))
+    if order == "convert first":
+        net = fuse_conv_bn(nn.SyncBatchNorm.convert_sync_batchnorm(net), recompute_conv)
+    else:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(fuse_conv_bn(net, recompute_conv))
+    parallel = DistributedDataParallel(net)
+    x = xs[rank].clone().requires_grad_()
+    out = parallel(x)
+    out.backward(2 * grads[rank])  # the gradients are averaged over the processes
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    close(out, z.split(sizes)[rank])
+    close(x.grad / 2, whole.grad.split(sizes)[rank])
+    for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
+        close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, b), c in zip(net.named_buffers(), alone.buffers(), strict=True):
+        close(b, c, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (5, 2)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("recompute_conv", [True, False])
+def test_two_processes_are_one(sizes, recompute_conv):
+    # Without a second convolution the last norm is nn.SyncBatchNorm itself, which needs a GPU.
+    if recompute_conv:
+        spawn(same_as_one_process, list(sizes), recompute_conv, "convert first")
+    else:
+        with pytest.raises(Exception, match="SyncBatchNorm expected input tensor to be on"):
+            spawn(same_as_one_process, list(sizes), recompute_conv, "convert first")
+
+
+def test_converted_after_fusing():
+    spawn(same_as_one_process, [2, 4], True, "fuse first")
+
+
+def algebra_by_itself(rank, sizes):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(sum(sizes), 3, 5, 5, generator=generator, dtype=torch.float64) + 7
+    dz = torch.randn(sum(sizes), 8, 5, 5, generator=generator, dtype=torch.float64)
+    for backward in ("algebra", "recompute"):
+        torch.manual_seed(3)
+        norm, conv, after = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+        plain = nn.Sequential(norm, nn.ReLU(), conv, after).double()
+        sync = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+        block = FusedBlock2d(sync[2], sync[0], sync[1], sync[3], slab_size=1, backward=backward)
+        assert process_group_of(sync[0])
+        whole, mine = x.clone().requires_grad_(), x.split(sizes)[rank].clone().requires_grad_()
+        plain(whole).backward(dz)
+        block(mine).backward(dz.split(sizes)[rank])
+        torch.testing.assert_close(mine.grad, whole.grad.split(sizes)[rank])
+        for p, q in zip(sync.parameters(), plain.parameters(), strict=True):
+            dist.all_reduce(p.grad)
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_algebra_and_recomputation():
+    spawn(algebra_by_itself, [2, 3])
+
+
+def each_its_own(rank):
+    xs, grads = data([3, 3])
+    net, alone = fuse_conv_bn(network()), network()
+    DistributedDataParallel(net, broadcast_buffers=False)(xs[rank]).backward(grads[rank])
+    alone(xs[rank])
+    for b, c in zip(net.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(b, c)
+
+
+def test_without_sync_each_process_keeps_its_own_statistics():
+    spawn(each_its_own)
+
+
+def one_dies(rank):
+    x = data([2, 2])[0][rank]
+    net = fuse_conv_bn(nn.SyncBatchNorm.convert_sync_batchnorm(network()))
+    if rank:
+        os._exit(7)
+    with pytest.raises(RuntimeError):
+        net(x)
+    raise InterruptedError("the other process is gone, and this one knows")
+
+
+def test_a_process_that_dies_leaves_an_error():
+    with pytest.raises(Exception, match=r"exit code 7|this one knows"):
+        spawn(one_dies)
+
+
+def empty_in_one(rank):
+    net = fuse_conv_bn(nn.SyncBatchNorm.convert_sync_batchnorm(network()))
+    with pytest.raises(ValueError, match="input: .*empty batch"):
+        net(torch.empty(0, 3, 8, 9, dtype=torch.float64))
+
+
+def test_an_empty_batch_is_an_error_before_anybody_waits():
+    spawn(empty_in_one)

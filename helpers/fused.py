@@ -689,7 +689,9 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm) -> BatchNorm:
-        stats = (bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps, bn.num_batches_tracked)
+        tracks = bn.track_running_stats or not bn.training
+        running = (bn.running_mean, bn.running_var) if tracks else (None, None)
+        stats = (*running, bn.training, bn.momentum, bn.eps, bn.num_batches_tracked)
         return cls(bn.weight, bn.bias, *stats, process_group_of(bn))
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:

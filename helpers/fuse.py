@@ -12,11 +12,16 @@ is traced again; the report.
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 import inspect
 import random
+import sys
+import types
+import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,6 +43,16 @@ class NotCertain(Exception):
     """Why a graph of a module's forward would not always compute what the forward computes."""
 
 
+class Value(fx.Proxy):
+    """A value of which nothing but its name is known while tracing."""
+
+    @property
+    def __class__(self):  # isinstance asks for it, autograd.Function.apply too
+        if sys._getframe(1).f_globals["__name__"].startswith(("torch.fx", "torch.nn", __name__)):
+            return fx.Proxy
+        raise NotCertain("its forward depends on the type of a value")
+
+
 class Tracer(fx.Tracer):
     """torch.fx's tracer, which stops where its graph would be a guess.
 
@@ -45,17 +60,63 @@ class Tracer(fx.Tracer):
     with hooks is never looked into.
     """
 
+    proxy_buffer_attributes = True  # a forward may not decide by what is in a buffer
+
+    def trace(self, *arguments):
+        self.surroundings = surroundings()
+        return super().trace(*arguments)
+
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return has_hooks(module) or isinstance(module, Fused) or super().is_leaf_module(module, name)
+        whole = has_hooks(module) or isinstance(module, (Fused, nn.Conv2d, nn.modules.batchnorm._NormBase))
+        return whole or super().is_leaf_module(module, name)
+
+    def proxy(self, node: fx.Node) -> Value:
+        return Value(node, self)
+
+    def create_node(self, *arguments, **keywords) -> fx.Node:
+        if surroundings() != self.surroundings:
+            raise NotCertain("a part of it runs under another grad mode, autocast or another context")
+        return super().create_node(*arguments, **keywords)
 
     def create_arg(self, a):
+        if isinstance(a, fx.Proxy):
+            return a.node
         if type(a) is OrderedDict:
             items = [self.create_arg(list(item)) for item in a.items()]
             return self.create_node("call_function", OrderedDict, (items,), {})
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter):
-            if all(a is not b for b in self.root.buffers()):
-                raise NotCertain("its forward makes a tensor that does not depend on the input")
+            raise NotCertain("its forward makes a tensor that does not depend on the input")
+        known = type(a) in (list, tuple, dict) or type(a).__module__.startswith("torch.")
+        if isinstance(a, (list, tuple, dict)) and not known and not hasattr(a, "_fields"):
+            raise NotCertain(f"its forward makes a {type(a).__name__}")
         return super().create_arg(a)
+
+
+def surroundings() -> tuple:
+    """What a graph does not say: the contexts in which its operations run."""
+    autocast = [
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        for device in ("cpu", "cuda", "mps", "xpu")
+    ]
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # checkpoints have them
+    modes = torch._C._len_torch_function_stack()
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast, hooks, modes
+
+
+@contextmanager
+def attributes_read() -> Iterator[set[str]]:
+    """The names of all attributes of modules that are read meanwhile."""
+    names = set()
+
+    def note(self, name: str):
+        names.add(name)
+        return object.__getattribute__(self, name)
+
+    nn.Module.__getattribute__ = note
+    try:
+        yield names
+    finally:
+        del nn.Module.__getattribute__
 
 
 def required_parameters(module: nn.Module) -> list[str]:
@@ -73,17 +134,75 @@ def containers(module: nn.Module) -> list[nn.Module]:
     return [module, *(m for m in inside if not m.__module__.startswith("torch.nn") or list(m.children()))]
 
 
-def plain_values(modules: list[nn.Module]) -> tuple:
-    """All numbers, flags and texts that are attributes of ``modules``.
+# nn.Module's own attributes that a forward does not decide by (its modules and hooks are watched elsewhere),
+# and those in which a name may stand for None
+OWN = {*vars(nn.Module()), "_plan", "fusion_report"} - {"training"}
+TENSORS = {"_parameters", "_buffers"}
+PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, enum.Enum, type, torch.dtype, torch.device)
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
+
+
+def plain_values(modules: list[nn.Module], names: set[str] | None = None) -> tuple:
+    """The attributes of ``modules`` (those in ``names``), to be compared.
 
     A forward may depend on them, ``training`` above all, so a graph holds for one set of them only.
     """
-    values = (value for module in modules for value in vars(module).values())
-    return tuple(v for v in values if v is None or type(v) in (bool, int, float, str))
+    return tuple(
+        (name, plain_value(value))
+        for module in modules
+        for name, value in vars(module).items()
+        if name in TENSORS or (name not in OWN and (names is None or name in names))
+    )
 
 
-def random_state() -> tuple:
-    return random.getstate(), torch.get_rng_state().tolist()
+def plain_value(value, depth: int = 4):
+    """What a forward could decide by in ``value``: numbers, flags, texts, functions, and such in what it holds."""
+    if isinstance(value, fx.Proxy):
+        return fx.Proxy
+    if isinstance(value, (*PLAIN, *FUNCTIONS)):
+        return value
+    if isinstance(value, types.MethodType):
+        return value.__func__, id(value.__self__)
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, (Tensor, nn.Module)) or not depth:
+        return type(value)
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        if len(value) > 100:  # no settings
+            return type(value), len(value)
+        items = value.items() if isinstance(value, dict) else value
+        return type(value), *(plain_value(item, depth - isinstance(value, dict)) for item in items)
+    return type(value), plain_value(vars(value), depth - 1) if hasattr(value, "__dict__") else None
+
+
+@contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """All generators of random numbers are put back to where they were.
+
+    Raises:
+        NotCertain: numbers were drawn from one.
+    """
+    generators = [(random.getstate, random.setstate), (torch.get_rng_state, torch.set_rng_state)]
+    if torch.cuda.is_initialized():
+        generators.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"].random
+        generators.append((numpy.get_state, numpy.set_state))
+    before = [get() for get, _ in generators]
+    try:
+        yield
+        if any(differ(get(), state) for (get, _), state in zip(generators, before, strict=True)):
+            raise NotCertain("its forward draws random numbers that decide what it does")
+    finally:
+        for (_, put_back), state in zip(generators, before, strict=True):
+            put_back(state)
+
+
+def differ(a, b) -> bool:
+    """Whether two states of a generator are not the same."""
+    if isinstance(a, tuple):
+        return any(differ(*pair) for pair in zip(a, b, strict=True))
+    return bool((a != b).any()) if hasattr(a, "any") else a != b
 
 
 def skeleton(module: nn.Module) -> nn.Module:
@@ -98,48 +217,43 @@ def skeleton(module: nn.Module) -> nn.Module:
         module.__class__ = fused_as
 
 
-def trace(module: nn.Module, mode: bool | None = None) -> tuple[fx.Graph, tuple]:
-    """The graph of ``module``'s forward, and the `plain_values` for which it holds.
+def trace(module: nn.Module, mode: bool | None, names: set[str]) -> tuple[fx.Graph, list[nn.Module]]:
+    """The graph of ``module``'s forward, and copies of the modules whose attributes it depends on.
 
     Args:
         module: stays as it is; a copy that shares its parameters is traced.
         mode: trace in this training mode; None for the mode that each module is in.
+        names: those of the attributes that the forward reads are added.
 
     Raises:
         NotCertain: the graph would not always be right.
     """
     if "forward" in vars(module):
         raise NotCertain("its forward was replaced")
-    names = ", ".join(required_parameters(module))
+    required = ", ".join(required_parameters(module))
     try:
         copied = skeleton(module)
         if mode is not None:
             copied.train(mode)
     except Exception as error:  # a module may hold anything
         raise NotCertain(f"it cannot be copied: {first_line(error)}") from None
-    versions, drawn = [b._version for b in copied.buffers()], random_state()
     everything = list(copied.modules())
-    values, before = plain_values(containers(copied)), plain_values(everything)
+    before = plain_values(everything)
     # The tracer makes a placeholder of each argument of the forward that it finds.
     plain = type(copied)
-    forward = eval(f"lambda self, {names}: forward(self, {names})", {"forward": plain.forward})
+    forward = eval(f"lambda self, {required}: forward(self, {required})", {"forward": plain.forward})
     copied.__class__ = type(plain.__name__, (plain,), {"forward": forward})
     try:
-        graph = Tracer().trace(copied)
+        with random_numbers_kept(), attributes_read() as read:
+            graph = Tracer().trace(copied)
     except NotCertain:
         raise
     except Exception as error:  # whatever a forward does that cannot be traced
         raise NotCertain(f"it cannot be traced: {first_line(error)}") from None
-    if random_state() != drawn:
-        raise NotCertain("its forward draws random numbers that decide what it does")
-    stored = (v for m in everything for v in vars(m).values())
-    if (
-        [b._version for b in copied.buffers()] != versions
-        or plain_values(everything) != before
-        or any(isinstance(v, fx.Proxy) for v in stored)
-    ):
+    if plain_values(everything) != before:
         raise NotCertain("its forward changes its own state")
-    return graph, values
+    names |= read
+    return graph, containers(copied)
 
 
 def first_line(error: Exception) -> str:
@@ -169,8 +283,9 @@ def activation_at(node: fx.Node, modules: dict[str, nn.Module]) -> Act | None:
     """The activation that ``node`` computes of its first argument, if the kernel has it."""
     if node.op == "call_module":
         module = modules[node.target]
+        other = has_hooks(module) or "forward" in vars(module) or isinstance(module, nn.Identity)
         try:
-            return None if has_hooks(module) or isinstance(module, nn.Identity) else activation_of(module)
+            return None if other else activation_of(module)
         except ValueError:
             return None
     functions = {
@@ -300,11 +415,13 @@ def call_group(
 ) -> Tensor:
     """One group, by the kernel where it still can be."""
     act = Act(*activation) if isinstance(activation, tuple) else activation
-    plain = type(conv) is nn.Conv2d and all(n is None or type(n) in NORMS for n in (norm_before, norm_after))
-    if not plain:  # parametrised since, for example
+    norms = [n for n in (norm_before, norm_after) if n is not None]
+    plain = type(conv) is nn.Conv2d and all(type(n) in NORMS for n in norms)
+    modules = [conv, *norms, *([act] if isinstance(act, nn.Module) else [])]
+    if not plain or any("forward" in vars(m) for m in modules):  # parametrised since, for example
         x = input if norm_before is None else norm_before(input)
         if act is not None:
-            x = act.forward(x)
+            x = act(x) if isinstance(act, nn.Module) else act.forward(x)
         return conv(x) if norm_after is None else norm_after(conv(x))
     backward = "auto"
     if not recompute_conv and norm_after is not None:
@@ -327,6 +444,9 @@ def is_constant(norm: nn.Module) -> bool:
 # The new forward -----------------------------------------------------------------------------------------
 
 
+KEPT = 16  # forwards of one module
+
+
 class Plan:
     """The forwards of one module: a graph for each set of values that its containers have had."""
 
@@ -345,38 +465,56 @@ class Plan:
             NotCertain: from `trace`.
         """
         self.forwards.clear()
+        self.names: set[str] = set()
         self.required = required_parameters(module)
         self.containers = containers(module)
         self.children = [(m._modules, tuple(m._modules.values())) for m in self.containers]
-        self.hooks = [getattr(m, kind) for m in module.modules() for kind in HOOKS]
+        inside = [m for m in module.modules() if m is not module]
+        self.hooks = [getattr(m, kind) for m in inside for kind in HOOKS]
+        traces = []
         for mode in (False, True):  # the groups that are kept for the report are those of training
-            self.by_mode[mode] = self.add(module, mode)
+            with torch.set_grad_enabled(mode):
+                traces.append((*trace(module, mode, self.names), mode))
+        for graph, copies, mode in traces:
+            with torch.set_grad_enabled(mode):
+                self.by_mode[mode] = self.add(module, graph, copies)
         return self
 
-    def add(self, module: nn.Module, mode: bool | None = None) -> Callable:
-        """Trace ``module`` and keep the forward."""
-        graph, values = trace(module, mode)
+    def add(self, module: nn.Module, graph: fx.Graph, copies: list[nn.Module]) -> Callable:
+        """Keep the forward that ``graph`` makes, for the attributes that ``copies`` have."""
         self.groups, self.alone = find_groups(graph, module)
         forward = compile_forward(graph, self.groups, self.options, type(module).__name__)
-        self.forwards[values, self.hooked()] = forward
+        self.keep(self.key(copies), forward)
         return forward
 
-    def hooked(self) -> tuple[int, ...]:
-        """Which hooks there are: a module with hooks is called as it is."""
-        return tuple(i for i, hooks in enumerate(self.hooks) if hooks)
+    def keep(self, key: tuple, forward: Callable | None) -> None:
+        while len(self.forwards) >= KEPT:  # an attribute changes all the time
+            del self.forwards[next(iter(self.forwards))]
+        self.forwards[key] = forward
+
+    def key(self, modules: list[nn.Module]) -> tuple:
+        """What a graph depends on: attributes, gradients, and hooks, since modules with hooks are called."""
+        hooked = tuple(i for i, hooks in enumerate(self.hooks) if hooks)
+        return plain_values(modules, self.names), torch.is_grad_enabled(), hooked
 
     def forward(self, module: nn.Module) -> Callable | None:
         """The forward for ``module`` as it stands now; None where its own must do."""
         if torch.compiler.is_compiling():  # which watches all of this itself
             return self.by_mode[module.training]
+        if nn.modules.module._has_any_global_hook():
+            return None
+        key = None
         try:
             if any(tuple(now.values()) != then for now, then in self.children):
                 self.prepare(module)
-            key = plain_values(self.containers), self.hooked()
-            return self.forwards[key] if key in self.forwards else self.add(module)
-        except NotCertain:
-            self.forwards[key] = None
-        return None
+            key = self.key(self.containers)
+            if key not in self.forwards:
+                return self.add(module, *trace(module, None, self.names))
+        except NotCertain as reason:
+            warnings.warn(f"{type(module).__name__} runs unfused from here on: {reason}", stacklevel=3)
+            self.keep(key or self.key(self.containers), None)
+            return None
+        return self.forwards[key]
 
 
 class Fused(nn.Module):
@@ -387,10 +525,13 @@ class Fused(nn.Module):
         if plan is None:
             return super().forward(*args, **kwargs)
         missing = plan.required[len(args) :]
-        if len(kwargs) == len(missing) and all(name in kwargs for name in missing):
-            run = plan.forward(self)
-            if run is not None and len(args) <= len(plan.required):
-                return run(self, *args, *(kwargs[name] for name in missing))
+        if len(args) + len(kwargs) == len(plan.required) and all(name in kwargs for name in missing):
+            inputs = (*args, *(kwargs[name] for name in missing))
+            # A forward may ask whether an argument is None or True, which a trace does not see.
+            if all(isinstance(t, (Tensor, list, tuple, dict)) for t in inputs) and (
+                run := plan.forward(self)
+            ):
+                return run(self, *inputs)
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
@@ -398,8 +539,11 @@ class Fused(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        if "_plan" in vars(self):
-            self._plan.prepare(self)
+        try:
+            if "_plan" in vars(self):
+                self._plan.prepare(self)
+        except NotCertain:  # any more, of a model that was changed after it was fused
+            del self._plan
 
 
 @functools.cache
@@ -414,7 +558,8 @@ def new_fused(plain: type[nn.Module]) -> Fused:
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module`` without `Fused`."""
-    return type(module).__mro__[2] if isinstance(module, Fused) else type(module)
+    mro = type(module).__mro__
+    return mro[mro.index(Fused) + 1] if isinstance(module, Fused) else type(module)
 
 
 def unfuse(model: nn.Module) -> nn.Module:
@@ -453,6 +598,9 @@ def fuse_conv_bn(
     unfuse(model)
     report = FusionReport(recompute_conv)
     fuse_inside(model, "", report, {"recompute_conv": recompute_conv, "slab_size": slab_size})
+    for prefix, group in report.groups:
+        for module in group.names():
+            report.alone.pop(f"{prefix}{module}", None)
     model.fusion_report = report
     return model
 
@@ -461,7 +609,7 @@ def fuse_inside(module: nn.Module, name: str, report: FusionReport, options: dic
     """Fuse ``module``, or where it cannot be traced, what is in it."""
     prefix = name + "." if name else ""
     children = list(module.named_children())
-    if not children:
+    if not children or isinstance(module, Fused):  # one that stands in two places is fused already
         return
     try:
         plan = Plan(**options).prepare(module)
@@ -476,6 +624,17 @@ def fuse_inside(module: nn.Module, name: str, report: FusionReport, options: dic
         module.__class__ = fused_class(type(module))
         report.groups += [(prefix, group) for group in plan.groups]
     report.alone |= {prefix + n: reason for n, reason in plan.alone.items()}
+    for child_name, child in outermost_with_hooks(module):  # it is called as it is
+        fuse_inside(child, prefix + child_name, report, options)
+
+
+def outermost_with_hooks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules inside ``module`` that have hooks, but none of those inside them."""
+    for name, child in module.named_children():
+        if has_hooks(child):
+            yield prefix + name, child
+        else:
+            yield from outermost_with_hooks(child, prefix + name + ".")
 
 
 # The report ----------------------------------------------------------------------------------------------

@@ -695,7 +695,9 @@ class BatchNorm(NamedTuple):
 
     @classmethod
     def of(cls, bn: nn.BatchNorm2d | nn.SyncBatchNorm, process_group: str = "") -> BatchNorm:
-        stats = (bn.running_mean, bn.running_var, bn.training, bn.momentum, bn.eps, bn.num_batches_tracked)
+        tracks = bn.track_running_stats or not bn.training
+        running = (bn.running_mean, bn.running_var) if tracks else (None, None)
+        stats = (*running, bn.training, bn.momentum, bn.eps, bn.num_batches_tracked)
         return cls(bn.weight, bn.bias, *stats, process_group_of(bn, process_group))
 
     def constants(self) -> tuple[Tensor | None, Tensor | None]:
@@ -717,7 +719,7 @@ class BatchNorm(NamedTuple):
 
 
 def process_group_of(bn: nn.Module, name: str = "") -> str:
-    """Name of the group that ``bn`` is synchronised over: an nn.SyncBatchNorm's own, else that of ``name``."""
+    """Name of the group that ``bn`` is synchronised over: an nn.SyncBatchNorm's own, else ``name``."""
     if not bn.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return ""
     if isinstance(bn, nn.SyncBatchNorm):
@@ -730,9 +732,8 @@ def group_argument(process_group) -> str:
     if process_group is None:
         return ""
     if not torch.distributed.is_available() or not isinstance(process_group, torch.distributed.ProcessGroup):
-        raise ValueError(
-            f"process_group must be None or a torch.distributed.ProcessGroup, got {type(process_group).__name__}"
-        )
+        kind = type(process_group).__name__
+        raise ValueError(f"process_group must be None or a torch.distributed.ProcessGroup, got {kind}")
     return process_group.group_name if process_group.size() > 1 else ""
 
 

@@ -39,11 +39,11 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """(images, mean, variance) of pieces of y that fit into a cache, for `merge_stats`."""
+    """(values in a channel, mean, variance) of pieces of y that fit into a cache, for `merge_stats`."""
     dtype = stats_dtype(y.dtype)
     piece_bytes = CACHED_BYTES if y.is_cpu else WIDENED_BYTES if y.dtype != dtype else y.nbytes
     pieces = [y] if y.nbytes <= piece_bytes else y.split(max(1, piece_bytes // max(1, y[:1].nbytes)))
-    return [(len(piece), *_stats_of_piece(piece.to(dtype))) for piece in pieces]
+    return [(piece.numel() // piece.shape[1], *_stats_of_piece(piece.to(dtype))) for piece in pieces]
 
 
 def _stats_of_piece(y: Tensor) -> tuple[Tensor, Tensor]:

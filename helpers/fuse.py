@@ -29,7 +29,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers.fused import HOOKS, Act, activation_of, algebra_pays_for, call_block, has_hooks, slab_argument
+from helpers.fused import (
+    HOOKS,
+    Act,
+    activation_of,
+    algebra_pays_for,
+    call_block,
+    group_argument,
+    has_hooks,
+    slab_argument,
+)
 
 __all__ = ["FusionReport", "fuse_conv_bn", "unfuse"]
 
@@ -156,7 +165,7 @@ def plain_values(modules: list[nn.Module], names: set[str] | None = None) -> tup
 
 
 def plain_value(value, depth: int = 4):
-    """What a forward could decide by in ``value``: numbers, flags, texts, functions, and such in what it holds."""
+    """What a forward could decide by in ``value``: numbers, flags, texts, functions, and what holds such."""
     if isinstance(value, fx.Proxy):
         return fx.Proxy
     if isinstance(value, (*PLAIN, *FUNCTIONS)):
@@ -217,13 +226,15 @@ def skeleton(module: nn.Module) -> nn.Module:
         module.__class__ = fused_as
 
 
-def trace(module: nn.Module, mode: bool | None, names: set[str]) -> tuple[fx.Graph, list[nn.Module]]:
+def trace(
+    module: nn.Module, mode: bool | None = None, names: set[str] | None = None
+) -> tuple[fx.Graph, list[nn.Module]]:
     """The graph of ``module``'s forward, and copies of the modules whose attributes it depends on.
 
     Args:
         module: stays as it is; a copy that shares its parameters is traced.
         mode: trace in this training mode; None for the mode that each module is in.
-        names: those of the attributes that the forward reads are added.
+        names: if given, those of the attributes that the forward reads are added.
 
     Raises:
         NotCertain: the graph would not always be right.
@@ -252,7 +263,8 @@ def trace(module: nn.Module, mode: bool | None, names: set[str]) -> tuple[fx.Gra
         raise NotCertain(f"it cannot be traced: {first_line(error)}") from None
     if plain_values(everything) != before:
         raise NotCertain("its forward changes its own state")
-    names |= read
+    if names is not None:
+        names |= read
     return graph, containers(copied)
 
 
@@ -412,6 +424,7 @@ def call_group(
     norm_after: nn.Module | None,
     recompute_conv: bool,
     slab_size: int | str | None,
+    process_group: str = "",
 ) -> Tensor:
     """One group, by the kernel where it still can be."""
     act = Act(*activation) if isinstance(activation, tuple) else activation
@@ -432,7 +445,7 @@ def call_group(
             return norm_after(y)
     if norm_before is None and norm_after is None:
         return conv(input)
-    return call_block(input, conv, norm_before, act, norm_after, slab_size, backward)
+    return call_block(input, conv, norm_before, act, norm_after, slab_size, backward, process_group)
 
 
 def is_constant(norm: nn.Module) -> bool:
@@ -450,8 +463,8 @@ KEPT = 16  # forwards of one module
 class Plan:
     """The forwards of one module: a graph for each set of values that its containers have had."""
 
-    def __init__(self, recompute_conv: bool = True, slab_size: int | str | None = None) -> None:
-        self.options = {"recompute_conv": recompute_conv, "slab_size": slab_size}
+    def __init__(self, recompute_conv: bool, slab_size: int | str | None, process_group: str) -> None:
+        self.options = dict(recompute_conv=recompute_conv, slab_size=slab_size, process_group=process_group)
         self.forwards: dict[tuple, Callable | None] = {}
         self.by_mode: dict[bool, Callable] = {}
 
@@ -573,7 +586,10 @@ def unfuse(model: nn.Module) -> nn.Module:
 
 
 def fuse_conv_bn(
-    model: nn.Module, recompute_conv: bool = True, slab_size: int | str | None = None
+    model: nn.Module,
+    recompute_conv: bool = True,
+    slab_size: int | str | None = None,
+    process_group=None,
 ) -> nn.Module:
     """Fuse the convolutions and batch norms of ``model``, in place, and return it.
 
@@ -587,20 +603,37 @@ def fuse_conv_bn(
         recompute_conv: True for the least memory. False if no convolution may be computed twice: then a norm
             behind a convolution is fused only where it is differentiated by algebra.
         slab_size: see `helpers.fused_block2d`.
+        process_group: a torch.distributed.ProcessGroup whose whole batch all norms take their statistics over
+            in training, on any device. nn.SyncBatchNorm has its own, and needs no such argument.
 
     Raises:
-        ValueError: ``slab_size`` is none of those.
+        ValueError: ``slab_size`` or ``process_group`` is none of those; or a batch norm would be left alone,
+            and so not take part in ``process_group``.
         TypeError: ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     slab_argument(slab_size)
+    name = group_argument(process_group)
+    if name and not recompute_conv:
+        raise ValueError(
+            "process_group needs recompute_conv=True: without, some norms are left to themselves"
+        )
     unfuse(model)
     report = FusionReport(recompute_conv)
-    fuse_inside(model, "", report, {"recompute_conv": recompute_conv, "slab_size": slab_size})
+    fuse_inside(
+        model, "", report, dict(recompute_conv=recompute_conv, slab_size=slab_size, process_group=name)
+    )
     for prefix, group in report.groups:
         for module in group.names():
             report.alone.pop(f"{prefix}{module}", None)
+    taken = {prefix + norm for prefix, group in report.groups for norm in (group.before, group.after) if norm}
+    single = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and n not in taken]
+    if name and single:
+        unfuse(model)
+        raise ValueError(
+            f"process_group: {', '.join(single)} would be left to one process; use convert_sync_batchnorm"
+        )
     model.fusion_report = report
     return model
 

@@ -517,9 +517,8 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
     means, rests, sums = (torch.stack(v).to(wide) for v in vectors)
     total, m = over_group(post.group, (sizes * (means + rests)).sum(0), sizes.sum())
     mean, (G, R) = total / m, products
-    if len(cut) > 1 or post.group:
-        d = means - mean
-        G, R = G + sums.T @ d, R + (sizes * d).T @ d
+    d = means - mean
+    G, R = G + sums.T @ d, R + (sizes * d).T @ d
     return sums.sum(0), G.to(dtype), R.to(dtype), mean.to(dtype)
 
 

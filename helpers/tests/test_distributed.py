@@ -68,16 +68,13 @@ def enter_group(worker, rank, port, *arguments):
         dist.destroy_process_group()
 
 
-def same_as_one_process(rank, sizes, recompute_conv, order):
+def same_as_one_process(rank, sizes):
     xs, grads = data(sizes)
-    alone, net = network(), network()
+    alone, net, world = network(), network(), dist.group.WORLD
     whole = torch.cat(xs).requires_grad_()
     z = alone(whole)
     z.backward(torch.cat(grads))
-    if order == "convert first":
-        net = fuse_conv_bn(nn.SyncBatchNorm.convert_sync_batchnorm(net), recompute_conv)
-    else:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(fuse_conv_bn(net, recompute_conv))
+    net = fuse_conv_bn(net, process_group=world)
     parallel = DistributedDataParallel(net)
     x = xs[rank].clone().requires_grad_()
     out = parallel(x)
@@ -91,19 +88,47 @@ def same_as_one_process(rank, sizes, recompute_conv, order):
         close(b, c, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("sizes", [(3, 3), (5, 2)], ids=["equal", "unequal"])
-@pytest.mark.parametrize("recompute_conv", [True, False])
-def test_two_processes_are_one(sizes, recompute_conv):
-    # Without a second convolution the last norm is nn.SyncBatchNorm itself, which needs a GPU.
-    if recompute_conv:
-        spawn(same_as_one_process, list(sizes), recompute_conv, "convert first")
-    else:
-        with pytest.raises(Exception, match="SyncBatchNorm expected input tensor to be on"):
-            spawn(same_as_one_process, list(sizes), recompute_conv, "convert first")
+@pytest.mark.parametrize("sizes", [[3, 3], [5, 2]], ids=["equal", "unequal"])
+def test_two_processes_are_one(sizes):
+    spawn(same_as_one_process, sizes)
 
 
-def test_converted_after_fusing():
-    spawn(same_as_one_process, [2, 4], True, "fuse first")
+def converted(rank, order):
+    """nn.SyncBatchNorm, without DistributedDataParallel, which takes it on a GPU alone."""
+    xs, grads = data([3, 3])
+    alone, net = network(), network()
+    alone(torch.cat(xs)).backward(torch.cat(grads))
+    steps = [fuse_conv_bn, nn.SyncBatchNorm.convert_sync_batchnorm]
+    for step in steps if order == "fuse first" else reversed(steps):
+        net = step(net)
+    assert process_group_of(net[1]) and len(net.fusion_report.groups) == 3
+    net(xs[rank]).backward(grads[rank])
+    for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+        dist.all_reduce(p.grad)
+        torch.testing.assert_close(p.grad, q.grad)
+    for b, c in zip(net.buffers(), alone.buffers(), strict=True):
+        torch.testing.assert_close(b, c)
+
+
+@pytest.mark.parametrize("order", ["fuse first", "convert first"])
+def test_sync_batch_norm(order):
+    spawn(converted, order)
+
+
+def refused(rank):
+    net, world = network(), dist.group.WORLD
+    with pytest.raises(ValueError, match="process_group needs recompute_conv=True"):
+        fuse_conv_bn(net, recompute_conv=False, process_group=world)
+    net.append(nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="process_group: 10 would be left to one process"):
+        fuse_conv_bn(net, process_group=world)
+    assert type(net) is nn.Sequential
+    with pytest.raises(ValueError, match="process_group must be None or .*ProcessGroup, got str"):
+        fuse_conv_bn(net, process_group="world")
+
+
+def test_arguments_that_do_not_fit_are_named():
+    spawn(refused)
 
 
 def algebra_by_itself(rank, sizes):
@@ -114,9 +139,9 @@ def algebra_by_itself(rank, sizes):
         torch.manual_seed(3)
         norm, conv, after = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
         plain = nn.Sequential(norm, nn.ReLU(), conv, after).double()
-        sync = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
-        block = FusedBlock2d(sync[2], sync[0], sync[1], sync[3], slab_size=1, backward=backward)
-        assert process_group_of(sync[0])
+        sync, world = copy.deepcopy(plain), dist.group.WORLD
+        modules = (sync[2], sync[0], sync[1], sync[3])
+        block = FusedBlock2d(*modules, slab_size=1, backward=backward, process_group=world)
         whole, mine = x.clone().requires_grad_(), x.split(sizes)[rank].clone().requires_grad_()
         plain(whole).backward(dz)
         block(mine).backward(dz.split(sizes)[rank])
@@ -145,7 +170,7 @@ def test_without_sync_each_process_keeps_its_own_statistics():
 
 def one_dies(rank):
     x = data([2, 2])[0][rank]
-    net = fuse_conv_bn(nn.SyncBatchNorm.convert_sync_batchnorm(network()))
+    net = fuse_conv_bn(network(), process_group=dist.group.WORLD)
     if rank:
         os._exit(7)
     with pytest.raises(RuntimeError):
@@ -159,7 +184,7 @@ def test_a_process_that_dies_leaves_an_error():
 
 
 def empty_in_one(rank):
-    net = fuse_conv_bn(nn.SyncBatchNorm.convert_sync_batchnorm(network()))
+    net = fuse_conv_bn(network(), process_group=dist.group.WORLD)
     with pytest.raises(ValueError, match="input: .*empty batch"):
         net(torch.empty(0, 3, 8, 9, dtype=torch.float64))
 

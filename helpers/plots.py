@@ -252,7 +252,8 @@ def backward_over_time(axes, traces: dict, colours: dict, unit: int) -> None:
                 ax.annotate(name, (start - zero, 0.97 * top), (3, 0), **beside)
         peak = max(range(len(held)), key=held.__getitem__)
         ax.plot(times[peak], held[peak], "^", color="#222222", markersize=5)
-        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 2), textcoords="offset points")
+        beside = {"textcoords": "offset points", "bbox": BEHIND_TEXT}
+        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 3), **beside)
         ax.set(xlim=(0, 1.03 * longest), ylim=(0, top), ylabel="buffers")
         ax.set_title(title, color=ink(colour), fontweight="bold")
         ax.label_outer()

@@ -253,7 +253,7 @@ def backward_over_time(axes, traces: dict, colours: dict, unit: int) -> None:
         peak = max(range(len(held)), key=held.__getitem__)
         ax.plot(times[peak], held[peak], "^", color="#222222", markersize=5)
         beside = {"textcoords": "offset points", "bbox": BEHIND_TEXT}
-        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 3), **beside)
+        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 7), **beside)
         ax.set(xlim=(0, 1.03 * longest), ylim=(0, top), ylabel="buffers")
         ax.set_title(title, color=ink(colour), fontweight="bold")
         ax.label_outer()

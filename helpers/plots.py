@@ -85,7 +85,7 @@ def show(fig, alt: str) -> None:
     display(Image(data=packed.getvalue(), format="png", width=width, height=height, alt=alt))
 
 
-def luminance(colour: str) -> float:
+def luminance(colour) -> float:
     """Relative luminance by the Web Content Accessibility Guidelines, from 0 for black to 1 for white."""
     r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
     return 0.2126 * r + 0.7152 * g + 0.0722 * b
@@ -252,9 +252,10 @@ def backward_over_time(axes, traces: dict, colours: dict, unit: int) -> None:
                 ax.annotate(name, (start - zero, 0.97 * top), (3, 0), **beside)
         peak = max(range(len(held)), key=held.__getitem__)
         ax.plot(times[peak], held[peak], "^", color="#222222", markersize=5)
-        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 2), textcoords="offset points")
+        beside = {"textcoords": "offset points", "bbox": BEHIND_TEXT}
+        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 7), **beside)
         ax.set(xlim=(0, 1.03 * longest), ylim=(0, top), ylabel="buffers")
-        ax.set_title(title, color=colour, fontweight="bold")
+        ax.set_title(title, color=ink(colour), fontweight="bold")
         ax.label_outer()
     axes[-1].set_xlabel("time in backward, ms")
 
@@ -295,11 +296,9 @@ def memory_against_time(ax, points: dict[str, tuple[float, float]], colours: dic
     line = zip(*(points[name] for name in best), strict=True)
     ax.plot(*line, color="#333333", linewidth=1, linestyle="--", zorder=1)
     times = [time for _, time in points.values()]
-    gap, height = (max(times) - min(times)) / 16, -1.0
-    for name in sorted(points, key=lambda name: points[name][1]):
-        (memory, time), colour = points[name], colours[name]
-        height = max(time, height + gap)  # labels keep their distance
-        ax.plot(memory, time, "o", markersize=8, color=colour)
+    heights = spread(times, (max(times) - min(times)) / 16)
+    for (name, (memory, time)), height in zip(points.items(), heights, strict=True):
+        ax.plot(memory, time, "o", markersize=8, color=colours[name])
         ax.plot([memory, 1.06, 1.08], [time, height, height], color="#bbbbbb", linewidth=0.6, zorder=0)
         ax.text(1.09, height, name, va="center", fontsize=9, fontweight="bold" if name in best else None)
     ax.set(xlabel="peak memory, ratio to unfused", ylabel="step time, ratio to unfused", xlim=(0, 1.08))
@@ -333,11 +332,18 @@ def matrices_of_algebra(ax) -> None:
 
 
 def heat_map(ax, values: list[list[float]], rows: list[int], columns: list[int], dots: list[list]) -> None:
-    """Chapter 8: ratios as colours on a logarithmic scale, white at 1; numbers, and dots where told."""
-    ax.imshow([[math.log2(v) for v in row] for row in values], "RdBu_r", aspect="auto", vmin=-1.5, vmax=1.5)
+    """Chapter 8: ratios as colours on a logarithmic scale, white at 1; numbers, and dots where told.
+
+    Blue is below 1, red above; from 1/2.8 down and from 2.8 up the colours are as dark as they get.
+    """
+    image = ax.imshow(
+        [[math.log2(v) for v in row] for row in values], "RdBu_r", aspect="auto", vmin=-1.5, vmax=1.5
+    )
     for i, row in enumerate(values):
         for k, value in enumerate(row):
-            colour, dot = "black" if 0.5 < value < 2 else "white", " ●" if dots[i][k] else ""
+            # From this luminance on, black has more contrast than white.
+            light = luminance(image.to_rgba(math.log2(value))[:3]) > 0.18
+            colour, dot = "black" if light else "white", " ●" if dots[i][k] else ""
             ax.text(k, i, f"{value:.2f}{dot}", ha="center", va="center", fontsize=8, color=colour)
     ax.set_xticks(range(len(columns)), columns)
     ax.set_yticks(range(len(rows)), rows)

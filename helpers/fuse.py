@@ -147,7 +147,8 @@ def containers(module: nn.Module) -> list[nn.Module]:
 # and those in which a name may stand for None
 OWN = {*vars(nn.Module()), "_plan", "fusion_report"} - {"training"}
 TENSORS = {"_parameters", "_buffers"}
-PLAIN = (bool, int, float, complex, str, bytes, types.NoneType, enum.Enum, type, torch.dtype, torch.device)
+SETTINGS = (bool, int, float, str, types.NoneType)
+PLAIN = (*SETTINGS, complex, bytes, enum.Enum, type, torch.dtype, torch.device)
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 
 
@@ -160,6 +161,7 @@ def plain_values(modules: list[nn.Module], names: set[str] | None = None) -> tup
         (name, plain_value(value))
         for module in modules
         for name, value in vars(module).items()
+        if name != "forward" or module is not modules[0]
         if name in TENSORS or (name not in OWN and (names is None or name in names))
     )
 
@@ -239,8 +241,6 @@ def trace(
     Raises:
         NotCertain: the graph would not always be right.
     """
-    if "forward" in vars(module):
-        raise NotCertain("its forward was replaced")
     required = ", ".join(required_parameters(module))
     try:
         copied = skeleton(module)
@@ -461,12 +461,11 @@ KEPT = 16  # forwards of one module
 
 
 class Plan:
-    """The forwards of one module: a graph for each set of values that its containers have had."""
+    """The forwards of one module: a graph for each set of attributes that its containers have had."""
 
     def __init__(self, recompute_conv: bool, slab_size: int | str | None, process_group: str) -> None:
         self.options = dict(recompute_conv=recompute_conv, slab_size=slab_size, process_group=process_group)
         self.forwards: dict[tuple, Callable | None] = {}
-        self.by_mode: dict[bool, Callable] = {}
 
     def __reduce__(self):
         return Plan, tuple(self.options.values())
@@ -490,7 +489,14 @@ class Plan:
                 traces.append((*trace(module, mode, self.names), mode))
         for graph, copies, mode in traces:
             with torch.set_grad_enabled(mode):
-                self.by_mode[mode] = self.add(module, graph, copies)
+                self.add(module, graph, copies)
+        self.settings = [
+            (m, name)
+            for m in self.containers
+            for name, value in vars(m).items()
+            if name in self.names - OWN
+            if isinstance(value, SETTINGS)
+        ]
         return self
 
     def add(self, module: nn.Module, graph: fx.Graph, copies: list[nn.Module]) -> Callable:
@@ -512,8 +518,13 @@ class Plan:
 
     def forward(self, module: nn.Module) -> Callable | None:
         """The forward for ``module`` as it stands now; None where its own must do."""
-        if torch.compiler.is_compiling():  # which watches all of this itself
-            return self.by_mode[module.training]
+        if torch.compiler.is_compiling():
+            for m, name in self.settings:  # the compiler watches what is compared
+                getattr(m, name, None) == 0  # noqa: B015
+            return getattr(self, name_of_forward(self, module))
+        return self.now(module)
+
+    def now(self, module: nn.Module) -> Callable | None:
         if nn.modules.module._has_any_global_hook():
             return None
         key = None
@@ -530,6 +541,15 @@ class Plan:
         return self.forwards[key]
 
 
+@torch._dynamo.assume_constant_result
+def name_of_forward(plan: Plan, module: nn.Module) -> str:
+    """The attribute of ``plan`` that is ``module``'s forward, found once, while it is compiled."""
+    forward = plan.now(module)
+    name = f"compiled_{id(forward)}"
+    setattr(plan, name, forward)  # an attribute each: a list that grows would be compiled anew
+    return name
+
+
 class Fused(nn.Module):
     """Mixed into the class of a module whose forward is fused."""
 
@@ -541,9 +561,8 @@ class Fused(nn.Module):
         if len(args) + len(kwargs) == len(plan.required) and all(name in kwargs for name in missing):
             inputs = (*args, *(kwargs[name] for name in missing))
             # A forward may ask whether an argument is None or True, which a trace does not see.
-            if all(isinstance(t, (Tensor, list, tuple, dict)) for t in inputs) and (
-                run := plan.forward(self)
-            ):
+            known = all(isinstance(t, (Tensor, list, tuple, dict)) for t in inputs)
+            if known and (run := plan.forward(self)):
                 return run(self, *inputs)
         return super().forward(*args, **kwargs)
 
@@ -645,6 +664,8 @@ def fuse_inside(module: nn.Module, name: str, report: FusionReport, options: dic
     if not children or isinstance(module, Fused):  # one that stands in two places is fused already
         return
     try:
+        if "forward" in vars(module):  # later on, it may be wrapped in another
+            raise NotCertain("its forward was replaced")
         plan = Plan(**options).prepare(module)
     except NotCertain as reason:
         report.untraced[name or "the model"] = str(reason)
@@ -710,7 +731,7 @@ class FusionReport:
     def measured(self, model: nn.Module, *inputs: Tensor) -> FusionReport:
         """The same report with what each group keeps for ``inputs``, unfused and fused.
 
-        Counted beside its input, which both keep. Nothing is computed: the tensors are fake.
+        Counted beside its input, if both keep that. Nothing is computed: the tensors are fake.
         """
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             inputs = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in inputs]
@@ -743,29 +764,42 @@ class FusionReport:
             a = a if act is None else act(a) if isinstance(act, nn.Module) else act.forward(a)
             return conv(a) if after is None else after(conv(a))
 
+        mine = [b for m in modules if m is not None for b in m.buffers()]
         options = (self.recompute_conv, None)
         tuple_or_module = tuple(act) if isinstance(act, Act) else act
-        fused = saved_bytes(lambda: call_group(x, conv, before, tuple_or_module, after, *options), x)
+        saved = [
+            saved_bytes(run, *mine)
+            for run in (unfused, lambda: call_group(x, conv, before, tuple_or_module, after, *options))
+        ]
+        if all(id_of(x) in bytes_of for bytes_of in saved):
+            for bytes_of in saved:
+                del bytes_of[id_of(x)]
+        unfused_bytes, fused_bytes = (sum(bytes_of.values()) for bytes_of in saved)
         algebra = after is not None and algebra_pays_for(x, conv, before is None and act is None, after)
         how = "no convolution twice" if after is None else "by algebra" if algebra else "recomputed"
         if after is not None and not algebra and not self.recompute_conv:
             how = f"without {group.after.rpartition('.')[2]}"
-        return saved_bytes(unfused, x), fused, how
+        return unfused_bytes, fused_bytes, how
 
 
-def saved_bytes(run: Callable[[], Tensor], x: Tensor) -> int:
-    """What autograd keeps of ``run()`` beside x and parameters."""
-    kept, outside = {}, {x.untyped_storage()._cdata}
+def saved_bytes(run: Callable[[], Tensor], *others: Tensor) -> dict[int, int]:
+    """The bytes of each memory that autograd keeps of ``run()`` beside parameters and ``others``."""
+    kept, outside = {}, {id_of(t) for t in others}
 
     def pack(t: Tensor) -> Tensor:
-        if not isinstance(t, nn.Parameter):
-            kept[t.untyped_storage()._cdata] = t
+        if not isinstance(t, nn.Parameter) and id_of(t) not in outside:
+            kept[id_of(t)] = t
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         output = run()
     del output
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in outside)
+    return {key: t.untyped_storage().nbytes() for key, t in kept.items()}
+
+
+def id_of(t: Tensor) -> int:
+    """What tells the memory of a fake tensor, which has no address, from others."""
+    return t.untyped_storage()._cdata
 
 
 def mib(nbytes: int) -> str:

@@ -266,9 +266,11 @@ TORCHVISION = {
     "vgg11_bn": (small_vgg, 32, 5, 2),
     "googlenet": (lambda: models.googlenet(num_classes=4, init_weights=False), 48, 40, 2),
     "lraspp": (
-        lambda: models.segmentation.lraspp_mobilenet_v3_large(None, weights_backbone=None, num_classes=4),
+        lambda: models.segmentation.lraspp_mobilenet_v3_large(
+            weights=None, weights_backbone=None, num_classes=4
+        ),
         32,
-        40,
+        32,
         2,
     ),
 }
@@ -294,7 +296,7 @@ def test_torchvision_models_train_as_they_do_unfused(name):
 
 def test_a_large_segmentation_model_trains_as_it_does_unfused():
     make = models.segmentation.fcn_resnet50
-    model = randomised(make(None, weights_backbone=None, num_classes=4, aux_loss=True))
+    model = randomised(make(weights=None, weights_backbone=None, num_classes=4, aux_loss=True))
     model = check(model, image(2, 3, 16, 16), steps=1)
     assert type(model(image(2, 3, 16, 16))) is collections.OrderedDict
     assert len(model.fusion_report.groups) == 39
@@ -648,6 +650,13 @@ def test_forwards_that_are_replaced(change):
     fuse_conv_bn(model)
     assert "conv2" not in groups_of(model) or change is not patch
     assert_same(*(train(m, sgd(m), X)[-1] for m in (model, plain)))
+
+
+def test_a_wrapped_forward_is_still_the_fused_one():
+    fused, _ = small(Net)
+    wanted = kept(fused, X)
+    fused.forward = torch.autocast("cpu", enabled=False)(fused.forward)
+    assert kept(fused, X) == wanted
 
 
 class PythonRandom(Net):
@@ -1194,3 +1203,297 @@ def kept(model, x, dtype=None):
         output = model(x)
     del output
     return sum(t.untyped_storage().nbytes() for t in storages.values())
+
+
+def end_of_forward(model, x):
+    """Bytes that stand when forward is done, by the allocator: what is kept, and the output."""
+    model(x).sum().backward()
+    with MemoryTrace() as trace:
+        output = model(x)
+        trace.mark("end of forward")
+    del output
+    return trace.marks["end of forward"]
+
+
+def test_a_resnet_block_keeps_what_it_must_and_no_more():
+    x = image(4, 8, 8, 8, dtype=torch.float32)
+    plain = randomised(Bottleneck(), torch.float32)
+    fused = fuse_conv_bn(copy.deepcopy(plain))
+    wide, small_ = 4 * 4 * 8 * 8 * 4, 4 * 4 * 4 * 4 * 4  # bytes of 4 channels at either size
+    statistics = 2 * 4 * (4 + 4 + 16 + 16)  # mean and variance of four norms
+    # conv1's and conv2's results; and the last relu's. Unfused also what stands before each of the other
+    # convolutions and norms.
+    assert kept(fused, x) == wide + small_ + 4 * small_ + statistics
+    assert kept(plain, x) == 2 * wide + 2 * small_ + 3 * 4 * small_ + statistics
+    saving = kept(plain, x) - kept(fused, x)
+    # out += downsample(x) adds into conv3's norm's result; the other one and the fused conv3's output go.
+    assert end_of_forward(plain, x) - end_of_forward(fused, x) == saving
+
+
+@pytest.mark.parametrize("recompute_conv", [True, False])
+@pytest.mark.parametrize("kind", SMALL, ids=lambda kind: kind.__name__)
+def test_the_report_says_what_autograd_keeps(kind, recompute_conv):
+    fused, plain = small(kind, recompute_conv=recompute_conv)
+    for mode, needs in ((True, True), (True, False), (False, False)):
+        fused.train(mode), plain.train(mode)
+        x = X.clone().requires_grad_(needs)
+        before = copy.deepcopy(fused.state_dict())
+        report = fused.fusion_report.measured(fused, x)
+        assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
+        assert sum(a - b for a, b, _ in report.saved) == kept(plain, x) - kept(fused, x)
+
+
+def test_the_report_measures_a_frozen_backbone():
+    for frozen in (["conv2"], ["bn", "bn2"], ["stem", "conv", "bn"], ["conv", "conv2"]):
+        fused, plain = small(Net)
+        for model in (fused, plain):
+            for name in frozen:
+                model.get_submodule(name).requires_grad_(False)
+        report = fused.fusion_report.measured(fused, X)
+        assert sum(a - b for a, b, _ in report.saved) == kept(plain, X) - kept(fused, X), frozen
+
+
+def test_the_report_reads_well():
+    fused, _ = small(Bottleneck)
+    assert str(fused.fusion_report).splitlines() == [
+        "fused: 3 groups",
+        "  conv2         bn1 → relu → conv2",
+        "  conv3         bn2 → relu → conv3 → bn3",
+        "  downsample.0  0 → 1",
+        "left alone: 1 convolutions and norms",
+        "  conv1  the norm behind it goes to conv2",
+    ]
+    # 64 images: 4 channels of 32x32 pixels in float64 are 2 MiB, of 16x16 half a MiB
+    assert str(fused.fusion_report.measured(fused, image(64, 8, 32, 32))).splitlines() == [
+        "fused: 3 groups",
+        "  conv2         bn1 → relu → conv2        no convolution twice  2.0 MiB → 0.0 MiB",
+        "  conv3         bn2 → relu → conv3 → bn3  by algebra            2.5 MiB → 0.0 MiB",
+        "  downsample.0  0 → 1                     by algebra            2.0 MiB → 0.0 MiB",
+        "saved in all: 6.5 MiB",
+        "left alone: 1 convolutions and norms",
+        "  conv1  the norm behind it goes to conv2",
+    ]
+    for recompute_conv, how in ((True, "recomputed  1.0 MiB → 0.0"), (False, "without 1  1.0 MiB → 0.5")):
+        fused, _ = small(SharedConv, recompute_conv=recompute_conv)
+        assert how in str(fused.fusion_report.measured(fused, image(32, 8, 16, 16)))
+
+
+REASONS = {
+    "hooks": (changed("bn", lambda m: m.register_forward_hook(lambda *_: None)), "bn     it has hooks"),
+    "uncalled": (Uncalled, "bn     this forward does not call it by itself"),
+    "untraced": (
+        DataDependent,
+        "not traced, so fused inside only:\n  the model  it cannot be traced: TraceError: sy",
+    ),
+    "two users": (TwoUsers, "bn    no convolution before or behind it takes its input or its result alone"),
+    "twice": (Called, "conv2  it is called 2 times"),
+    "kind": (with_(bn=lambda: MyNorm(8)), "bn      it is a MyNorm"),
+    "kind of conv": (changed("conv2", parametrizations.weight_norm), "conv2   it is a ParametrizedConv2d"),
+    "no norm": (with_(bn=nn.Identity, bn2=nn.Identity), "conv2   no batch norm is next to it"),
+    "keyword": (Keyword, "conv2   it is not called with one input"),
+}
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_the_report_names_reasons(what):
+    make, text = REASONS[what]
+    report = str(fuse_conv_bn(make()).fusion_report)
+    assert " ".join(text.split()) in " ".join(report.split())
+
+
+# -- how people train ------------------------------------------------------------------------------
+
+
+def with_autocast(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def assert_no_worse(found, rival, exact):
+    """``found`` is as close to ``exact`` as ``rival`` is."""
+    assert found.keys() == rival.keys() == exact.keys()
+    for name, value in exact.items():
+        assert found[name].dtype == rival[name].dtype, name
+        ours, theirs = ((t[name].double() - value.double()).norm() for t in (found, rival))
+        assert ours <= 1.5 * theirs + 1e-3 * value.double().norm() + 1e-4, name
+
+
+@pytest.mark.parametrize("recompute_conv", [True, False])
+@pytest.mark.parametrize(
+    "kind", [Bottleneck, InvertedResidual, SqueezeExcite], ids=lambda kind: kind.__name__
+)
+def test_autocast_is_as_exact_as_unfused(kind, recompute_conv):
+    exact = randomised(kind())
+    plain, fused = copy.deepcopy(exact).float(), fuse_conv_bn(copy.deepcopy(exact).float(), recompute_conv)
+    x = image(8, 8, 8, 8)
+    wanted = train(exact, sgd(exact), x, 1)[0]
+    found, rival = (train(m, sgd(m), x.float(), 1, with_autocast)[0] for m in (fused, plain))
+    assert kind is InvertedResidual or found["output 0"].dtype == torch.bfloat16
+    assert_no_worse(found, rival, wanted)
+
+
+def test_a_gradient_scaler():
+    def run(model, autocast=True):
+        optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=2)
+        if model is fused:
+            fuse_conv_bn(model)
+        scales = []
+        for step in range(6):
+            optimizer.zero_grad()
+            x = image(8, 8, 8, 8, dtype=torch.float32, seed=step)
+            scaler.scale(loss_of(with_autocast(model, x) if autocast else model(x))).backward()
+            if step == 1:  # a step with an overflow, which the scaler skips
+                model.conv2.weight.grad[0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        return state(model), scales
+
+    plain = randomised(Net(), torch.float32)
+    fused = copy.deepcopy(plain)
+    exact = copy.deepcopy(plain)
+    (exact, _), (rival, wanted_scales), (found, scales) = run(exact, False), run(plain), run(fused)
+    assert fused_at_all(fused)
+    assert scales == wanted_scales
+    assert_no_worse(found, rival, exact)
+
+
+@pytest.mark.parametrize("recompute_conv", [True, False])
+def test_channels_last(recompute_conv):
+    model = randomised(Bottleneck()).to(memory_format=torch.channels_last)
+    x = X.contiguous(memory_format=torch.channels_last)
+    model = check(model, x, recompute_conv=recompute_conv)
+    assert model(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_gradient_accumulation():
+    def accumulated(model):
+        for step in range(3):
+            loss_of(model(image(4, 8, 6, 6, seed=step))).backward()
+        return state(model)
+
+    assert_same(*map(accumulated, small()))
+
+
+def test_averaged_copies_and_update_bn():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+
+    found = []
+    for model in small():
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+        optimizer = sgd(model)
+        for step in range(3):
+            train(model, optimizer, image(4, 8, 6, 6, seed=step), 1)
+            average.update_parameters(model)
+        averaged = state(average)
+        update_bn([image(4, 8, 6, 6, seed=s) for s in range(3)], average)
+        averaged |= {f"{n} again": t for n, t in state(average).items()}
+        average.eval()
+        found.append(averaged | {"output": average(X).detach()})
+        assert fused_at_all(average) == fused_at_all(model)
+    assert_same(*found)
+
+
+def test_other_optimizers_and_a_schedule():
+    def adam(model):
+        return torch.optim.AdamW(model.parameters(), 1e-3, eps=1e-3)
+
+    check(randomised(Net()), X, steps=5, optimizer=adam)
+
+
+def compiled(model, **options):
+    return torch.compile(model, backend="aot_eager_decomp_partition", **options)
+
+
+@pytest.mark.parametrize("kind", [Bottleneck, SqueezeExcite], ids=lambda kind: kind.__name__)
+def test_compile_is_right_and_keeps_the_saving(kind):
+    torch._dynamo.reset()
+    eager, plain = small(kind)
+    model = copy.deepcopy(eager)
+    x = image(8, 8, 16, 16)
+    run = compiled(model, fullgraph=True)
+    found, wanted = train(model, sgd(model), x, 2, lambda m, x: run(x)), train(plain, sgd(plain), x, 2)
+    for one, other in zip(found, wanted, strict=True):
+        assert_same(one, other)
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), plain(x))
+    model.train(), plain.train()
+    run(x)  # compiled once more, for an input that needs no gradient
+    held = {}
+    for name, forward in (("compiled", run), ("eager", eager), ("plain", plain)):
+        with MemoryTrace() as trace:
+            output = forward(x)
+            trace.mark("end of forward")
+        held[name] = trace.marks["end of forward"]
+        del output
+    assert held["compiled"] <= 1.1 * held["eager"] < held["plain"]
+
+
+@pytest.mark.parametrize("switch", ["bool", "float", "text", "function", None])
+def test_compiled_models_follow_their_switches(switch):
+    torch._dynamo.reset()
+    fused, plain = small(Switched)
+    run = compiled(fused, fullgraph=True)
+    for change in (None, switch):
+        if change == "function":
+            torch._dynamo.reset()  # numbers, flags and texts are watched
+        for m in (fused, plain):
+            if change is not None:
+                SWITCHES[change](m)
+        torch.testing.assert_close(run(X), plain(X))
+    if switch is None:
+        counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+        run = torch.compile(fused, backend=counter)
+        for mode in (True, False, True, False):
+            fused.train(mode), plain.train(mode)
+            torch.testing.assert_close(run(X), plain(X))
+        assert counter.frame_count == 2
+
+
+def test_compile_with_hooks_and_what_cannot_be_traced():
+    torch._dynamo.reset()
+    fused, plain = small(DataDependent)
+    torch.testing.assert_close(compiled(fused)(X), plain(X))
+    fused, plain = small(Net)
+    hooks = Counted("forward_hook"), Counted("forward_hook")
+    for model, hook in zip((fused, plain), hooks, strict=True):
+        hook.put_on(model.bn)
+    torch.testing.assert_close(compiled(fused)(X), plain(X))
+    assert len(hooks[0].seen) == len(hooks[1].seen) == 1
+
+
+def test_parts_of_a_fused_model_are_models():
+    fused = fuse_conv_bn(randomised(nn.Sequential(conv_bn(8, 8, act=nn.ReLU()), conv_bn(8, 8), nn.ReLU())))
+    plain = unfuse(copy.deepcopy(fused))
+    assert groups_of(fused) == "0.1 relu 1.0 1.1"
+    for of in (lambda m: m[:2], lambda m: m[0], lambda m: nn.Sequential(*m, nn.ReLU()), lambda m: m[1][:1]):
+        assert_same(*(train(of(m), sgd(m), X, 2)[-1] for m in (fused, plain)))
+
+
+def test_a_module_in_two_places():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = self.b = conv_bn(8, 8)
+            self.listed = nn.ModuleList([self.a])
+
+        def forward(self, x):
+            return self.a(-x if x.mean() > 0 else x)
+
+    fused, plain = small(Twice)
+    assert type(fused.a).__name__ == "FusedSequential"
+    assert_same(*(train(m, sgd(m), X, 2)[-1] for m in (fused, plain)))
+    assert type(unfuse(fused).a) is nn.Sequential
+
+
+def test_functional_call_and_lazy_modules():
+    fused, plain = small(Net)
+    parameters = {n: p + 0.1 for n, p in plain.named_parameters()}
+    torch.testing.assert_close(*(torch.func.functional_call(m, parameters, X) for m in (fused, plain)))
+    lazy = nn.Sequential(nn.LazyConv2d(8, 3), nn.LazyBatchNorm2d(), nn.ReLU()).double()
+    fuse_conv_bn(lazy)
+    lazy(X)
+    again = fuse_conv_bn(lazy)
+    assert groups_of(again) == "0 1"
+    assert_same(*(train(m, sgd(m), X, 2)[-1] for m in (again, unfuse(copy.deepcopy(again)))))

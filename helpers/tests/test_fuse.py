@@ -16,6 +16,7 @@ from torchvision import models, ops
 
 from helpers import fuse_conv_bn, unfuse
 from helpers.fuse import Fused
+from helpers.memory import MemoryTrace
 
 # -- small models, each with what is to be found in it ---------------------------------------------
 

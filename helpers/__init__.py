@@ -12,6 +12,7 @@ from helpers.fused import (
     fused_block2d,
     fused_conv_bn2d,
 )
+from helpers.predict import Prediction, largest_batch, predict_memory
 
 __all__ = [
     "BatchNorm",
@@ -20,6 +21,7 @@ __all__ = [
     "FusedConvBN2d",
     "FusedConvBN2dFunction",
     "FusionReport",
+    "Prediction",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",
@@ -27,6 +29,8 @@ __all__ = [
     "fuse_conv_bn",
     "fused_block2d",
     "fused_conv_bn2d",
+    "largest_batch",
+    "predict_memory",
     "unfuse",
     "update_running_stats",
 ]

@@ -1,0 +1,271 @@
+"""How much memory a training step will take, without taking it.
+
+    predict_memory(model, (256, 3, 224, 224), device_type="cuda")  # Prediction(forward=…, peak=…)
+    largest_batch(model, (3, 224, 224), 80e9)
+
+The step runs on *fake* tensors, which have a shape, a dtype and a storage of some size, and no memory. A
+storage counts from the operation that made it until its last tensor is gone, in backward too, and with all
+that the fused kernel makes for a moment.
+
+Not in the numbers is what a library takes for itself inside one operation, and an allocator's fragments. On
+a CPU the library lays a convolution's input, output and weight out anew, in copies of its own: little among
+the many tensors of a deep network (the tests hold three of them to 5 %), more where the peak is one large
+convolution's. The tests compare with a CPU; what cuDNN takes as workspace, they do not see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers import fused
+from helpers.batch_norm import CACHED_BYTES, WIDENED_BYTES, stats_dtype
+from helpers.fuse import Fused
+
+__all__ = ["Prediction", "largest_batch", "predict_memory"]
+
+# An accelerator is played by PyTorch's "meta" device: backward on a fake "cuda" tensor asks for a real GPU.
+PLAYED_BY = {"cpu": "cpu", "cuda": "meta"}
+BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # to whose multiple an allocator rounds
+FEW = 5  # slabs of a fused call that are run where it has more than twice as many
+
+
+class Prediction(NamedTuple):
+    """Bytes above what stands before the step: at the end of forward, and the most at any moment."""
+
+    forward: int
+    peak: int
+
+
+class Held(TorchDispatchMode):
+    """Follows the bytes of all storages that operations make while it is active.
+
+    Attributes:
+        held: bytes now.
+        peak: the most so far.
+    """
+
+    def __init__(self, block: int = 1) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.block, self.known, self.waiting = block, set(), None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count_waiting()
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and False:
+            # Two gradients of one tensor. A real one is added in the first one's memory if nothing else
+            # holds it, a fake one never: this sum counts once its summands had the chance to go.
+            self.waiting = out
+        else:
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor):
+                    self.count(t)
+        return out
+
+    def count(self, t: Tensor) -> None:
+        """Count the storage of ``t`` from now on, unless it does already (then ``t`` is a view)."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            nbytes = math.ceil(storage.nbytes() / self.block) * self.block
+            self.held += nbytes
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self.release, key, nbytes).atexit = False
+
+    def count_waiting(self) -> None:
+        if self.waiting is not None:
+            t, self.waiting = self.waiting, None
+            self.count(t)
+
+    def release(self, key: int, nbytes: int) -> None:
+        self.known.discard(key)
+        self.held -= nbytes
+
+    def ignore(self, *tensors: Tensor) -> None:
+        """These were there before. They must outlive the counting."""
+        self.known.update(t.untyped_storage()._cdata for t in tensors)
+
+
+def in_engine() -> bool:
+    """Whether backward is between two nodes: what runs there is the engine's own sum of gradients."""
+    return torch._C._current_graph_task_id() != -1 and torch._C._current_autograd_node() is None
+
+
+def predict_memory(
+    model: nn.Module,
+    *inputs: Tensor | tuple[int, ...],
+    device_type: str = "cpu",
+    loss: Callable[..., Tensor] | None = None,
+) -> Prediction:
+    """What `helpers.memory.MemoryTrace` would count of ``out = model(*inputs)`` and ``out.backward(grad)``.
+
+    Parameters, buffers, inputs and ``grad`` are there before and not counted; gradients of parameters are.
+    Nothing is computed, and nothing in ``model`` changes.
+
+    Args:
+        model: as it stands: plain or fused, in training or eval mode, on any device ("meta" too).
+        inputs: tensors, whose shape and dtype matter alone, or shapes in the dtype of the parameters.
+        device_type: "cpu", or "cuda", which needs no GPU; it decides on slabs and on the size of blocks.
+        loss: if given, ``loss(out)`` belongs to forward, and is what backward starts from.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    if device_type not in PLAYED_BY:
+        raise ValueError(f"device_type must be one of {', '.join(PLAYED_BY)}, got {device_type!r}")
+    if not inputs:
+        raise ValueError("inputs must have at least one tensor or shape, got none")
+    for t in inputs:
+        if not isinstance(t, Tensor):
+            check_shape("inputs", t)
+    for module in model.modules():  # where a forward has to be traced anew, that takes real tensors
+        if isinstance(module, Fused) and "_plan" in vars(module):
+            module._plan.forward(module)
+    dtype = parameter_dtype(model)
+    mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
+    to = {"device": PLAYED_BY[device_type]}
+
+    def fake(t: Tensor | tuple[int, ...]) -> Tensor:
+        if not isinstance(t, Tensor):
+            return torch.empty(t, dtype=dtype, **to)
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad, **to)
+
+    # In one thread: the engine's threads for accelerators would look for one.
+    with mode, torch.autograd.set_multithreading_enabled(False), few_slabs(held):
+        state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+        args = [fake(t) for t in inputs]
+        held.ignore(*state.values(), *args)
+        with held:
+            out = torch.func.functional_call(model, state, tuple(args))
+            result = out if loss is None else loss(out)
+        if not isinstance(result, Tensor):
+            what = "what the model returns" if loss is None else "what it returns"
+            raise ValueError(f"loss: {what} must be a tensor to start backward from, got {type(result)}")
+        forward, grad = held.held, torch.empty_like(result)
+        held.ignore(grad)
+        with held:
+            result.backward(grad)
+        held.count_waiting()
+    return Prediction(forward, held.peak)
+
+
+def parameter_dtype(model: nn.Module) -> torch.dtype:
+    """That of the first floating-point parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+@contextlib.contextmanager
+def few_slabs(held: Held):
+    """Meanwhile a call of the fused kernel with many slabs works through a few, and counts for all.
+
+    All slabs but the last are equal, so from some number on each one more adds the same to the call's peak,
+    which follows from its peaks with `FEW` - 1 slabs and with `FEW`: more of them if they are smaller than
+    the pieces that statistics are taken in.
+    """
+
+    def shortened(run: Callable, batches: int) -> Callable:
+        def call(*args):
+            x, weight, n, before = args[batches - 1], args[batches], len(args[0]), held.peak
+            size = fused.output_size(x, weight, *args[-5:-2])
+            image_bytes = max(x[:1].nbytes, weight.shape[0] * math.prod(size) * x.element_size())
+            cut = fused.slabs(n, image_bytes, weight, args[-1])
+            pieces = CACHED_BYTES if x.is_cpu else WIDENED_BYTES if x.dtype != stats_dtype(x.dtype) else 0
+            few = max(FEW, math.ceil(3 * pieces / x[cut[0]].nbytes))
+            if len(cut) <= 2 * few:
+                return run(*args)
+            start, peaks = held.held, []
+            for slabs in (few - 1, few):
+                large = small = None  # free the results of the round before
+                held.peak, m = start, n - cut[len(cut) - slabs].start
+                large, *small = run(*(t[:m] for t in args[:batches]), *args[batches:])
+                peaks.append(held.peak)
+            if large.numel():
+                large = large.new_empty_strided((n, *large.shape[1:]), large.stride())
+            held.peak = max(before, peaks[1] + (len(cut) - few) * (peaks[1] - peaks[0]))
+            return large, *small
+
+        return call
+
+    forward, backward = shortened(fused._forward, 1), shortened(fused._backward, 2)
+    with patch.multiple(fused, _forward=forward, _backward=backward):
+        yield
+
+
+def largest_batch(
+    model: nn.Module,
+    image_shape: tuple[int, ...],
+    budget_bytes: float,
+    optimizer_copies: int = 1,
+    device_type: str = "cuda",
+    loss: Callable[..., Tensor] | None = None,
+) -> int:
+    """The largest batch whose training step is predicted to fit into ``budget_bytes``.
+
+    Counted are parameters and buffers, ``optimizer_copies`` times the parameters that are trained, the
+    batch of images, and the peak of `predict_memory`, which has the gradients of the parameters. Not
+    counted are labels, the gradient of the output unless ``loss`` is given, and what a driver and libraries
+    take for themselves: leave them room.
+
+    Args:
+        image_shape: of one image, (C, H, W), in the dtype of the parameters.
+        optimizer_copies: tensors that the optimizer keeps of each parameter: 0 for plain SGD, 1 with
+            momentum, 2 for Adam.
+        model, device_type, loss: see `predict_memory`.
+
+    Raises:
+        ValueError: ``budget_bytes`` is too little for one image.
+    """
+    check_shape("image_shape", image_shape)
+    if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
+        raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
+    if not math.isfinite(budget_bytes):
+        raise ValueError(f"budget_bytes must be finite, got {budget_bytes}")
+    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    fixed += optimizer_copies * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    image_bytes = math.prod(image_shape) * parameter_dtype(model).itemsize
+    needed: dict[int, int] = {}
+
+    def fits(n: int) -> bool:
+        peak = predict_memory(model, (n, *image_shape), device_type=device_type, loss=loss).peak
+        needed[n] = fixed + n * image_bytes + peak
+        return needed[n] <= budget_bytes
+
+    def on_line() -> int:
+        """Memory is nearly a line: where it meets the budget."""
+        per_image = max(1, needed[high] - needed[low]) / (high - low)
+        return low + int((budget_bytes - needed[low]) / per_image)
+
+    if not fits(2):
+        with contextlib.suppress(ValueError):  # one value of a channel may be too few for batch norm
+            if fits(1):
+                return 1
+        least = min(needed)
+        raise ValueError(
+            f"budget_bytes must hold a step of batch size {least}, {needed[least]:,} bytes, "
+            f"got {budget_bytes:,}"
+        )
+    low, high = 2, 16
+    while fits(high):
+        low, high = high, max(high, on_line()) * 17 // 16 + 1
+    while high - low > 1:
+        n = on_line() if len(needed) < 12 else (low + high) // 2
+        n = min(max(n, low + 1), high - 1)
+        low, high = (n, high) if fits(n) else (low, n)
+    return low
+
+
+def check_shape(name: str, shape) -> None:
+    """Raise a ValueError for what is no shape."""
+    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 1 for n in shape):
+        raise ValueError(f"{name} must be a shape, a tuple of ints from 1 on, got {shape!r}")

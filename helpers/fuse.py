@@ -617,6 +617,13 @@ def fuse_conv_bn(
     Where a forward cannot be traced, or a trace would be a guess, the modules inside are tried one by one.
     What was done is in ``model.fusion_report``. `unfuse` undoes it.
 
+    Attributes, hooks and modules may change afterwards: the model is traced anew, or runs unfused with a
+    warning. Under torch.compile only attributes that are numbers, flags or texts are watched.
+
+    On several processes, an nn.SyncBatchNorm is fused as one, and may be made before or after fusing
+    (``convert_sync_batchnorm``). With FSDP2, fuse each module before it is given to ``fully_shard``: one that
+    is sharded cannot be copied to be traced, so a model fused as a whole and sharded in parts runs unfused.
+
     Args:
         model: any module; fused already, it is fused anew with these settings.
         recompute_conv: True for the least memory. False if no convolution may be computed twice: then a norm

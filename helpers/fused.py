@@ -892,7 +892,7 @@ def fused_conv_bn2d(
     In training the statistics are those of the whole ``process_group``'s batch, a
     torch.distributed.ProcessGroup, or of this process' alone.
     """
-    name = process_group if isinstance(process_group, str) else group_argument(process_group)
+    name = group_argument(process_group)
     norm = BatchNorm(gamma, beta, running_mean, running_var, training, momentum, eps, num_batches_tracked)
     norm = norm._replace(process_group=name if training else "")
     geometry = (stride, padding, dilation, groups)
@@ -1080,27 +1080,8 @@ class FusedConvBN2d(nn.Module):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        conv, bn = self.conv, self.bn
-        input, padding = pad_first(conv, input)
-        return fused_conv_bn2d(
-            input,
-            conv.weight,
-            conv.bias,
-            bn.weight,
-            bn.bias,
-            bn.running_mean,
-            bn.running_var,
-            bn.training,
-            bn.momentum,
-            bn.eps,
-            conv.stride,
-            padding,
-            conv.dilation,
-            conv.groups,
-            self.slab_size,
-            bn.num_batches_tracked,
-            process_group_of(bn, self.process_group),
-        )
+        how = (self.slab_size, "recompute", self.process_group)
+        return call_block(input, self.conv, None, None, self.bn, *how)
 
     def extra_repr(self) -> str:
         return f"slab_size={self.slab_size!r}"

@@ -1,0 +1,106 @@
+"""fuse_conv_bn with a process group: two processes on the CPU do what one does with the whole batch."""
+
+import datetime
+import functools
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from helpers import fuse_conv_bn
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
+)
+TIMEOUT = 30  # seconds
+
+
+def network(seed=0):
+    """Norm before with recomputation, norm before with algebra, a plain pair, each with a norm behind."""
+    torch.manual_seed(seed)
+    layers = [
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4),
+        nn.SiLU(),
+        nn.Conv2d(4, 16, 1),
+        nn.BatchNorm2d(16),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 3, stride=2, groups=2),
+        nn.BatchNorm2d(4),
+    ]
+    net = nn.Sequential(*layers).double()
+    for norm in net:
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return net
+
+
+def data(sizes):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(sum(sizes), 3, 8, 9, generator=generator, dtype=torch.float64)
+    grad_out = torch.randn(sum(sizes), 4, 2, 3, generator=generator, dtype=torch.float64)
+    return x.split(sizes), grad_out.split(sizes)
+
+
+def spawn(worker, *arguments):
+    """Run ``worker(rank, *arguments)`` in two processes of one group; raise what one of them raises."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    mp.spawn(functools.partial(enter_group, worker), (store.port, *arguments), nprocs=2)
+
+
+def enter_group(worker, rank, port, *arguments):
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    try:
+        worker(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def same_as_one_process(rank, sizes):
+    xs, grads = data(sizes)
+    alone, net, world = network(), network(), dist.group.WORLD
+    whole = torch.cat(xs).requires_grad_()
+    z = alone(whole)
+    z.backward(torch.cat(grads))
+    net = fuse_conv_bn(net, process_group=world)
+    parallel = DistributedDataParallel(net)
+    x = xs[rank].clone().requires_grad_()
+    out = parallel(x)
+    out.backward(2 * grads[rank])  # the gradients are averaged over the processes
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
+    close(out, z.split(sizes)[rank])
+    close(x.grad / 2, whole.grad.split(sizes)[rank])
+    for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
+        close(p.grad, q.grad, msg=lambda text, name=name: f"{name}: {text}")
+    for (name, b), c in zip(net.named_buffers(), alone.buffers(), strict=True):
+        close(b, c, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [5, 2]], ids=["equal", "unequal"])
+def test_two_processes_are_one(sizes):
+    spawn(same_as_one_process, sizes)
+
+
+def refused(rank):
+    net, world = network(), dist.group.WORLD
+    with pytest.raises(ValueError, match="process_group needs recompute_conv=True"):
+        fuse_conv_bn(net, recompute_conv=False, process_group=world)
+    net.append(nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="process_group: 10 would be left to one process"):
+        fuse_conv_bn(net, process_group=world)
+    assert type(net) is nn.Sequential
+    with pytest.raises(ValueError, match="process_group must be None or .*ProcessGroup, got str"):
+        fuse_conv_bn(net, process_group="world")
+
+
+def test_arguments_that_do_not_fit_are_named():
+    spawn(refused)

@@ -62,7 +62,7 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count_waiting()
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.add.Tensor and False:
+        if func is torch.ops.aten.add.Tensor and in_engine():
             # Two gradients of one tensor. A real one is added in the first one's memory if nothing else
             # holds it, a fake one never: this sum counts once its summands had the chance to go.
             self.waiting = out

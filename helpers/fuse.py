@@ -43,6 +43,7 @@ from helpers.fused import (
 __all__ = ["FusionReport", "fuse_conv_bn", "unfuse"]
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+REPORTED = (nn.Conv2d, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # the kinds that a report speaks of
 
 
 # Tracing -------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def find_groups(graph: fx.Graph, module: nn.Module) -> tuple[list[Group], dict[s
     convs, norms = {}, {}
     for node in called:
         kind = type(modules[node.target])
-        if not issubclass(kind, (nn.Conv2d, *NORMS)):
+        if not issubclass(kind, REPORTED):
             continue
         reason = why_not(node, modules, calls)
         if kind is not nn.Conv2d and kind not in NORMS:
@@ -384,7 +385,7 @@ def find_groups(graph: fx.Graph, module: nn.Module) -> tuple[list[Group], dict[s
         if node not in taken:
             alone[name] = "no convolution before or behind it takes its input or its result alone"
     for name, m in modules.items():
-        if isinstance(m, (nn.Conv2d, *NORMS)) and not calls[id(m)]:
+        if isinstance(m, REPORTED) and not calls[id(m)]:
             alone.setdefault(name, "this forward does not call it by itself")
     return [g for g in groups if g.before or g.after], alone
 
@@ -676,7 +677,7 @@ def fuse_inside(module: nn.Module, name: str, report: FusionReport, options: dic
         plan = Plan(**options).prepare(module)
     except NotCertain as reason:
         report.untraced[name or "the model"] = str(reason)
-        report.alone |= {prefix + n: "" for n, m in children if isinstance(m, (nn.Conv2d, *NORMS))}
+        report.alone |= {prefix + n: "" for n, m in children if isinstance(m, REPORTED)}
         for child_name, child in children:
             fuse_inside(child, prefix + child_name, report, options)
         return

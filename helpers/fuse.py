@@ -20,7 +20,7 @@ import sys
 import types
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -162,7 +162,6 @@ def plain_values(modules: list[nn.Module], names: set[str] | None = None) -> tup
         (name, plain_value(value))
         for module in modules
         for name, value in vars(module).items()
-        if name != "forward" or module is not modules[0]
         if name in TENSORS or (name not in OWN and (names is None or name in names))
     )
 
@@ -433,6 +432,7 @@ def call_group(
     plain = type(conv) is nn.Conv2d and all(type(n) in NORMS for n in norms)
     modules = [conv, *norms, *([act] if isinstance(act, nn.Module) else [])]
     if not plain or any("forward" in vars(m) for m in modules):  # parametrised since, for example
+        refuse_alone(process_group, norms)
         x = input if norm_before is None else norm_before(input)
         if act is not None:
             x = act(x) if isinstance(act, nn.Module) else act.forward(x)
@@ -447,6 +447,15 @@ def call_group(
     if norm_before is None and norm_after is None:
         return conv(input)
     return call_block(input, conv, norm_before, act, norm_after, slab_size, backward, process_group)
+
+
+def refuse_alone(process_group: str, modules: Iterable[nn.Module]) -> None:
+    """Raise a RuntimeError if norms among ``modules`` would run by themselves, and not over the group."""
+    if process_group and any(isinstance(m, nn.BatchNorm2d) and m.training for m in modules):
+        raise RuntimeError(
+            "a batch norm that fuse_conv_bn was given a process_group for would run unfused, over its own "
+            "process alone: the model or its hooks have changed since; use nn.SyncBatchNorm, or fuse again"
+        )
 
 
 def is_constant(norm: nn.Module) -> bool:
@@ -504,6 +513,10 @@ class Plan:
         """Keep the forward that ``graph`` makes, for the attributes that ``copies`` have."""
         self.groups, self.alone = find_groups(graph, module)
         forward = compile_forward(graph, self.groups, self.options, type(module).__name__)
+        taken = {norm for g in self.groups for norm in (g.before, g.after) if norm}
+        inner = tuple(f"{n}." for n, m in module.named_modules() if n and isinstance(m, Fused))
+        inside = (m for n, m in module.named_modules() if n not in taken and not n.startswith(inner))
+        forward.left = [m for m in inside if isinstance(m, nn.BatchNorm2d)]
         self.keep(self.key(copies), forward)
         return forward
 
@@ -534,12 +547,14 @@ class Plan:
                 self.prepare(module)
             key = self.key(self.containers)
             if key not in self.forwards:
-                return self.add(module, *trace(module, None, self.names))
+                self.add(module, *trace(module, None, self.names))
         except NotCertain as reason:
             warnings.warn(f"{type(module).__name__} runs unfused from here on: {reason}", stacklevel=3)
             self.keep(key or self.key(self.containers), None)
             return None
-        return self.forwards[key]
+        if (forward := self.forwards[key]) is not None:
+            refuse_alone(self.options["process_group"], forward.left)
+        return forward
 
 
 @torch._dynamo.assume_constant_result
@@ -565,6 +580,7 @@ class Fused(nn.Module):
             known = all(isinstance(t, (Tensor, list, tuple, dict)) for t in inputs)
             if known and (run := plan.forward(self)):
                 return run(self, *inputs)
+        refuse_alone(plan.options["process_group"], self.modules())
         return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol):
@@ -599,7 +615,7 @@ def unfuse(model: nn.Module) -> nn.Module:
     """Undo `fuse_conv_bn`, in place."""
     for module in model.modules():
         vars(module).pop("_plan", None)
-        if isinstance(module, Fused):
+        if isinstance(module, Fused) and type(module).__mro__[1] is Fused:  # and of no other's class since
             module.__class__ = plain_class(module)
     vars(model).pop("fusion_report", None)
     return model
@@ -669,7 +685,7 @@ def fuse_inside(module: nn.Module, name: str, report: FusionReport, options: dic
     """Fuse ``module``, or where it cannot be traced, what is in it."""
     prefix = name + "." if name else ""
     children = list(module.named_children())
-    if not children or isinstance(module, Fused):  # one that stands in two places is fused already
+    if not children or "_plan" in vars(module):  # one that stands in two places is fused already
         return
     try:
         if "forward" in vars(module):  # later on, it may be wrapped in another

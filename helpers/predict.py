@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,13 +30,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import fused
 from helpers.batch_norm import CACHED_BYTES, WIDENED_BYTES, stats_dtype
-from helpers.fuse import Fused
 
 __all__ = ["Prediction", "largest_batch", "predict_memory"]
 
 # An accelerator is played by PyTorch's "meta" device: backward on a fake "cuda" tensor asks for a real GPU.
 PLAYED_BY = {"cpu": "cpu", "cuda": "meta"}
 BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # to whose multiple an allocator rounds
+ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 FEW = 5  # slabs of a fused call that are run where it has more than twice as many
 
 
@@ -60,9 +61,11 @@ class Held(TorchDispatchMode):
         self.block, self.known, self.waiting = block, set(), None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count_waiting()
+        if self.waiting is not None:
+            self.count(self.waiting)
+            self.waiting = None
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.add.Tensor and in_engine():
+        if func is torch.ops.aten.add.Tensor and called_by_engine():
             # Two gradients of one tensor. A real one is added in the first one's memory if nothing else
             # holds it, a fake one never: this sum counts once its summands had the chance to go.
             self.waiting = out
@@ -83,11 +86,6 @@ class Held(TorchDispatchMode):
             self.peak = max(self.peak, self.held)
             weakref.finalize(storage, self.release, key, nbytes).atexit = False
 
-    def count_waiting(self) -> None:
-        if self.waiting is not None:
-            t, self.waiting = self.waiting, None
-            self.count(t)
-
     def release(self, key: int, nbytes: int) -> None:
         self.known.discard(key)
         self.held -= nbytes
@@ -97,9 +95,12 @@ class Held(TorchDispatchMode):
         self.known.update(t.untyped_storage()._cdata for t in tensors)
 
 
-def in_engine() -> bool:
-    """Whether backward is between two nodes: what runs there is the engine's own sum of gradients."""
-    return torch._C._current_graph_task_id() != -1 and torch._C._current_autograd_node() is None
+def called_by_engine() -> bool:
+    """Whether the operator now dispatched is backward's own: no Python function is between the two."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") in (__name__, "torch._compile", "torch._dynamo.eval_frame"):
+        frame = frame.f_back  # PyTorch wraps modes
+    return frame.f_code is ENGINE_CALL
 
 
 def predict_memory(
@@ -129,9 +130,6 @@ def predict_memory(
     for t in inputs:
         if not isinstance(t, Tensor):
             check_shape("inputs", t)
-    for module in model.modules():  # where a forward has to be traced anew, that takes real tensors
-        if isinstance(module, Fused) and "_plan" in vars(module):
-            module._plan.forward(module)
     dtype = parameter_dtype(model)
     mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
     to = {"device": PLAYED_BY[device_type]}
@@ -141,8 +139,7 @@ def predict_memory(
             return torch.empty(t, dtype=dtype, **to)
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad, **to)
 
-    # In one thread: the engine's threads for accelerators would look for one.
-    with mode, torch.autograd.set_multithreading_enabled(False), few_slabs(held):
+    with mode, few_slabs(held):
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         args = [fake(t) for t in inputs]
         held.ignore(*state.values(), *args)
@@ -156,7 +153,6 @@ def predict_memory(
         held.ignore(grad)
         with held:
             result.backward(grad)
-        held.count_waiting()
     return Prediction(forward, held.peak)
 
 

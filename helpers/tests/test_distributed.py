@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:  # a process that is started here has not read conftest.py
     sys.path.insert(0, str(ROOT))
 
-from helpers import FusedBlock2d, FusedConvBN2d, fuse_conv_bn, fused_conv_bn2d  # noqa: E402
+from helpers import FusedBlock2d, FusedConvBN2d, fuse_conv_bn, fused_conv_bn2d, unfuse  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
@@ -291,7 +291,13 @@ def eval_mode_says_nothing():
         return {}
     model = FusedConvBN2d.from_pair(*pair(), process_group=dist.group.WORLD).eval()
     converted = convert(fuse_conv_bn(randomised(Net()))).eval()
-    return {"pair": model(image(2, 3, 5, 4)), "net": converted(image(2, 3, 6, 6))}
+    own = FusedConvBN2d.from_pair(*pair(), process_group=dist.group.WORLD).eval()
+    own.bn.running_mean = own.bn.running_var = None  # then it takes the batch's, of this process
+    return {
+        "pair": model(image(2, 3, 5, 4)),
+        "net": converted(image(2, 3, 6, 6)),
+        "own": own(image(2, 3, 5, 4)),
+    }
 
 
 @scenario
@@ -369,7 +375,7 @@ def images_kept(model, x):
 @scenario(how="shard and fuse")
 def fully_sharded(how):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh, model = init_device_mesh("cpu", (2,)), randomised(Stack())
     if "whole" in how:
@@ -394,8 +400,12 @@ def fully_sharded(how):
             found[f"output {step}"] = output.detach()
         found |= {n: p.full_tensor().detach() for n, p in model.named_parameters()}
         found["kept"] = images_kept(model, x)
+        report = str(getattr(model, "fusion_report", ""))
     found["warnings"] = [str(w.message) for w in caught if "unfused" in str(w.message)]
-    found["report"] = str(getattr(model, "fusion_report", ""))
+    with torch.no_grad():
+        found["output unfused"] = unfuse(model)(x)
+    found["sharded"] = [isinstance(m, FSDPModule) for m in (model, *model)]
+    found["report"] = report
     return found
 
 
@@ -534,6 +544,7 @@ def test_in_eval_mode_nothing_is_sent(found):
     process = of(found, "eval_mode_says_nothing")[0]
     torch.testing.assert_close(process["pair"], pair().eval()(image(2, 3, 5, 4)))
     torch.testing.assert_close(process["net"], net().eval()(image(2, 3, 6, 6)))
+    torch.testing.assert_close(process["own"], pair()(image(2, 3, 5, 4)))
 
 
 def test_an_empty_batch_is_an_error_at_once(found):
@@ -563,6 +574,7 @@ def test_fully_shard(found, how):
     for fused, plain in zip(of(found, name), of(found, "fully_sharded not at all"), strict=True):
         assert fused["warnings"] == plain["warnings"] == []
         assert fused["kept"] < plain["kept"]
+        assert fused["sharded"] == [True, how != "the whole", how != "the whole"]
         for key in (k for k, v in plain.items() if isinstance(v, torch.Tensor)):
             torch.testing.assert_close(fused[key], plain[key], msg=lambda m, k=key: f"{k}: {m}")
 

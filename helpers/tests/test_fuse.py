@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torchvision import models, ops
 
 from helpers import fuse_conv_bn, unfuse
-from helpers.fuse import Fused
+from helpers.fuse import KEPT, Fused
 from helpers.memory import MemoryTrace
 
 # -- small models, each with what is to be found in it ---------------------------------------------
@@ -490,12 +490,12 @@ def test_hooks_inside_run_and_see_the_same(kind, name, late):
         fuse_conv_bn(model)
         if name == "relu":
             assert groups_of(model) == "stem.1 relu conv bn | conv2 bn2"
+        elif name == "stem":  # it is called as it is, and fused inside
+            assert groups_of(model) == "bn relu conv2 bn2 | stem.0 stem.1"
+            assert list(model.fusion_report.alone) == ["conv"]
         else:
-            assert (name not in groups_of(model).split()) and (
-                groups_of(model) == "bn relu conv2 bn2 | stem.0 stem.1"
-                if name == "stem"
-                else model.fusion_report.alone[name] == "it has hooks"
-            )
+            assert name not in groups_of(model).split()
+            assert model.fusion_report.alone[name] == "it has hooks"
     assert_same(*(train(m, sgd(m), X, 2)[-1] for m in (model, plain)))
     assert len(hooks[0].seen) == len(hooks[1].seen) == 2
     for one, other in zip(*(h.seen for h in hooks), strict=True):
@@ -847,12 +847,21 @@ def test_switches_that_are_turned_later(switch):
     assert_same(*(train(m, sgd(m), X, 2)[-1] for m in (fused, plain)))
 
 
-def test_an_attribute_that_always_changes_costs_no_memory():
-    fused, plain = small(Net)
+def test_attributes_that_always_change_cost_no_memory():
+    """One that the forward reads makes a graph each, of which some are kept; any other makes none."""
+    fused, plain = small(Switched)
     for step in range(40):
-        fused.step = plain.step = step
+        fused.scale = plain.scale = step
         torch.testing.assert_close(fused(X), plain(X))
-    assert len(fused._plan.forwards) < 20
+    assert len(fused._plan.forwards) == KEPT
+    fused, _ = small(Net)
+    made = dict(fused._plan.forwards)  # for training with gradients, and for eval mode without
+    for step in range(3):
+        fused.step = step
+        for mode in (True, False):
+            with torch.set_grad_enabled(mode):
+                fused.train(mode)(X)
+    assert fused._plan.forwards == made
 
 
 REPLACED = {
@@ -906,6 +915,15 @@ def test_frozen_statistics(names, recompute_conv):
     assert groups_of(model) == NET
 
 
+@pytest.mark.parametrize("recompute_conv", [True, False])
+def test_a_constant_norm_without_gradients_keeps_no_image(recompute_conv):
+    fused, plain = small(lambda: nn.Sequential(conv_bn(8, 8)), recompute_conv=recompute_conv)
+    for model in (fused, plain):
+        model[0][1].eval().requires_grad_(False)
+        train(model, sgd(model), X, 1)
+    assert kept(fused, X) == 2 * 8 * 8 < kept(plain, X)  # mean and variance
+
+
 def without_statistics(model):
     model.bn.track_running_stats = False
 
@@ -937,8 +955,8 @@ class InPlaceBetween(Net):
     def forward(self, x):
         y = self.conv(self.stem(x))
         a = self.bn(y)
-        y.zero_()
-        return self.bn2(self.conv2(self.relu(a)))
+        z = y.zero_()
+        return self.bn2(self.conv2(self.relu(a))) + z.mean()
 
 
 class InPlaceAfter(Net):

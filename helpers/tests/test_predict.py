@@ -59,23 +59,42 @@ def test_slabs_are_seen():
     assert peaks["batch"] - peaks[4] >= 3 * image
 
 
-class Branches(nn.Module):
-    """Elementwise operations, for which no library takes memory; gradients of h are summed."""
+class Elementwise(nn.Module):
+    """``function`` of the scaled input: operations for which no library takes memory."""
 
-    def __init__(self, shared: bool):
+    def __init__(self, function):
         super().__init__()
-        self.scale, self.shared = nn.Parameter(torch.ones(1)), shared
+        self.scale, self.function = nn.Parameter(torch.ones(1)), function
 
     def forward(self, x):
-        h = x * self.scale
-        a = h.sigmoid()
-        b = h.tanh() + h if self.shared else h.tanh()
-        return (a + b).relu_()[:, ::2].exp()
+        return self.function(x * self.scale)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_to_the_byte_where_no_library_takes_memory(shared):
-    model, x = Branches(shared), torch.randn(8, 4, 1000)
+class SumInBackward(torch.autograd.Function):
+    """Its gradient is a sum in a third tensor's memory."""
+
+    @staticmethod
+    def forward(ctx, h):
+        return h.sum()
+
+    @staticmethod
+    def backward(ctx, dz):
+        return dz.repeat(1000) + dz.repeat(1000)
+
+
+EXACT = {
+    "saved and in place": lambda h: (h.sigmoid() + h.tanh()).relu_()[::2].exp(),
+    "gradients added in place": lambda h: h.neg().sum() + h.neg().sum(),
+    "gradients added, one still needed": lambda h: (h.tanh() + h) * h,
+    "ends with a sum": lambda h: h.exp() + h.cos(),
+    "ends with a view": lambda h: h.exp().unflatten(0, (2, 500)),
+    "a sum of its own in backward": SumInBackward.apply,
+}
+
+
+@pytest.mark.parametrize("function", EXACT)
+def test_to_the_byte_where_no_library_takes_memory(function):
+    model, x = Elementwise(EXACT[function]), torch.randn(1000)
     assert predict_memory(model, x) == measure(model, x)
 
 
@@ -88,13 +107,22 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("block", BLOCKS)
-def test_few_slabs_stand_for_all(block, device_type):
+@pytest.mark.parametrize(
+    ("block", "first"),
+    [*((block, "scaled") for block in BLOCKS), ("wider", "spike before"), ("norm first", "nothing before")],
+)
+def test_few_slabs_stand_for_all(block, first, device_type):
+    """Also where the peak is before them, or in the statistics of the input, taken in pieces."""
+    before = {
+        "scaled": Elementwise(lambda h: h),
+        "spike before": Elementwise(lambda h: h + h.repeat(20, 1, 1, 1).sum().detach()),
+        "nothing before": nn.Identity(),
+    }[first]
     c_in, c_out, norm_first, backward = BLOCKS[block]
-    first = (nn.BatchNorm2d(c_in), nn.ReLU()) if norm_first else (None, None)
+    entry = (nn.BatchNorm2d(c_in), nn.ReLU()) if norm_first else (None, None)
     conv, last = nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
-    layer = FusedBlock2d(conv, *first, last, slab_size=8, backward=backward)
-    model, shape = nn.Sequential(nn.Conv2d(c_in, c_in, 1), layer), (203, c_in, 32, 32)
+    layer = FusedBlock2d(conv, *entry, last, slab_size=8, backward=backward)
+    model, shape = nn.Sequential(before, layer), (203, c_in, 16, 16)
     few = predict_memory(model, shape, device_type=device_type)
     with patch.object(predict, "FEW", 1000):
         every = predict_memory(model, shape, device_type=device_type)
@@ -123,11 +151,12 @@ def test_computes_nothing_and_changes_nothing():
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_a_mode_that_was_not_traced_yet():
-    model = network("resnet18", {})
-    model.layer1[0].bn1.eval()
-    shape = (2, 3, 64, 64)
-    assert predict_memory(model, shape).forward == measure(model, torch.randn(shape))[0]
+def test_a_fused_forward_that_is_traced_anew_meanwhile():
+    """It is fused in the prediction, and afterwards."""
+    model, shape = network("resnet18", {}), (2, 3, 64, 64)
+    forward = predict_memory(model, shape).forward
+    model.version = 2  # a forward could depend on it
+    assert predict_memory(model, shape).forward == forward == measure(model, torch.randn(shape))[0]
 
 
 def test_loss_is_part_of_forward():

@@ -104,3 +104,21 @@ def refused(rank):
 
 def test_arguments_that_do_not_fit_are_named():
     spawn(refused)
+
+
+def changed_later(rank):
+    """A norm that would run by itself from now on is an error, in training; in eval mode it is not."""
+    x, world = data([3, 3])[0][rank], dist.group.WORLD
+    hooked, replaced, parametrized = (fuse_conv_bn(network(), process_group=world) for _ in range(3))
+    hooked[1].register_forward_hook(lambda *_: None)
+    replaced[4].forward = functools.partial(nn.Conv2d.forward, replaced[4])
+    nn.utils.parametrizations.weight_norm(parametrized[8])
+    for net in (hooked, replaced, parametrized):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="would run unfused, over its own process alone"):
+                net(x)
+        net.eval()(x)
+
+
+def test_a_norm_that_would_run_alone_later_is_an_error():
+    spawn(changed_later)

@@ -39,6 +39,7 @@ from helpers.fused import (
     has_hooks,
     slab_argument,
 )
+from helpers.memory import saved_by
 
 __all__ = ["FusionReport", "fuse_conv_bn", "unfuse"]
 
@@ -433,10 +434,7 @@ def call_group(
     modules = [conv, *norms, *([act] if isinstance(act, nn.Module) else [])]
     if not plain or any("forward" in vars(m) for m in modules):  # parametrised since, for example
         refuse_alone(process_group, norms)
-        x = input if norm_before is None else norm_before(input)
-        if act is not None:
-            x = act(x) if isinstance(act, nn.Module) else act.forward(x)
-        return conv(x) if norm_after is None else norm_after(conv(x))
+        return one_by_one(input, conv, norm_before, act, norm_after)
     backward = "auto"
     if not recompute_conv and norm_after is not None:
         if algebra_pays_for(input, conv, norm_before is None and act is None, norm_after):
@@ -447,6 +445,20 @@ def call_group(
     if norm_before is None and norm_after is None:
         return conv(input)
     return call_block(input, conv, norm_before, act, norm_after, slab_size, backward, process_group)
+
+
+def one_by_one(
+    input: Tensor,
+    conv: nn.Conv2d,
+    norm_before: nn.Module | None,
+    act: nn.Module | Act | None,
+    norm_after: nn.Module | None,
+) -> Tensor:
+    """One group, unfused."""
+    x = input if norm_before is None else norm_before(input)
+    if act is not None:
+        x = act(x) if isinstance(act, nn.Module) else act.forward(x)
+    return conv(x) if norm_after is None else norm_after(conv(x))
 
 
 def refuse_alone(process_group: str, modules: Iterable[nn.Module]) -> None:
@@ -509,7 +521,7 @@ class Plan:
         ]
         return self
 
-    def add(self, module: nn.Module, graph: fx.Graph, copies: list[nn.Module]) -> Callable:
+    def add(self, module: nn.Module, graph: fx.Graph, copies: list[nn.Module]) -> None:
         """Keep the forward that ``graph`` makes, for the attributes that ``copies`` have."""
         self.groups, self.alone = find_groups(graph, module)
         forward = compile_forward(graph, self.groups, self.options, type(module).__name__)
@@ -518,7 +530,6 @@ class Plan:
         inside = (m for n, m in module.named_modules() if n not in taken and not n.startswith(inner))
         forward.left = [m for m in inside if isinstance(m, nn.BatchNorm2d)]
         self.keep(self.key(copies), forward)
-        return forward
 
     def keep(self, key: tuple, forward: Callable | None) -> None:
         while len(self.forwards) >= KEPT:  # an attribute changes all the time
@@ -782,18 +793,12 @@ class FusionReport:
         conv, before, act_module, after = modules
         x = x.detach().requires_grad_(x.requires_grad)
         act = act_module or (group.act if group.act.name != "none" else None)
-
-        def unfused() -> Tensor:
-            a = x if before is None else before(x)
-            a = a if act is None else act(a) if isinstance(act, nn.Module) else act.forward(a)
-            return conv(a) if after is None else after(conv(a))
-
         mine = [b for m in modules if m is not None for b in m.buffers()]
         options = (self.recompute_conv, None)
         tuple_or_module = tuple(act) if isinstance(act, Act) else act
         saved = [
-            saved_bytes(run, *mine)
-            for run in (unfused, lambda: call_group(x, conv, before, tuple_or_module, after, *options))
+            saved_bytes(lambda: one_by_one(x, conv, before, act, after), *mine),
+            saved_bytes(lambda: call_group(x, conv, before, tuple_or_module, after, *options), *mine),
         ]
         if all(id_of(x) in bytes_of for bytes_of in saved):
             for bytes_of in saved:
@@ -808,17 +813,9 @@ class FusionReport:
 
 def saved_bytes(run: Callable[[], Tensor], *others: Tensor) -> dict[int, int]:
     """The bytes of each memory that autograd keeps of ``run()`` beside parameters and ``others``."""
-    kept, outside = {}, {id_of(t) for t in others}
-
-    def pack(t: Tensor) -> Tensor:
-        if not isinstance(t, nn.Parameter) and id_of(t) not in outside:
-            kept[id_of(t)] = t
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = run()
-    del output
-    return {key: t.untyped_storage().nbytes() for key, t in kept.items()}
+    outside = {id_of(t) for t in others}
+    kept = [t for t in saved_by(run)[1] if not isinstance(t, nn.Parameter)]
+    return {id_of(t): t.untyped_storage().nbytes() for t in kept if id_of(t) not in outside}
 
 
 def id_of(t: Tensor) -> int:

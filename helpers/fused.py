@@ -102,10 +102,14 @@ def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, out: Te
     return y if out is None else out.copy_(y)
 
 
+def is_pointwise(weight: Tensor, conv: Conv) -> bool:
+    """Whether the convolution looks at one pixel at a time, though perhaps not at every one."""
+    return weight.shape[2:] == (1, 1) and not any(conv.padding)
+
+
 def is_matrix(weight: Tensor, conv: Conv) -> bool:
     """Whether the convolution multiplies each pixel with one matrix."""
-    every = conv.stride == [1, 1] and conv.padding == [0, 0] and conv.groups == 1
-    return every and weight.shape[2:] == (1, 1)
+    return is_pointwise(weight, conv) and conv.stride == [1, 1] and conv.groups == 1
 
 
 def empty_output(x: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
@@ -481,7 +485,7 @@ def wait_in(dx: Tensor, s: slice, y_s: Tensor) -> Tensor:
 
 def columns(t: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """The inputs of every output pixel, (N, C_in kH kW, H_out, W_out): then the convolution is a matrix."""
-    if weight.shape[2:] == (1, 1) and not any(conv.padding):
+    if is_pointwise(weight, conv):
         return t[:, :, :: conv.stride[0], :: conv.stride[1]]
     size = output_size(t, weight, *conv[:3])
     return F.unfold(t, weight.shape[2:], conv.dilation, conv.padding, conv.stride).unflatten(2, size)
@@ -825,8 +829,7 @@ def fused_block2d(
 
 def algebra_applies(input: Tensor, weight: Tensor, conv: Conv, plain: bool) -> bool:
     """Whether y - μ is a matrix times ã: pointwise, or a first layer, whose input needs no gradient."""
-    pointwise = weight.shape[2:] == (1, 1) and not any(conv.padding)
-    return conv.groups == 1 and (pointwise or (plain and not input.requires_grad))
+    return conv.groups == 1 and (is_pointwise(weight, conv) or (plain and not input.requires_grad))
 
 
 def algebra_pays(input: Tensor, weight: Tensor, size: list[int]) -> bool:

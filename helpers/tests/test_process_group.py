@@ -1,22 +1,18 @@
 """fuse_conv_bn with a process group: two processes on the CPU do what one does with the whole batch."""
 
-import datetime
 import functools
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from helpers import fuse_conv_bn
+from helpers.tests import test_distributed
+from helpers.tests.test_distributed import two_processes
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available() or sys.platform == "win32", reason="needs gloo"
-)
-TIMEOUT = 30  # seconds
+pytestmark = test_distributed.pytestmark
 
 
 def network(seed=0):
@@ -48,24 +44,7 @@ def data(sizes):
     return x.split(sizes), grad_out.split(sizes)
 
 
-def spawn(worker, *arguments):
-    """Run ``worker(rank, *arguments)`` in two processes of one group; raise what one of them raises."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    mp.spawn(functools.partial(enter_group, worker), (store.port, *arguments), nprocs=2)
-
-
-def enter_group(worker, rank, port, *arguments):
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    timeout = datetime.timedelta(seconds=TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    try:
-        worker(rank, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def same_as_one_process(rank, sizes):
+def same_as_one_process(rank, folder, sizes):
     xs, grads = data(sizes)
     alone, net, world = network(), network(), dist.group.WORLD
     whole = torch.cat(xs).requires_grad_()
@@ -86,11 +65,11 @@ def same_as_one_process(rank, sizes):
 
 
 @pytest.mark.parametrize("sizes", [[3, 3], [5, 2]], ids=["equal", "unequal"])
-def test_two_processes_are_one(sizes):
-    spawn(same_as_one_process, sizes)
+def test_two_processes_are_one(tmp_path, sizes):
+    assert two_processes(tmp_path, functools.partial(same_as_one_process, sizes=sizes)) == [0, 0]
 
 
-def refused(rank):
+def refused(rank, folder):
     net, world = network(), dist.group.WORLD
     with pytest.raises(ValueError, match="process_group needs recompute_conv=True"):
         fuse_conv_bn(net, recompute_conv=False, process_group=world)
@@ -102,11 +81,11 @@ def refused(rank):
         fuse_conv_bn(net, process_group="world")
 
 
-def test_arguments_that_do_not_fit_are_named():
-    spawn(refused)
+def test_arguments_that_do_not_fit_are_named(tmp_path):
+    assert two_processes(tmp_path, refused) == [0, 0]
 
 
-def changed_later(rank):
+def changed_later(rank, folder):
     """A norm that would run by itself from now on is an error, in training; in eval mode it is not."""
     x, world = data([3, 3])[0][rank], dist.group.WORLD
     hooked, replaced, parametrized = (fuse_conv_bn(network(), process_group=world) for _ in range(3))
@@ -120,5 +99,5 @@ def changed_later(rank):
         net.eval()(x)
 
 
-def test_a_norm_that_would_run_alone_later_is_an_error():
-    spawn(changed_later)
+def test_a_norm_that_would_run_alone_later_is_an_error(tmp_path):
+    assert two_processes(tmp_path, changed_later) == [0, 0]

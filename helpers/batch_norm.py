@@ -12,7 +12,8 @@ from torch import Tensor
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
-CACHED_BYTES = 1 << 21  # what a CPU core keeps at hand between two passes
+SMALL_BYTES = 1 << 19  # up to which one call of the library takes statistics faster than sweeps of ours
+CACHED_BYTES = 1 << 22  # what a CPU keeps at hand between two sweeps
 WIDENED_BYTES = 1 << 26  # what an accelerator widens to float32 at once
 
 
@@ -39,26 +40,34 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """(values in a channel, mean, variance) of pieces of y that fit into a cache, for `merge_stats`."""
-    dtype = stats_dtype(y.dtype)
-    piece_bytes = CACHED_BYTES if y.is_cpu else WIDENED_BYTES if y.dtype != dtype else y.nbytes
-    pieces = [y] if y.nbytes <= piece_bytes else y.split(max(1, piece_bytes // max(1, y[:1].nbytes)))
-    return [(piece.numel() // piece.shape[1], *_stats_of_piece(piece.to(dtype))) for piece in pieces]
-
-
-def _stats_of_piece(y: Tensor) -> tuple[Tensor, Tensor]:
+    """(values in a channel, mean, variance) of y, or of pieces of it, for `merge_stats`."""
+    dtype, m = stats_dtype(y.dtype), y.numel() // y.shape[1]
     if not y.is_cpu:
-        var, mean = torch.var_mean(y, CHANNELS, correction=0)
-        return mean, var
-    # On a CPU var_mean is several times slower than these sweeps. Not Σ y² - m μ², which loses every digit
-    # of the variance once |μ| is thousands of σ. The mean of y - μ is the rounding error of μ: without it,
-    # Σ (y - μ) would not vanish in backward.
-    m = y.numel() // y.shape[1]
-    rounded = y.sum(CHANNELS).div_(m)
-    centred = y - per_channel(rounded)
-    total, square = batch_norm_sums(centred, centred, torch.zeros_like(rounded))
-    error = total.div_(m)
-    return rounded.to(wide_dtype(y)).add_(error), square.div_(m).sub_(error * error).clamp_min_(0)
+        whole = y.dtype == dtype or y.nbytes <= WIDENED_BYTES
+        pieces = [y] if whole else y.split(max(1, WIDENED_BYTES // y[:1].nbytes))
+        of_pieces = (torch.var_mean(piece.to(dtype), CHANNELS, correction=0) for piece in pieces)
+        return [
+            (m * len(piece) // len(y), *stats[::-1]) for piece, stats in zip(pieces, of_pieces, strict=True)
+        ]
+    if y.nbytes <= SMALL_BYTES and y.dtype == dtype:
+        return [(m, *torch.batch_norm_update_stats(y, None, None, 0.0))]
+    # That one call adds in float64, value by value, which is several times slower than two sweeps of a
+    # piece in the cache. They sum d = y - c for a c amid the values, the first image's mean: not y itself,
+    # since Σ y²/m - μ² has lost every digit of the variance once |μ| is thousands of σ.
+    about = y[0].mean((1, 2), dtype=dtype)
+    origin, sums = torch.zeros_like(about), None
+    for piece in y.split(max(1, CACHED_BYTES // y[:1].nbytes)):
+        d = piece - per_channel(about)
+        sums = add_up(sums, batch_norm_sums(d, d, origin))
+    offset, square = (t.div_(m) for t in sums)
+    return [(m, about + offset, square.addcmul_(offset, offset, value=-1).clamp_min_(0))]
+
+
+def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:
+    """Per-channel sums over the slabs, in `wide_dtype`."""
+    if total is None:
+        return [t.to(wide_dtype(t)) for t in parts]
+    return [t.add_(part) for t, part in zip(total, parts, strict=True)]
 
 
 def merge_stats(stats: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from helpers.batch_norm import (
     CHANNELS,
+    add_up,
     batch_norm_sums,
     centre,
     grad_input_,
@@ -213,22 +214,23 @@ class Entry(NamedTuple):
     """The way from x to the convolution's input a, with what is the same for every slab."""
 
     pre: Norm | None
-    scale: Tensor | None  # γ₁/σ₁ and β₁, (C, 1, 1)
+    scale: Tensor | None  # γ₁/σ₁ and β₁, (C, 1, 1), where they are needed
     beta: Tensor | None
     act: Act
 
     @classmethod
-    def of(cls, pre: Norm | None, scale: Tensor | None, act: Act) -> Entry:
-        if pre is None:
-            return cls(None, None, None, act)
-        return cls(pre, per_channel(scale), None if pre.beta is None else per_channel(pre.beta), act)
+    def of(cls, pre: Norm | None, act: Act, x: Tensor) -> Entry:
+        if pre is None or (x.is_cpu and x.dtype == pre.mean.dtype):
+            return cls(pre, None, None, act)
+        beta = None if pre.beta is None else per_channel(pre.beta)
+        return cls(pre, per_channel(scales(pre)[2]), beta, act)
 
     def __call__(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
         """u = γ₁ (x - μ₁)/σ₁ + β₁, or a where the activation's backward takes that for u; and a = act(u)."""
         pre = self.pre
         if pre is None:
             u = x_s if self.act.name == "none" else x_s.clone()
-        elif x_s.is_cpu and x_s.dtype == pre.mean.dtype:  # one sweep instead of three
+        elif self.scale is None:  # on a CPU, one sweep instead of three
             u = torch.batch_norm(x_s, pre.gamma, pre.beta, pre.mean, pre.var, False, 0.0, pre.eps, False)
         else:
             u = centre(x_s, pre.mean).mul_(self.scale)
@@ -265,16 +267,15 @@ def group_called(name: str):
     return _resolve_process_group(name)
 
 
-def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, variance and (with a group) number of values, from the parts of this process' batch.
 
     With a group they are those of all its processes' batches together.
     """
-    m = sum(size for size, *_ in stats)
     if not group:
-        return *merge_stats(stats, dtype), stats[0][1].new_empty(0, dtype=wide_dtype(stats[0][1]))
+        return *merge_stats(stats, dtype), None
     mean, var = merge_stats(stats, wide_dtype(stats[0][1]))
-    mine = torch.cat([mean, var, mean.new_tensor([m])])
+    mine = torch.cat([mean, var, mean.new_tensor([sum(size for size, *_ in stats)])])
     processes = group_called(group)
     rows = [torch.empty_like(mine) for _ in range(processes.size())]
     torch.distributed.all_gather(rows, mine, group=processes)
@@ -286,13 +287,11 @@ def whole_stats(stats: list[tuple], group: str, dtype: torch.dtype) -> tuple[Ten
 def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None, conv: Conv, slab_size: int):
     """z, and what was used of each norm: μ₁, var₁, m₁, μ₂, var₂, m₂.
 
-    Empty ones for a norm that is not there; the number of values m only where a process group made it.
+    None for a norm that is not there; the number of values m only where a process group made it.
     With batch statistics after it, the convolution's bias does not matter: the norm subtracts it again.
     A norm with constant statistics folds into the convolution.
     """
-    dtype = stats_dtype(x.dtype)
-    none = x.new_empty(0, dtype=dtype)
-    m_1 = m_2 = x.new_empty(0, dtype=wide_dtype(x))
+    dtype, m_1, m_2 = stats_dtype(x.dtype), None, None
     if pre is not None and pre.mean is None:
         mean, var, m_1 = whole_stats(partial_stats(x), pre.group, dtype)
         pre = pre._replace(mean=mean, var=var)
@@ -304,7 +303,7 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     slices = slabs(len(x), max(x[:1].nbytes, math.prod(size) * x.element_size()), weight, slab_size)
     cut = slices if x.is_cpu or pre is not None else [slice(0, len(x))]
     y = empty_output(x, weight, *conv[:3]) if len(cut) > 1 else None
-    enter, stats = Entry.of(pre, None if pre is None else scales(pre)[2], act), []
+    enter, stats = Entry.of(pre, act, x), []
     for s in cut:
         y_s = convolve(enter(x[s])[1], weight, bias, conv, y[s] if len(cut) > 1 else None)
         if own:
@@ -313,14 +312,14 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     if own:
         mean, var, m_2 = whole_stats(stats, post.group, dtype)
         post = post._replace(mean=mean, var=var)
-        scale = per_channel(scales(post)[2])
+        scale, beta = per_channel(scales(post)[2]), None if post.beta is None else per_channel(post.beta)
         for s in slices:
             z_s = centre(y[s], mean, inplace=True).mul_(scale)
-            if post.beta is not None:
-                z_s += per_channel(post.beta)
+            if beta is not None:
+                z_s.add_(beta)
             if z_s.dtype != y.dtype:
                 y[s] = z_s
-    used = [(none, none, m) if norm is None else (*norm[2:4], m) for norm, m in ((pre, m_1), (post, m_2))]
+    used = [(None,) * 3 if norm is None else (*norm[2:4], m) for norm, m in ((pre, m_1), (post, m_2))]
     return y, *used[0], *used[1]
 
 
@@ -339,7 +338,7 @@ def block_backward(
     algebra,
     needs,
 ):
-    """dx, dw, db, dγ₁, dβ₁, dγ₂ and dβ₂ from dz; those not in ``needs`` come back empty.
+    """dx, dw, db, dγ₁, dβ₁, dγ₂ and dβ₂ from dz; None for those not in ``needs``.
 
     Three sweeps over the slabs: the sums that the norm after needs (`sums_by_recomputing` or
     `sums_by_algebra`); dy, the convolution's backward and the activation's; the norm before, in dx's memory.
@@ -352,13 +351,16 @@ def block_backward(
     need_dy, own = need_a or need_w, post is not None and not constant[1]
     cut = slabs(len(x), max(dz[:1].nbytes, x[:1].nbytes), weight, slab_size)
     dtype, many = stats_dtype(x.dtype), len(cut) > 1
+    if not many and slab_size == 0 and not algebra and library_serves(dz, x, pre, post):
+        return backward_at_once(dz, x, weight, bias, pre, act, post, conv, constant, needs)
     m_1, m_2 = (
-        count if count.numel() else t.numel() // t.shape[1] for count, t in zip(counts, (x, dz), strict=True)
+        t.numel() // t.shape[1] if count is None or not count.numel() else count
+        for count, t in zip(counts, (x, dz), strict=True)
     )
-    dx = torch.empty_like(x, memory_format=layout(x)) if need_x and many else x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=layout(x)) if need_x and many else None
     var_1, inv_std_1, s_1 = (None, None, None) if pre is None else scales(pre)
     var_2, inv_std_2, s = (None, None, None) if post is None else scales(post)
-    enter = Entry.of(pre, s_1, act)
+    enter = Entry.of(pre, act, x)
     if not many and slab_size == 0:  # so small a batch is entered once, a larger one in each sweep
         enter = Once(enter)
     # The bias moves y; from here on, μ₂ is the mean of the y without it.
@@ -432,8 +434,7 @@ def block_backward(
             else:
                 dx[i] = grad_input_(dx_i, x_centred, *coefficients)
 
-    none = x.new_empty(0, dtype=dtype)
-    db = dgamma_1 = dbeta_1 = dgamma = dbeta = none
+    db = dgamma_1 = dbeta_1 = dgamma = dbeta = None
     if need_b:  # with batch statistics the norm after subtracts the bias again
         db = torch.zeros_like(bias, dtype=dtype) if own else (sum_dz if s is None else s * sum_dz)
     if need_gamma_1:
@@ -444,15 +445,46 @@ def block_backward(
         dgamma = sum_dz_y * inv_std_2
     if need_beta:
         dbeta = sum_dz
-    small = (t.to(dtype) for t in (db, dgamma_1, dbeta_1, dgamma, dbeta))
-    return dx, dw.to(weight.dtype) if need_w else x.new_empty(0), *small
+    small = (None if t is None else t.to(dtype) for t in (db, dgamma_1, dbeta_1, dgamma, dbeta))
+    return dx, dw.to(weight.dtype) if need_w else None, *small
 
 
-def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """Per-channel sums over the slabs, in `wide_dtype`."""
-    if total is None:
-        return [t.to(wide_dtype(t)) for t in parts]
-    return [t.add_(part) for t, part in zip(total, parts, strict=True)]
+def library_serves(dz: Tensor, x: Tensor, *norms: Norm | None) -> bool:
+    """Whether the library's batch norm backward may take a whole batch, as exact as the sweeps are."""
+    grouped = any(norm is not None and norm.group for norm in norms)
+    wide = x.is_cpu and dz.dtype == x.dtype == stats_dtype(x.dtype)
+    return wide and not grouped and x.is_contiguous() and dz.is_contiguous()
+
+
+def backward_at_once(
+    dz, x, weight, bias, pre: Norm | None, act: Act, post: Norm | None, conv, constant, needs
+):
+    """`block_backward` for one slab, with y computed again: each operation's own backward, in one call."""
+    need_x, need_w, need_b, need_gamma_1, need_beta_1, need_gamma, need_beta = needs
+    need_a, own = need_x or need_gamma_1 or need_beta_1, post is not None and not constant[1]
+    need_conv = (need_a, need_w, need_b and not own)
+    dx = dw = db = dgamma_1 = dbeta_1 = dgamma = dbeta = None
+    u, a = Entry.of(pre, act, x)(x)
+    if post is not None:
+        y = convolve(a, weight, None if own else bias, conv)
+        dz, dgamma, dbeta = norm_grads(dz, y, post, constant[1], (any(need_conv), need_gamma, need_beta))
+        del y  # as soon as it is used: the next operation takes memory of its own
+    if any(need_conv):
+        dx, dw, db = conv_grads(dz, a, weight, *conv, need_conv)
+    if need_b and own:  # the norm after subtracts the bias again
+        db = torch.zeros_like(bias)
+    if need_a:
+        dx = act.backward(dx, u)
+    del u, a
+    if need_a and pre is not None:
+        dx, dgamma_1, dbeta_1 = norm_grads(dx, x, pre, constant[0], (need_x, need_gamma_1, need_beta_1))
+    return dx, dw, db, dgamma_1, dbeta_1, dgamma, dbeta
+
+
+def norm_grads(dz: Tensor, y: Tensor, norm: Norm, constant: bool, needs: tuple[bool, bool, bool]):
+    """dy, dγ and dβ of a norm, by the library."""
+    given = (norm.mean, norm.var, None, None) if constant else (None, None, norm.mean, scales(norm)[1])
+    return aten.native_batch_norm_backward(dz, y, norm.gamma, *given, not constant, norm.eps, needs)
 
 
 def sums_by_recomputing(dz, x, cut, weight, enter: Entry, post, conv, need_y: bool, need_sum: bool, keep):
@@ -477,7 +509,7 @@ def wait_in(dx: Tensor, s: slice, y_s: Tensor) -> Tensor:
     So no second buffer exists: the recomputed outputs wait where the result goes. An output that is larger
     than the input (or whose input needs no gradient) stays in its own memory.
     """
-    if not dx.numel() or y_s.numel() > dx[s].numel():
+    if dx is None or y_s.numel() > dx[s].numel():
         return y_s
     room = torch.as_strided(dx, y_s.shape, y_s.stride(), dx[s].storage_offset())
     return room.copy_(y_s)
@@ -585,10 +617,10 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def own_memory(run: Callable) -> Callable:
-    """An operator's outputs may share memory neither with one another nor with its inputs."""
+    """An operator's outputs are tensors that share memory neither with one another nor with its inputs."""
 
     def operator(x, *arguments):
-        large, *small = run(x, *arguments)
+        large, *small = (x.new_empty(0) if t is None else t for t in run(x, *arguments))
         return large, *(t.clone() for t in small)
 
     return operator
@@ -616,8 +648,11 @@ def _(x, weight, bias, norms, there, process_groups, eps, act, act_parameter, st
     outputs = [empty_output(x, weight, stride, padding, dilation)]
     for i, channels in enumerate((x.shape[1], weight.shape[0])):
         own = there[i] and norms[4 * i + 2] is None
-        stats = [torch.empty(channels * there[i], dtype=stats_dtype(x.dtype), device=x.device) for _ in "12"]
-        outputs += [*stats, x.new_empty(() if own and process_groups[i] else 0, dtype=wide_dtype(x))]
+        stats = [
+            x.new_empty(channels, dtype=stats_dtype(x.dtype)) if there[i] else x.new_empty(0) for _ in "12"
+        ]
+        grouped = own and process_groups[i]
+        outputs += [*stats, x.new_empty((), dtype=wide_dtype(x)) if grouped else x.new_empty(0)]
     return tuple(outputs)
 
 
@@ -626,7 +661,7 @@ def _(dz, x, weight, bias, norms, counts, there, constant, algebra, needs, *_):
     sizes = (weight.shape[0], x.shape[1], x.shape[1], weight.shape[0], weight.shape[0])
     small = [torch.empty(size, dtype=stats_dtype(x.dtype), device=x.device) for size in sizes]
     large = [torch.empty_like(t, memory_format=layout(t)) for t in (x, weight)]
-    return tuple(t if need else t.new_empty(0) for t, need in zip(large + small, needs, strict=True))
+    return tuple(t if need else x.new_empty(0) for t, need in zip(large + small, needs, strict=True))
 
 
 class FusedBlockFunction(torch.autograd.Function):
@@ -637,25 +672,29 @@ class FusedBlockFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
-        there, _, settings = form
+    def forward(*inputs):
+        x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, (there, _, settings) = inputs
         norms = [g_1, b_1, mean_1, var_1, g_2, b_2, mean_2, var_2]
         if torch.compiler.is_compiling():
             return _forward_operator(x, weight, bias, norms, there, *settings)
         z, *stats = _forward(x, weight, bias, norms, there, *settings)
         given = (mean_1, var_1, mean_2, var_2)
-        return z, *(t.clone() if any(t is g for g in given) else t for t in stats)
+        return z, *(t.clone() if t is not None and any(t is g for g in given) else t for t in stats)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, g_1, b_1, g_2, _, mean_1, _, mean_2, _, ctx.form = inputs
         ctx.constant = [mean_1 is not None, mean_2 is not None]
         ctx.save_for_backward(x, weight, bias, g_1, b_1, g_2, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+        if not torch.compiler.is_compiling():
+            ctx.set_materialize_grads(False)  # no zeros for those
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, *_):
+        if dz is None:
+            return (None,) * 12
         x, weight, bias, g_1, b_1, g_2, mean_1, var_1, m_1, mean_2, var_2, m_2 = ctx.saved_tensors
         norms = [g_1, b_1, mean_1, var_1, g_2, None, mean_2, var_2]
         needs = list(ctx.needs_input_grad[:7])

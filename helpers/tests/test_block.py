@@ -122,7 +122,7 @@ def test_algebra_of_a_first_layer_with_any_kernel(slab_size):
 
 
 @pytest.mark.parametrize("which", [["norm_before"], ["norm_after"], ["norm_before", "norm_after"]], ids=str)
-@pytest.mark.parametrize("slab_size", [2, "batch"])
+@pytest.mark.parametrize("slab_size", [None, 2, "batch"])
 def test_frozen_statistics(which, slab_size):
     for conv in (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 8, 1)):
         modules = frozen(make_modules(conv, activation=nn.ReLU()), which)
@@ -192,7 +192,7 @@ def test_gradients_only_for_what_needs_them(backward):
 
 
 @pytest.mark.parametrize("backward", ["recompute", "algebra"])
-@pytest.mark.parametrize("slab_size", [2, "batch"])
+@pytest.mark.parametrize("slab_size", [None, 2, "batch"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -218,10 +218,11 @@ def test_any_grad_out_and_none_is_written(make, slab_size, backward):
 @pytest.mark.parametrize("backward", ["recompute", "algebra"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_channels_last_is_kept(dtype, backward):
+    torch.manual_seed(0)
     modules = make_modules(nn.Conv2d(4, 8, 1), activation=nn.ReLU(), dtype=torch.float32)
     modules["conv"].to(dtype)
     x = torch.randn(4, 4, 6, 6).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    check(modules, x, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5, slab_size=2, backward=backward)
+    check(modules, x, tolerance=3e-2 if dtype == torch.bfloat16 else 1e-5, slab_size=2, backward=backward)
     block = FusedBlock2d(**modules, backward=backward)
     z = block(x)
     z.backward(torch.randn_like(z))

@@ -178,7 +178,7 @@ def test_pytorchs_own_batch_norm_samples():
     assert used >= 5
 
 
-@pytest.mark.parametrize("slab_size", [1, "batch"])
+@pytest.mark.parametrize("slab_size", [None, 1, "batch"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(3, 2, 4, 3), (2, 2, 5, 4)])
 def test_gradcheck_in_slow_mode(training, slab_size, shape):
@@ -220,7 +220,7 @@ def test_gradients_only_for_what_needs_them(needs, training):
             torch.testing.assert_close(ours, wanted)
 
 
-@pytest.mark.parametrize("slab_size", [2, "batch"])
+@pytest.mark.parametrize("slab_size", [None, 2, "batch"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -360,7 +360,7 @@ def test_frozen_norm_inside_a_training_layer():
 # -- dtypes, layouts, numerics ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slab_size", [2, "batch"])
+@pytest.mark.parametrize("slab_size", [None, 2, "batch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["input", "weight", "both"])
 @pytest.mark.parametrize("training", [True, False])
@@ -422,7 +422,7 @@ def error(found, exact):
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("slab_size", [2, "batch"])
+@pytest.mark.parametrize("slab_size", [None, 2, "batch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mean", [0, 10, 1000])
 def test_no_less_accurate_than_pytorch(mean, dtype, slab_size):

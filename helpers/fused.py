@@ -57,7 +57,8 @@ __all__ = [
 # steps that use it; on an accelerator it must be large enough to fill the device.
 SLAB_BYTES = {"cpu": 1 << 22}
 SLAB_BYTES_ACCELERATOR = 1 << 27
-MATRIX_PIXELS = 256  # from so many pixels on a matrix product is as fast as the library's convolution
+# A matrix product is as fast as the library's convolution for images of so many pixels, or small weights.
+MATRIX_PIXELS, MATRIX_WEIGHTS = 256, 1 << 15
 
 
 def slabs(n: int, image_bytes: int, weight: Tensor, slab_size: int) -> list[slice]:
@@ -90,9 +91,10 @@ def output_size(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[in
 def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, out: Tensor | None = None) -> Tensor:
     """conv(a), in ``out`` if that is given.
 
-    On a CPU a pointwise convolution of large images is a matrix product, which writes where it is told to.
+    On a CPU a pointwise convolution may be a matrix product, which writes where it is told to.
     """
-    if bias is None and a.is_cpu and is_matrix(weight, conv) and a[0, 0].numel() >= MATRIX_PIXELS:
+    pays = math.prod(a.shape[2:]) >= MATRIX_PIXELS or weight.numel() <= MATRIX_WEIGHTS
+    if bias is None and a.is_cpu and is_matrix(weight, conv) and pays:
         plain = a.is_contiguous() and weight.is_contiguous() and (out is None or out.is_contiguous())
         if plain and a.dtype in (torch.float32, torch.float64):
             if out is None:
@@ -388,18 +390,17 @@ def block_backward(
     # Sweep 2.
     dw, sums_1 = None, None
     if gram and need_dy:
-        G, R, a_mean = gram
+        G, R, about, d = gram
         W = weight.flatten(1).to(G.dtype)
         W_s, W_a = s[:, None] * W, a[:, None] * W
-        dw = (s[:, None] * G + W_a @ R).reshape(weight.shape) if need_w else None
-        kernels = [k.T.contiguous()[:, :, None, None].to(x.dtype) for k in (W_s, W_a.T @ W)] + [
-            (W.T @ b.to(W.dtype)).to(x.dtype)
-        ]
+        kernel_a = W_a.T @ W
+        dw = G.mul_(s[:, None]).addmm_(W_a, R).view(weight.shape) if need_w else None
+        kernels = [t.to(x.dtype) for t in (W_s.T, kernel_a, W.T @ b + kernel_a @ d)]
     for i in cut if need_a or (need_dy and not gram) else ():
         x_i, dz_i = x[i], dz[i]
         u, a_i = enter(x_i)
         if gram:
-            da = algebra_grad_input(dz_i, a_i, a_mean, kernels, conv)
+            da = algebra_grad_input(dz_i, a_i, about, kernels, conv)
         else:
             dy = dz_i
             if post is not None:
@@ -530,49 +531,47 @@ def product(p: Tensor, q: Tensor) -> Tensor:
 
 
 def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
-    """Σ dz, G = Σ dz ãᵀ, R = Σ ã ãᵀ and the mean of a, where ã = a - mean(a): y is not needed.
+    """Σ dz, G = Σ dz ãᵀ and R = Σ ã ãᵀ, where ã = a - mean(a); and c and d with ã = (a - c) + d.
 
-    As y - μ₂ = W ã, Σ dz (y - μ₂) = rowsum(W∘G). Each slab is centred by its own mean first, which keeps the
-    digits, and the slabs are merged as in `merge_stats`: with d = mean of the slab - mean of all,
-    G = Σ_s G_s + (Σ dz)_s dᵀ and R = Σ_s R_s + n_s d dᵀ. The mean of all is that of the process group's
-    batch: then the dw of all processes together are the gradient, though not each by itself.
+    As y - μ₂ = W ã, Σ dz (y - μ₂) = rowsum(W∘G): y is not needed. The digits are kept by subtracting a value
+    amid the a before multiplying: c, the first slab's mean. What it is off by, d = c - mean(a), is known
+    once all slabs are through, and then made good: G = Σ dz (a - c)ᵀ + Σ dz dᵀ, and R likewise. The mean is
+    that of the process group's batch: then the dw of all processes together are the gradient, though not
+    each by itself.
     """
-    dtype, wide, products, parts = stats_dtype(x.dtype), wide_dtype(x), None, []
+    dtype, total, about = stats_dtype(x.dtype), None, None
     for s in cut:
-        a_s = columns(enter(x[s])[1], weight, conv).to(dtype)
-        dz_s = dz[s].to(dtype)
-        n = a_s.numel() // a_s.shape[1]
-        mean_s = a_s.sum(CHANNELS).div_(n)
-        a_s = a_s - per_channel(mean_s)
-        rest = a_s.sum(CHANNELS).div_(n)  # the rounding error of mean_s
-        parts.append((n, mean_s, rest, dz_s.sum(CHANNELS)))
-        of_slab = product(dz_s, a_s), product(a_s, a_s)
-        products = of_slab if len(cut) == 1 else add_up(products, of_slab)
-    sizes, *vectors = zip(*parts, strict=True)
-    sizes = torch.tensor(sizes, dtype=wide, device=x.device)[:, None]
-    means, rests, sums = (torch.stack(v).to(wide) for v in vectors)
-    total, m = over_group(post.group, (sizes * (means + rests)).sum(0), sizes.sum())
-    mean, (G, R) = total / m, products
-    d = means - mean
-    G, R = G + sums.T @ d, R + (sizes * d).T @ d
-    return sums.sum(0), G.to(dtype), R.to(dtype), mean.to(dtype)
+        a_s, dz_s = columns(enter(x[s])[1], weight, conv).to(dtype), dz[s].to(dtype)
+        about = a_s.mean(CHANNELS) if about is None else about
+        a_s = a_s - per_channel(about)
+        of_slab = product(dz_s, a_s), product(a_s, a_s), dz_s.sum(CHANNELS), a_s.sum(CHANNELS)
+        total = of_slab if len(cut) == 1 else add_up(total, of_slab)
+    G, R, sum_dz, sum_a = total
+    n = dz.numel() // dz.shape[1]
+    d = sum_a / -n
+    if post.group:
+        sum_all, m = over_group(post.group, n * (about.to(wide_dtype(x)) - d), sum_a.new_tensor(n))
+        d = (about - sum_all / m).to(d.dtype)
+        R.addr_(d, sum_a + n * d)
+    G.addr_(sum_dz, d), R.addr_(sum_a, d)
+    return sum_dz, G.to(dtype), R.to(dtype), about, d.to(dtype)
 
 
 def algebra_grad_input(
-    dz_s: Tensor, a_s: Tensor, a_mean: Tensor, kernels: list[Tensor], conv: Conv
+    dz_s: Tensor, a_s: Tensor, about: Tensor, kernels: tuple[Tensor, Tensor, Tensor], conv: Conv
 ) -> Tensor:
-    """da = Wᵀ diag(s) dz + (Wᵀ diag(a) W) ã + Wᵀ b for a pointwise convolution, as two of its kind."""
-    kernel_dz, kernel_a, bias = kernels
+    """da = Wᵀ diag(s) dz + (Wᵀ diag(a) W) (a - c) + shift for a pointwise convolution, as two of its kind."""
+    kernel_dz, kernel_a, shift = kernels
     rows, columns = (slice(None, None, step) for step in conv.stride)
-    a_centred = centre(a_s[:, :, rows, columns], a_mean).to(a_s.dtype)
-    same = Conv([1, 1], [0, 0], [1, 1], 1)
-    da = convolve(dz_s, kernel_dz, None, same)
-    if da.is_cpu and da.dtype == a_mean.dtype and da.is_contiguous() and a_centred.is_contiguous():
-        flat = da.flatten(2)
-        flat.baddbmm_(kernel_a.flatten(1).expand(len(da), -1, -1), a_centred.flatten(2))
-        da.add_(per_channel(bias))
+    a_centred = centre(a_s[:, :, rows, columns], about).to(a_s.dtype)
+    plain = dz_s.is_contiguous() and a_centred.is_contiguous()
+    if dz_s.is_cpu and dz_s.dtype == about.dtype and plain:
+        n, size = len(dz_s), a_centred.shape
+        da = torch.baddbmm(shift[:, None], kernel_dz.expand(n, -1, -1), dz_s.flatten(2))
+        da = da.baddbmm_(kernel_a.expand(n, -1, -1), a_centred.flatten(2)).view(size)
     else:
-        da.add_(F.conv2d(a_centred, kernel_a, bias))
+        da = F.conv2d(dz_s, kernel_dz[:, :, None, None])
+        da.add_(F.conv2d(a_centred, kernel_a[:, :, None, None], shift))
     if da.shape == a_s.shape:
         return da
     sparse = torch.zeros_like(a_s)

@@ -24,7 +24,7 @@ def per_channel(vector: Tensor) -> Tensor:
 
 def stats_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums: float64 stays, everything smaller becomes float32."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,23 +44,26 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     dtype, m = stats_dtype(y.dtype), y.numel() // y.shape[1]
     if not y.is_cpu:
         whole = y.dtype == dtype or y.nbytes <= WIDENED_BYTES
-        pieces = [y] if whole else y.split(max(1, WIDENED_BYTES // y[:1].nbytes))
-        of_pieces = (torch.var_mean(piece.to(dtype), CHANNELS, correction=0) for piece in pieces)
-        return [
-            (m * len(piece) // len(y), *stats[::-1]) for piece, stats in zip(pieces, of_pieces, strict=True)
-        ]
+        stats = []
+        for piece in [y] if whole else y.split(max(1, WIDENED_BYTES // (y.nbytes // y.shape[0]))):
+            var, mean = torch.var_mean(piece.to(dtype), CHANNELS, correction=0)
+            stats.append((piece.numel() // piece.shape[1], mean, var))
+        return stats
     if y.nbytes <= SMALL_BYTES and y.dtype == dtype:
         return [(m, *torch.batch_norm_update_stats(y, None, None, 0.0))]
     # That one call adds in float64, value by value, which is several times slower than two sweeps of a
     # piece in the cache. They sum d = y - c for a c amid the values, the first image's mean: not y itself,
     # since Σ y²/m - μ² has lost every digit of the variance once |μ| is thousands of σ.
     about = y[0].mean((1, 2), dtype=dtype)
-    origin, sums = torch.zeros_like(about), None
-    for piece in y.split(max(1, CACHED_BYTES // y[:1].nbytes)):
-        d = piece - per_channel(about)
-        sums = add_up(sums, batch_norm_sums(d, d, origin))
+    pieces = [y] if y.nbytes <= CACHED_BYTES else y.split(max(1, CACHED_BYTES // (y.nbytes // y.shape[0])))
+    sums = None
+    for piece in pieces:
+        piece = piece.to(dtype)
+        of_piece = batch_norm_sums(piece - per_channel(about), piece, about)
+        sums = of_piece if len(pieces) == 1 else add_up(sums, of_piece)
     offset, square = (t.div_(m) for t in sums)
-    return [(m, about + offset, square.addcmul_(offset, offset, value=-1).clamp_min_(0))]
+    var = square.addcmul_(offset, offset, value=-1).clamp_min_(0)
+    return [(m, about + offset.to(wide_dtype(y)), var)]
 
 
 def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:

@@ -91,18 +91,41 @@ def output_size(x: Tensor, weight: Tensor, stride, padding, dilation) -> list[in
 def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, out: Tensor | None = None) -> Tensor:
     """conv(a), in ``out`` if that is given.
 
-    On a CPU a pointwise convolution may be a matrix product, which writes where it is told to.
+    On a CPU a pointwise convolution may be a matrix product, which writes where it is told to. One with a
+    stride is done without, on the pixels that it sees: the library's is slower.
     """
+    a, conv = seen(a, weight, conv)
     pays = math.prod(a.shape[2:]) >= MATRIX_PIXELS or weight.numel() <= MATRIX_WEIGHTS
     if bias is None and a.is_cpu and is_matrix(weight, conv) and pays:
         plain = a.is_contiguous() and weight.is_contiguous() and (out is None or out.is_contiguous())
         if plain and a.dtype in (torch.float32, torch.float64):
             if out is None:
-                out = a.new_empty(len(a), len(weight), *a.shape[2:])
-            torch.bmm(weight.flatten(1).expand(len(a), -1, -1), a.flatten(2), out=out.flatten(2))
+                out = a.new_empty(a.shape[0], weight.shape[0], *a.shape[2:])
+            torch.bmm(weight.flatten(1).expand(a.shape[0], -1, -1), a.flatten(2), out=out.flatten(2))
             return out
     y = F.conv2d(a, weight, bias, *conv)
     return y if out is None else out.copy_(y)
+
+
+def seen(a: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, Conv]:
+    """On a CPU, the pixels of ``a`` that a pointwise convolution sees, and the convolution of them."""
+    if not a.is_cpu or conv.stride == [1, 1] or not is_pointwise(weight, conv) or not a.is_contiguous():
+        return a, conv
+    return columns(a, weight, conv).contiguous(), conv._replace(stride=[1, 1])
+
+
+def seen_grads(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv, needs) -> tuple[Tensor | None, ...]:
+    """The convolution's gradients, as `convolve` computes it."""
+    pixels, of_pixels = seen(a, weight, conv)
+    da, *rest = conv_grads(dy, pixels, weight, *of_pixels, needs)
+    return da if da is None or da.shape == a.shape else spread(da, a, conv), *rest
+
+
+def spread(da: Tensor, a: Tensor, conv: Conv) -> Tensor:
+    """The gradient of ``a`` from that of the pixels that a pointwise convolution sees: 0 between them."""
+    sparse = torch.zeros_like(a)
+    sparse[:, :, :: conv.stride[0], :: conv.stride[1]] = da
+    return sparse
 
 
 def is_pointwise(weight: Tensor, conv: Conv) -> bool:
@@ -302,8 +325,9 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
         weight, bias = (weight, None) if own else fold(weight, bias, post)
     size = (weight.shape[0], *output_size(x, weight, *conv[:3]))
     # Off the CPU one large convolution is as good as many small ones, and y has to be whole in the end.
-    slices = slabs(len(x), max(x[:1].nbytes, math.prod(size) * x.element_size()), weight, slab_size)
-    cut = slices if x.is_cpu or pre is not None else [slice(0, len(x))]
+    n = x.shape[0]
+    slices = slabs(n, max(x.nbytes // n, math.prod(size) * x.element_size()), weight, slab_size)
+    cut = slices if x.is_cpu or pre is not None else [slice(0, n)]
     y = empty_output(x, weight, *conv[:3]) if len(cut) > 1 else None
     enter, stats = Entry.of(pre, act, x), []
     for s in cut:
@@ -351,7 +375,7 @@ def block_backward(
     need_x, need_w, need_b, need_gamma_1, need_beta_1, need_gamma, need_beta = needs
     need_a = need_x or need_gamma_1 or need_beta_1
     need_dy, own = need_a or need_w, post is not None and not constant[1]
-    cut = slabs(len(x), max(dz[:1].nbytes, x[:1].nbytes), weight, slab_size)
+    cut = slabs(x.shape[0], max(dz.nbytes, x.nbytes) // x.shape[0], weight, slab_size)
     dtype, many = stats_dtype(x.dtype), len(cut) > 1
     if not many and slab_size == 0 and not algebra and library_serves(dz, x, pre, post):
         return backward_at_once(dz, x, weight, bias, pre, act, post, conv, constant, needs)
@@ -408,7 +432,7 @@ def block_backward(
                 y = centre(y, post.mean, inplace=True) if own else y
                 dy = grad_input_(dy, y, s, a, b).to(x.dtype)
                 del y
-            da, dw_i, _ = conv_grads(dy, a_i, weight, *conv, (need_a, need_w, False))
+            da, dw_i, _ = seen_grads(dy, a_i, weight, conv, (need_a, need_w, False))
             del dy
             if need_w:
                 dw = dw_i.to(dtype) if dw is None else dw.add_(dw_i)
@@ -471,7 +495,7 @@ def backward_at_once(
         dz, dgamma, dbeta = norm_grads(dz, y, post, constant[1], (any(need_conv), need_gamma, need_beta))
         del y  # as soon as it is used: the next operation takes memory of its own
     if any(need_conv):
-        dx, dw, db = conv_grads(dz, a, weight, *conv, need_conv)
+        dx, dw, db = seen_grads(dz, a, weight, conv, need_conv)
     if need_b and own:  # the norm after subtracts the bias again
         db = torch.zeros_like(bias)
     if need_a:
@@ -562,21 +586,16 @@ def algebra_grad_input(
 ) -> Tensor:
     """da = Wᵀ diag(s) dz + (Wᵀ diag(a) W) (a - c) + shift for a pointwise convolution, as two of its kind."""
     kernel_dz, kernel_a, shift = kernels
-    rows, columns = (slice(None, None, step) for step in conv.stride)
-    a_centred = centre(a_s[:, :, rows, columns], about).to(a_s.dtype)
+    a_centred = centre(a_s[:, :, :: conv.stride[0], :: conv.stride[1]], about).to(a_s.dtype)
     plain = dz_s.is_contiguous() and a_centred.is_contiguous()
     if dz_s.is_cpu and dz_s.dtype == about.dtype and plain:
-        n, size = len(dz_s), a_centred.shape
+        n, size = dz_s.shape[0], a_centred.shape
         da = torch.baddbmm(shift[:, None], kernel_dz.expand(n, -1, -1), dz_s.flatten(2))
         da = da.baddbmm_(kernel_a.expand(n, -1, -1), a_centred.flatten(2)).view(size)
     else:
         da = F.conv2d(dz_s, kernel_dz[:, :, None, None])
         da.add_(F.conv2d(a_centred, kernel_a[:, :, None, None], shift))
-    if da.shape == a_s.shape:
-        return da
-    sparse = torch.zeros_like(a_s)
-    sparse[:, :, rows, columns] = da
-    return sparse
+    return da if da.shape == a_s.shape else spread(da, a_s, conv)
 
 
 # The two functions as operators. torch.compile would otherwise see that the recomputed convolution equals
@@ -1023,15 +1042,16 @@ def check_norm(which: str, norm: BatchNorm | None, channels: int, input: Tensor)
         return
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{which}: running_mean and running_var must both be given or both be None")
-    for name in ("gamma", "beta", "running_mean", "running_var"):
-        t = getattr(norm, name)
-        if t is not None and tuple(t.shape) != (channels,):
+    allowed = input.dtype, stats_dtype(input.dtype)
+    for name, t in zip(norm._fields[:4], norm[:4], strict=True):
+        if t is None:
+            continue
+        if t.shape != (channels,):
             raise ValueError(f"{which}: {name} must have shape ({channels},), got {tuple(t.shape)}")
-        if t is not None and t.device != input.device:
+        if t.device != input.device:
             raise ValueError(f"{which}: {name} must be on input's device {input.device}, got {t.device}")
-        allowed = dict.fromkeys((input.dtype, stats_dtype(input.dtype)))
-        if t is not None and name in ("gamma", "beta") and t.dtype not in allowed:
-            names = " or ".join(map(str, allowed))
+        if name in ("gamma", "beta") and t.dtype not in allowed:
+            names = " or ".join(map(str, dict.fromkeys(allowed)))
             raise ValueError(f"{which}: {name} must have dtype {names}, got {t.dtype}")
 
 

@@ -15,7 +15,6 @@ From top to bottom: how a batch is cut and laid out; `Entry`, what happens befor
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import deque
 from collections.abc import Callable
@@ -235,6 +234,22 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tenso
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
 
 
+def normalise(y: Tensor, norm: Norm) -> Tensor:
+    """γ (y - μ)/σ + β, by the library."""
+    return torch.batch_norm(y, norm.gamma, norm.beta, norm.mean, norm.var, False, 0.0, norm.eps, False)
+
+
+def normalise_(y: Tensor, norm: Norm, slices: list[slice]) -> None:
+    """The same in y's own memory, slab by slab."""
+    scale, beta = per_channel(scales(norm)[2]), None if norm.beta is None else per_channel(norm.beta)
+    for s in slices:
+        z_s = centre(y[s], norm.mean, inplace=True).mul_(scale)
+        if beta is not None:
+            z_s.add_(beta)
+        if z_s.dtype != y.dtype:
+            y[s] = z_s
+
+
 class Entry(NamedTuple):
     """The way from x to the convolution's input a, with what is the same for every slab."""
 
@@ -256,7 +271,7 @@ class Entry(NamedTuple):
         if pre is None:
             u = x_s if self.act.name == "none" else x_s.clone()
         elif self.scale is None:  # on a CPU, one sweep instead of three
-            u = torch.batch_norm(x_s, pre.gamma, pre.beta, pre.mean, pre.var, False, 0.0, pre.eps, False)
+            u = normalise(x_s, pre)
         else:
             u = centre(x_s, pre.mean).mul_(self.scale)
             if self.beta is not None:
@@ -338,15 +353,16 @@ def block_forward(x, weight, bias, pre: Norm | None, act: Act, post: Norm | None
     if own:
         mean, var, m_2 = whole_stats(stats, post.group, dtype)
         post = post._replace(mean=mean, var=var)
-        scale, beta = per_channel(scales(post)[2]), None if post.beta is None else per_channel(post.beta)
-        for s in slices:
-            z_s = centre(y[s], mean, inplace=True).mul_(scale)
-            if beta is not None:
-                z_s.add_(beta)
-            if z_s.dtype != y.dtype:
-                y[s] = z_s
-    used = [(None,) * 3 if norm is None else (*norm[2:4], m) for norm, m in ((pre, m_1), (post, m_2))]
-    return y, *used[0], *used[1]
+        if len(slices) == 1 and slab_size == 0 and x.is_cpu and y.dtype == dtype:
+            y = normalise(y, post)
+        else:
+            normalise_(y, post, slices)
+    return y, *statistics(pre, m_1), *statistics(post, m_2)
+
+
+def statistics(norm: Norm | None, m: Tensor | None) -> tuple:
+    """What `block_forward` returns of a norm."""
+    return (None, None, None) if norm is None else (norm.mean, norm.var, m)
 
 
 def block_backward(
@@ -723,8 +739,11 @@ class FusedBlockFunction(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
-# Function.apply asks for the signature at every call, which takes longer than a small convolution.
-FusedBlockFunction.forward.__signature__ = inspect.signature(FusedBlockFunction.forward)
+def apply_block(*inputs):
+    """FusedBlockFunction.apply without binding its arguments to a signature, where nothing asks for that."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return FusedBlockFunction.apply(*inputs)
+    return super(torch.autograd.Function, FusedBlockFunction).apply(*inputs)
 
 
 class FusedConvBN2dFunction:
@@ -736,7 +755,7 @@ class FusedConvBN2dFunction:
         norms = (None, None, gamma, beta, None, None, mean, var)
         settings = (["", ""], [0.0, eps], *Act(), stride, padding, dilation, groups, slab_size)
         form = ([False, True], False, settings)
-        z, *_, mean, var, _ = FusedBlockFunction.apply(x, weight, bias, *norms, form)
+        z, *_, mean, var, _ = apply_block(x, weight, bias, *norms, form)
         return z, mean, var
 
 
@@ -769,22 +788,22 @@ class BatchNorm(NamedTuple):
         """Move the running statistics, if this is a training step and there are any."""
         if not self.training or self.running_mean is None:
             return
-        with torch.no_grad():
-            momentum = self.momentum
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            if momentum is None:
-                momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-            update_running_stats(self.running_mean, self.running_var, mean, var, m, momentum)
+        momentum = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+        update_running_stats(self.running_mean, self.running_var, mean, var, m, momentum)
 
 
 def process_group_of(bn: nn.Module, name: str = "") -> str:
     """Name of the group that ``bn`` is synchronised over: an nn.SyncBatchNorm's own, else ``name``."""
-    if not bn.training or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    synchronised = isinstance(bn, nn.SyncBatchNorm)
+    if not bn.training or not (name or synchronised):
         return ""
-    if isinstance(bn, nn.SyncBatchNorm):
-        return group_argument(bn.process_group or torch.distributed.group.WORLD)
-    return name
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return ""
+    return group_argument(bn.process_group or torch.distributed.group.WORLD) if synchronised else name
 
 
 def group_argument(process_group) -> str:
@@ -873,14 +892,15 @@ def fused_block2d(
     there, eps = [norm is not None for norm in norms], [0.0 if norm is None else norm.eps for norm in norms]
     groups_of = ["" if norm is None else norm.process_group for norm in norms]
     form = (there, algebra, (groups_of, eps, *activation, *conv, slab_size))
-    z, mean_1, var_1, m_1, mean_2, var_2, m_2 = FusedBlockFunction.apply(
+    z, mean_1, var_1, m_1, mean_2, var_2, m_2 = apply_block(
         input, weight, bias, *affine, *constants[0], *constants[1], form
     )
-    if norm_before is not None:
-        norm_before.update(mean_1, var_1, m_1 if groups_of[0] else values[0])
-    if norm_after is not None:
-        mean_2 = mean_2 if bias is None else mean_2 + bias
-        norm_after.update(mean_2, var_2, m_2 if groups_of[1] else values[1])
+    with torch.no_grad():
+        if norm_before is not None:
+            norm_before.update(mean_1, var_1, m_1 if groups_of[0] else values[0])
+        if norm_after is not None:
+            mean_2 = mean_2 if bias is None else mean_2 + bias
+            norm_after.update(mean_2, var_2, m_2 if groups_of[1] else values[1])
     return z
 
 

@@ -739,11 +739,22 @@ class FusedBlockFunction(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
+class FusedBlock(torch.autograd.Function):
+    """`FusedBlockFunction` with its first two steps in one, which takes a third of the time to call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = FusedBlockFunction.forward(*inputs)
+        FusedBlockFunction.setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(FusedBlockFunction.backward)
+
+
 def apply_block(*inputs):
-    """FusedBlockFunction.apply without binding its arguments to a signature, where nothing asks for that."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return FusedBlockFunction.apply(*inputs)
-    return super(torch.autograd.Function, FusedBlockFunction).apply(*inputs)
+    """``FusedBlockFunction.apply``; torch.compile and torch.func need its steps apart."""
+    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (FusedBlockFunction if apart else FusedBlock).apply(*inputs)
 
 
 class FusedConvBN2dFunction:
@@ -895,12 +906,11 @@ def fused_block2d(
     z, mean_1, var_1, m_1, mean_2, var_2, m_2 = apply_block(
         input, weight, bias, *affine, *constants[0], *constants[1], form
     )
-    with torch.no_grad():
-        if norm_before is not None:
-            norm_before.update(mean_1, var_1, m_1 if groups_of[0] else values[0])
-        if norm_after is not None:
-            mean_2 = mean_2 if bias is None else mean_2 + bias
-            norm_after.update(mean_2, var_2, m_2 if groups_of[1] else values[1])
+    if norm_before is not None:
+        norm_before.update(mean_1, var_1, m_1 if groups_of[0] else values[0])
+    if norm_after is not None:
+        mean_2 = mean_2 if bias is None else mean_2 + bias.detach()
+        norm_after.update(mean_2, var_2, m_2 if groups_of[1] else values[1])
     return z
 
 

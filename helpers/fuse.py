@@ -44,6 +44,9 @@ from helpers.memory import saved_by
 __all__ = ["FusionReport", "fuse_conv_bn", "unfuse"]
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# A convolution of more multiplications a value is not computed a second time to save the value's bytes: that
+# would take seconds for the memory that others give for tenths.
+RECOMPUTE_AT_MOST = 4096
 REPORTED = (nn.Conv2d, nn.GroupNorm, nn.modules.batchnorm._NormBase)  # the kinds that a report speaks of
 
 
@@ -436,7 +439,7 @@ def call_group(
         refuse_alone(process_group, norms)
         return one_by_one(input, conv, norm_before, act, norm_after)
     backward = "auto"
-    if not recompute_conv and norm_after is not None:
+    if norm_after is not None and not is_worth(conv, norm_after, recompute_conv, process_group):
         if algebra_pays_for(input, conv, norm_before is None and act is None, norm_after):
             backward = "algebra"
         elif not is_constant(norm_after):
@@ -445,6 +448,15 @@ def call_group(
     if norm_before is None and norm_after is None:
         return conv(input)
     return call_block(input, conv, norm_before, act, norm_after, slab_size, backward, process_group)
+
+
+def is_worth(conv: nn.Conv2d, norm_after: nn.Module, recompute_conv: bool, process_group: str) -> bool:
+    """Whether a second convolution may be computed for the norm after, where the algebra does not apply.
+
+    A norm that is taken over several processes must not be left alone, whatever it costs.
+    """
+    few = conv.weight[0].numel() <= RECOMPUTE_AT_MOST
+    return recompute_conv and (few or bool(process_group) or isinstance(norm_after, nn.SyncBatchNorm))
 
 
 def one_by_one(
@@ -654,7 +666,8 @@ def fuse_conv_bn(
 
     Args:
         model: any module; fused already, it is fused anew with these settings.
-        recompute_conv: True for the least memory. False if no convolution may be computed twice: then a norm
+        recompute_conv: True for the least memory: a convolution is computed twice for the norm behind it, but
+            for one of more than RECOMPUTE_AT_MOST multiplications a value. False if none may be: then a norm
             behind a convolution is fused only where it is differentiated by algebra.
         slab_size: see `helpers.fused_block2d`.
         process_group: a torch.distributed.ProcessGroup whose whole batch all norms take their statistics over
@@ -674,7 +687,7 @@ def fuse_conv_bn(
             "process_group needs recompute_conv=True: without, some norms are left to themselves"
         )
     unfuse(model)
-    report = FusionReport(recompute_conv)
+    report = FusionReport(recompute_conv, name)
     fuse_inside(
         model, "", report, dict(recompute_conv=recompute_conv, slab_size=slab_size, process_group=name)
     )
@@ -734,6 +747,7 @@ class FusionReport:
     """What `fuse_conv_bn` did: print it. With bytes for an input: print ``report.measured(model, input)``."""
 
     recompute_conv: bool
+    process_group: str = ""
     groups: list[tuple[str, Group]] = field(default_factory=list)  # with the prefix of their names
     alone: dict[str, str] = field(default_factory=dict)  # name -> why
     untraced: dict[str, str] = field(default_factory=dict)  # name -> why
@@ -794,11 +808,16 @@ class FusionReport:
         x = x.detach().requires_grad_(x.requires_grad)
         act = act_module or (group.act if group.act.name != "none" else None)
         mine = [b for m in modules if m is not None for b in m.buffers()]
-        options = (self.recompute_conv, None)
         tuple_or_module = tuple(act) if isinstance(act, Act) else act
+
+        def fused() -> Tensor:
+            if self.process_group:  # everything is fused then
+                return call_block(x, conv, before, act, after)
+            return call_group(x, conv, before, tuple_or_module, after, self.recompute_conv, None)
+
         saved = [
             saved_bytes(lambda: one_by_one(x, conv, before, act, after), *mine),
-            saved_bytes(lambda: call_group(x, conv, before, tuple_or_module, after, *options), *mine),
+            saved_bytes(fused, *mine),
         ]
         if all(id_of(x) in bytes_of for bytes_of in saved):
             for bytes_of in saved:
@@ -806,7 +825,11 @@ class FusionReport:
         unfused_bytes, fused_bytes = (sum(bytes_of.values()) for bytes_of in saved)
         algebra = after is not None and algebra_pays_for(x, conv, before is None and act is None, after)
         how = "no convolution twice" if after is None else "by algebra" if algebra else "recomputed"
-        if after is not None and not algebra and not self.recompute_conv:
+        if (
+            after is not None
+            and not algebra
+            and not is_worth(conv, after, self.recompute_conv, self.process_group)
+        ):
             how = f"without {group.after.rpartition('.')[2]}"
         return unfused_bytes, fused_bytes, how
 

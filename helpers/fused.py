@@ -706,8 +706,8 @@ class FusedBlockFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, (there, _, settings) = inputs
+    def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
+        there, _, settings = form
         norms = [g_1, b_1, mean_1, var_1, g_2, b_2, mean_2, var_2]
         if torch.compiler.is_compiling():
             return _forward_operator(x, weight, bias, norms, there, *settings)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torchvision import models, ops
 
-from helpers import fuse_conv_bn, unfuse
+from helpers import fuse, fuse_conv_bn, unfuse
 from helpers.fuse import KEPT, Fused
 from helpers.memory import MemoryTrace
 
@@ -1295,6 +1295,18 @@ def test_the_report_reads_well():
     for recompute_conv, how in ((True, "recomputed  1.0 MiB → 0.0"), (False, "without 1  1.0 MiB → 0.5")):
         fused, _ = small(SharedConv, recompute_conv=recompute_conv)
         assert how in str(fused.fusion_report.measured(fused, image(32, 8, 16, 16)))
+
+
+@pytest.mark.parametrize(("channels", "how"), [(64, "recomputed"), (65, "without 1")])
+def test_a_convolution_that_costs_too_much_is_not_computed_twice(channels, how, monkeypatch):
+    monkeypatch.setattr(fuse, "RECOMPUTE_AT_MOST", 9 * 64)
+    plain = randomised(nn.Sequential(nn.Conv2d(channels, 8, 3, bias=False), nn.BatchNorm2d(8)))
+    fused = fuse_conv_bn(copy.deepcopy(plain))
+    x = image(2, channels, 5, 5)
+    report = fused.fusion_report.measured(fused, x)
+    assert how in str(report)
+    assert sum(a - b for a, b, _ in report.saved) == kept(plain, x) - kept(fused, x)
+    check(plain, x)
 
 
 REASONS = {

@@ -593,7 +593,8 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
         sum_all, m = over_group(post.group, n * (about.to(wide_dtype(x)) - d), sum_a.new_tensor(n))
         d = (about - sum_all / m).to(d.dtype)
         R.addr_(d, sum_a + n * d)
-    G.addr_(sum_dz, d), R.addr_(sum_a, d)
+    G.addr_(sum_dz, d)
+    R.addr_(sum_a, d)
     return sum_dz, G.to(dtype), R.to(dtype), about, d.to(dtype)
 
 

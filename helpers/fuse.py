@@ -455,7 +455,7 @@ def is_worth(conv: nn.Conv2d, norm_after: nn.Module, recompute_conv: bool, proce
 
     A norm that is taken over several processes must not be left alone, whatever it costs.
     """
-    few = conv.weight[0].numel() <= RECOMPUTE_AT_MOST
+    few = conv.weight.numel() // conv.out_channels <= RECOMPUTE_AT_MOST
     return recompute_conv and (few or bool(process_group) or isinstance(norm_after, nn.SyncBatchNorm))
 
 

@@ -926,7 +926,7 @@ def algebra_pays(input: Tensor, weight: Tensor, size: list[int]) -> bool:
     They cost 2 C_in² a pixel and 2 C_in² C_out once (with the columns of a larger kernel for C_in), the
     convolution C_in C_out a pixel. A larger kernel needs no input gradient, but its columns laid out.
     """
-    c_out, columns = weight.shape[0], weight[0].numel()
+    c_out, columns = weight.shape[0], weight.numel() // weight.shape[0]
     pixels = input.shape[0] * size[0] * size[1]
     if weight.shape[2:] != (1, 1):
         return c_out >= 2 * columns

@@ -617,7 +617,7 @@ def algebra_grad_input(
 
 # The two functions as operators. torch.compile would otherwise see that the recomputed convolution equals
 # the first one, keep the first instead, and with it the memory that this file saves. Elsewhere they are
-# called directly, which costs less.
+# called directly, which costs less. The compiler's cache knows them by name: other outputs, another name.
 SETTINGS = (
     "str[] process_groups, float[] eps, str act, float act_parameter, "
     "int[] stride, int[] padding, int[] dilation, int groups, int slab_size"
@@ -662,14 +662,14 @@ def own_memory(run: Callable) -> Callable:
 
 
 _forward_operator = torch.library.custom_op(
-    "fused_block::forward",
+    "conv_bn_block::forward",
     own_memory(_forward),
     mutates_args=(),
     schema=f"(Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, bool[] there, {SETTINGS})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 _backward_operator = torch.library.custom_op(
-    "fused_block::backward",
+    "conv_bn_block::backward",
     own_memory(_backward),
     mutates_args=(),
     schema="(Tensor dz, Tensor x, Tensor weight, Tensor? bias, Tensor?[] norms, Tensor[] counts, "

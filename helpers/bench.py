@@ -4,7 +4,7 @@
 
 prints a table for each workload and writes data/measurements/bench_<device>.json. Times are forward and
 backward of the network; all methods take turns, a ratio is taken within each round, and the median of
-the ratios is shown with their range.
+the ratios is shown with their range. Short steps have more than REPEATS rounds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from helpers.mnist import Net, pick_device
 __all__ = ["METHODS", "NETWORKS", "TutorialConvBN2d", "chain", "compare", "print_table", "real_networks"]
 
 MIB = 2**20
+ROUNDS_SECONDS = 20  # at least, for each workload, whatever REPEATS says
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "data" / "measurements"
 
 
@@ -218,7 +219,11 @@ class Narrow(nn.Module):
 
 
 def compare(
-    networks: dict[str, nn.Module], x: Tensor, repeats: int = 5, amp: torch.dtype | None = None
+    networks: dict[str, nn.Module],
+    x: Tensor,
+    repeats: int = 5,
+    amp: torch.dtype | None = None,
+    seconds: float = 0,
 ) -> list[dict]:
     """Peak, end of forward and time of one step of each network on ``x``, beside the first network's.
 
@@ -226,6 +231,7 @@ def compare(
         networks: all on ``x``'s device, and that device one that ``memory_device`` returns unchanged.
         repeats: rounds of timing; 0 for memory alone.
         amp: an autocast dtype, or None.
+        seconds: go on with the rounds for so long: short steps spread more than long ones.
 
     Returns:
         A row each: name, peak, forward (bytes above the start), seconds (median), and the ratios
@@ -244,7 +250,7 @@ def compare(
 
     with torch.no_grad():
         grad_out = torch.randn_like(forward(next(iter(networks.values()))))
-    rows, seconds = [], {name: [] for name in networks}
+    rows, times = [], {name: [] for name in networks}
     for name, network in networks.items():
         step(network)  # warm: libraries choose their algorithms
         network.zero_grad()
@@ -252,16 +258,17 @@ def compare(
             step(network, trace.mark)
         network.zero_grad()
         rows.append({"name": name, "peak": trace.peak, "forward": trace.marks["end of forward"]})
-    for _ in range(repeats):
+    base, rounds = next(iter(networks)), 0
+    while repeats and (rounds < repeats or sum(map(sum, times.values())) < seconds):
         for name, network in networks.items():
-            seconds[name].append(timed(lambda network=network: step(network), device))
+            times[name].append(timed(lambda network=network: step(network), device))
             network.zero_grad()
-    base = next(iter(networks))
+        rounds += 1
     for row in rows:
         row["peak_ratio"], row["forward_ratio"] = (row[k] / rows[0][k] for k in ("peak", "forward"))
         if repeats:
-            ratios = [a / b for a, b in zip(seconds[row["name"]], seconds[base], strict=True)]
-            row["seconds"] = statistics.median(seconds[row["name"]])
+            ratios = [a / b for a, b in zip(times[row["name"]], times[base], strict=True)]
+            row["seconds"] = statistics.median(times[row["name"]])
             row["time_ratio"], row["time_range"] = statistics.median(ratios), (min(ratios), max(ratios))
     return rows
 
@@ -345,7 +352,7 @@ def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write:
             torch.manual_seed(0)
             networks = {n: make().to(device).to(memory_format=memory_format) for n, make in makers.items()}
             x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
-            rows = compare(networks, x, repeats, amp)
+            rows = compare(networks, x, repeats, amp, 0 if quick else ROUNDS_SECONDS)
             record["tables"][f"{title}, {mode}"] = rows
             print_table(f"{title}, {mode}", rows)
             del networks

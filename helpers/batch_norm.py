@@ -43,9 +43,8 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     """(values in a channel, mean, variance) of y, or of pieces of it, for `merge_stats`."""
     dtype, m = stats_dtype(y.dtype), y.numel() // y.shape[1]
     if not y.is_cpu:
-        whole = y.dtype == dtype or y.nbytes <= WIDENED_BYTES
         stats = []
-        for piece in [y] if whole else y.split(max(1, WIDENED_BYTES // (y.nbytes // y.shape[0]))):
+        for piece in in_pieces(y, y.nbytes if y.dtype == dtype else WIDENED_BYTES):
             var, mean = torch.var_mean(piece.to(dtype), CHANNELS, correction=0)
             stats.append((piece.numel() // piece.shape[1], mean, var))
         return stats
@@ -55,8 +54,7 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     # piece in the cache. They sum d = y - c for a c amid the values, the first image's mean: not y itself,
     # since Σ y²/m - μ² has lost every digit of the variance once |μ| is thousands of σ.
     about = y[0].mean((1, 2), dtype=dtype)
-    pieces = [y] if y.nbytes <= CACHED_BYTES else y.split(max(1, CACHED_BYTES // (y.nbytes // y.shape[0])))
-    sums = None
+    pieces, sums = in_pieces(y, CACHED_BYTES), None
     for piece in pieces:
         piece = piece.to(dtype)
         of_piece = batch_norm_sums(piece - per_channel(about), piece, about)
@@ -64,6 +62,11 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     offset, square = (t.div_(m) for t in sums)
     var = square.addcmul_(offset, offset, value=-1).clamp_min_(0)
     return [(m, about + offset.to(wide_dtype(y)), var)]
+
+
+def in_pieces(y: Tensor, nbytes: int) -> list[Tensor] | tuple[Tensor, ...]:
+    """Views of some images each, of at most so many bytes where one image is no more than that."""
+    return [y] if y.nbytes <= nbytes else y.split(max(1, nbytes // (y.nbytes // y.shape[0])))
 
 
 def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:

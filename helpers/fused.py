@@ -259,11 +259,12 @@ class Entry(NamedTuple):
     act: Act
 
     @classmethod
-    def of(cls, pre: Norm | None, act: Act, x: Tensor) -> Entry:
+    def of(cls, pre: Norm | None, act: Act, x: Tensor, scale: Tensor | None = None) -> Entry:
+        """For inputs like ``x``; ``scale`` is γ₁/σ₁ where that is known already."""
         if pre is None or (x.is_cpu and x.dtype == pre.mean.dtype):
             return cls(pre, None, None, act)
         beta = None if pre.beta is None else per_channel(pre.beta)
-        return cls(pre, per_channel(scales(pre)[2]), beta, act)
+        return cls(pre, per_channel(scales(pre)[2] if scale is None else scale), beta, act)
 
     def __call__(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
         """u = γ₁ (x - μ₁)/σ₁ + β₁, or a where the activation's backward takes that for u; and a = act(u)."""
@@ -402,7 +403,7 @@ def block_backward(
     dx = torch.empty_like(x, memory_format=layout(x)) if need_x and many else None
     var_1, inv_std_1, s_1 = (None, None, None) if pre is None else scales(pre)
     var_2, inv_std_2, s = (None, None, None) if post is None else scales(post)
-    enter = Entry.of(pre, act, x)
+    enter = Entry.of(pre, act, x, s_1)
     if not many and slab_size == 0:  # so small a batch is entered once, a larger one in each sweep
         enter = Once(enter)
     # The bias moves y; from here on, μ₂ is the mean of the y without it.

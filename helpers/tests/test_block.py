@@ -222,7 +222,7 @@ def test_channels_last_is_kept(dtype, backward):
     modules = make_modules(nn.Conv2d(4, 8, 1), activation=nn.ReLU(), dtype=torch.float32)
     modules["conv"].to(dtype)
     x = torch.randn(4, 4, 6, 6).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    check(modules, x, tolerance=3e-2 if dtype == torch.bfloat16 else 1e-5, slab_size=2, backward=backward)
+    check(modules, x, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5, slab_size=2, backward=backward)
     block = FusedBlock2d(**modules, backward=backward)
     z = block(x)
     z.backward(torch.randn_like(z))

@@ -45,7 +45,8 @@ def test_as_measured(name, fusion):
     forward, peak = predict_memory(model, shape)
     measured_forward, measured_peak = measure(model, torch.randn(shape))
     assert forward == pytest.approx(measured_forward, rel=1e-3)
-    assert peak == pytest.approx(measured_peak, rel=0.02)
+    # Which copies a library makes depends on its threads: with fewer, a little too much is predicted.
+    assert 0.98 * measured_peak <= peak <= 1.01 * measured_peak
 
 
 def test_slabs_are_seen():

@@ -6,14 +6,18 @@ per-channel vectors have shape (C,). Statistics and sums are float32 at least, w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
 SMALL_BYTES = 1 << 19  # up to which one call of the library takes statistics faster than sweeps of ours
 CACHED_BYTES = 1 << 22  # what a CPU keeps at hand between two sweeps
+ONE_SWEEP_SIGMAS = 4  # so far may μ be from 0, in σ, for a variance by one sweep: it loses μ²/σ² of an ulp
 WIDENED_BYTES = 1 << 26  # what an accelerator widens to float32 at once
 
 
@@ -50,23 +54,35 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         return stats
     if y.nbytes <= SMALL_BYTES and y.dtype == dtype:
         return [(m, *torch.batch_norm_update_stats(y, None, None, 0.0))]
-    # That one call adds in float64, value by value, which is several times slower than two sweeps of a
-    # piece in the cache. They sum d = y - c for a c amid the values, the first image's mean: not y itself,
-    # since Σ y²/m - μ² has lost every digit of the variance once |μ| is thousands of σ.
-    about = y[0].mean((1, 2), dtype=dtype)
-    pieces, sums = in_pieces(y, CACHED_BYTES), None
-    for piece in pieces:
-        piece = piece.to(dtype)
-        of_piece = batch_norm_sums(piece - per_channel(about), piece, about)
-        sums = of_piece if len(pieces) == 1 else add_up(sums, of_piece)
-    offset, square = (t.div_(m) for t in sums)
-    var = square.addcmul_(offset, offset, value=-1).clamp_min_(0)
-    return [(m, about + offset.to(wide_dtype(y)), var)]
+    # That one call adds in float64, value by value, which is several times slower than a sweep or two of
+    # float32 over pieces in the cache, about a c amid the values, the first image's mean.
+    about, pieces = y[0].mean((1, 2), dtype=dtype), in_pieces(y, CACHED_BYTES)
+    if y.dtype == dtype and y.is_contiguous():
+        # One sweep: var = Σ y (y - c)/m - μ (μ - c), which loses digits where |μ| is many σ.
+        mean, product = summed(
+            t for piece in pieces for t in (piece.sum(CHANNELS), batch_norm_sums(piece, piece, about)[1])
+        ).div_(m)
+        var = torch.addcmul(product, mean, about - mean).clamp_min_(0)
+        lost = torch.addcmul(ONE_SWEEP_SIGMAS**2 * var, mean, mean, value=-1)
+        if isinstance(y, FakeTensor) or not lost.amin() < 0:
+            return [(m, mean, var)]
+        about = mean.to(dtype)
+    # Two sweeps: subtract c, then var = Σ (y - c)²/m - (μ - c)², which loses none.
+    offset, square = summed(
+        t for p in pieces for t in batch_norm_sums(p.to(dtype) - per_channel(about), p.to(dtype), about)
+    ).div_(m)
+    return [(m, about + offset, square.addcmul_(offset, offset, value=-1).clamp_min_(0))]
 
 
 def in_pieces(y: Tensor, nbytes: int) -> list[Tensor] | tuple[Tensor, ...]:
     """Views of some images each, of at most so many bytes where one image is no more than that."""
     return [y] if y.nbytes <= nbytes else y.split(max(1, nbytes // (y.nbytes // y.shape[0])))
+
+
+def summed(parts: Iterable[Tensor]) -> Tensor:
+    """The per-channel sums of pieces, two vectors of each in turn: (2, C) in `wide_dtype`."""
+    rows = torch.stack(list(parts))
+    return rows.view(-1, 2, rows.shape[1]).sum(0, dtype=wide_dtype(rows))
 
 
 def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:

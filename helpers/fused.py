@@ -58,6 +58,7 @@ SLAB_BYTES = {"cpu": 1 << 22}
 SLAB_BYTES_ACCELERATOR = 1 << 27
 # A matrix product is as fast as the library's convolution for images of so many pixels, or small weights.
 MATRIX_PIXELS, MATRIX_WEIGHTS = 256, 1 << 15
+MATRIX_GRADIENTS = 3 << 12  # up to so many weights, their gradient of each image is laid out and summed
 
 
 def slabs(n: int, image_bytes: int, weight: Tensor, slab_size: int) -> list[slice]:
@@ -94,14 +95,11 @@ def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, out: Te
     stride is done without, on the pixels that it sees: the library's is slower.
     """
     a, conv = seen(a, weight, conv)
-    pays = math.prod(a.shape[2:]) >= MATRIX_PIXELS or weight.numel() <= MATRIX_WEIGHTS
-    if bias is None and a.is_cpu and is_matrix(weight, conv) and pays:
-        plain = a.is_contiguous() and weight.is_contiguous() and (out is None or out.is_contiguous())
-        if plain and a.dtype in (torch.float32, torch.float64):
-            if out is None:
-                out = a.new_empty(a.shape[0], weight.shape[0], *a.shape[2:])
-            torch.bmm(weight.flatten(1).expand(a.shape[0], -1, -1), a.flatten(2), out=out.flatten(2))
-            return out
+    if bias is None and is_product(a, weight, conv, a if out is None else out):
+        if out is None:
+            out = a.new_empty(a.shape[0], weight.shape[0], *a.shape[2:])
+        torch.bmm(weight.flatten(1).expand(a.shape[0], -1, -1), a.flatten(2), out=out.flatten(2))
+        return out
     y = F.conv2d(a, weight, bias, *conv)
     return y if out is None else out.copy_(y)
 
@@ -113,11 +111,25 @@ def seen(a: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, Conv]:
     return columns(a, weight, conv).contiguous(), conv._replace(stride=[1, 1])
 
 
+def is_product(a: Tensor, weight: Tensor, conv: Conv, y: Tensor) -> bool:
+    """Whether the convolution of ``a`` and its gradients are better done as matrix products."""
+    if not a.is_cpu or not is_matrix(weight, conv) or a.dtype not in (torch.float32, torch.float64):
+        return False
+    pays = math.prod(a.shape[2:]) >= MATRIX_PIXELS or weight.numel() <= MATRIX_WEIGHTS
+    return pays and a.is_contiguous() and weight.is_contiguous() and y.is_contiguous()
+
+
 def seen_grads(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv, needs) -> tuple[Tensor | None, ...]:
     """The convolution's gradients, as `convolve` computes it."""
     pixels, of_pixels = seen(a, weight, conv)
-    da, *rest = conv_grads(dy, pixels, weight, *of_pixels, needs)
-    return da if da is None or da.shape == a.shape else spread(da, a, conv), *rest
+    if weight.numel() <= MATRIX_GRADIENTS and is_product(pixels, weight, of_pixels, dy):
+        matrix, dy_n, a_n = weight.flatten(1).T.expand(len(dy), -1, -1), dy.flatten(2), pixels.flatten(2)
+        da = torch.bmm(matrix, dy_n).view(pixels.shape) if needs[0] else None
+        dw = torch.bmm(dy_n, a_n.transpose(1, 2)).sum(0).view(weight.shape) if needs[1] else None
+        db = dy.sum(CHANNELS) if needs[2] else None
+    else:
+        da, dw, db = conv_grads(dy, pixels, weight, *of_pixels, needs)
+    return da if da is None or da.shape == a.shape else spread(da, a, conv), dw, db
 
 
 def spread(da: Tensor, a: Tensor, conv: Conv) -> Tensor:
@@ -469,12 +481,13 @@ def block_backward(
     if need_x and pre is not None and not constant[0]:
         sums = over_group(pre.group, *sums_1)
         coefficients = grad_input_coefficients(s_1, var_1, sums, m_1)
+        room, mean = torch.empty_like(x[cut[0]], dtype=dtype), per_channel(pre.mean)  # the same for each slab
         for i in cut:
-            dx_i, x_centred = dx[i], centre(x[i], pre.mean)
+            x_centred = torch.sub(x[i], mean, out=room[: i.stop - i.start])
             if dtype == x.dtype:
-                grad_input_(dx_i, x_centred, *coefficients, out=dx_i)
+                grad_input_(dx[i], x_centred, *coefficients, out=dx[i])
             else:
-                dx[i] = grad_input_(dx_i, x_centred, *coefficients)
+                dx[i] = grad_input_(dx[i], x_centred, *coefficients)
 
     db = dgamma_1 = dbeta_1 = dgamma = dbeta = None
     if need_b:  # with batch statistics the norm after subtracts the bias again

@@ -108,7 +108,15 @@ def seen(a: Tensor, weight: Tensor, conv: Conv) -> tuple[Tensor, Conv]:
     """On a CPU, the pixels of ``a`` that a pointwise convolution sees, and the convolution of them."""
     if not a.is_cpu or conv.stride == [1, 1] or not is_pointwise(weight, conv) or not a.is_contiguous():
         return a, conv
-    return columns(a, weight, conv).contiguous(), conv._replace(stride=[1, 1])
+    return pixels_seen(a, conv), conv._replace(stride=[1, 1])
+
+
+def pixels_seen(t: Tensor, conv: Conv) -> Tensor:
+    """The pixels that a pointwise convolution sees; on a CPU side by side, where work on them is fast."""
+    if conv.stride == [1, 1]:
+        return t
+    pixels = t[:, :, :: conv.stride[0], :: conv.stride[1]]
+    return pixels.contiguous(memory_format=layout(t)) if t.is_cpu else pixels
 
 
 def is_product(a: Tensor, weight: Tensor, conv: Conv, y: Tensor) -> bool:
@@ -132,9 +140,9 @@ def seen_grads(dy: Tensor, a: Tensor, weight: Tensor, conv: Conv, needs) -> tupl
     return da if da is None or da.shape == a.shape else spread(da, a, conv), dw, db
 
 
-def spread(da: Tensor, a: Tensor, conv: Conv) -> Tensor:
+def spread(da: Tensor, a: Tensor, conv: Conv, out: Tensor | None = None) -> Tensor:
     """The gradient of ``a`` from that of the pixels that a pointwise convolution sees: 0 between them."""
-    sparse = torch.zeros_like(a)
+    sparse = torch.zeros_like(a) if out is None else out.zero_()
     sparse[:, :, :: conv.stride[0], :: conv.stride[1]] = da
     return sparse
 
@@ -449,11 +457,12 @@ def block_backward(
         kernel_a = W_a.T @ W
         dw = G.mul_(s[:, None]).addmm_(W_a, R).view(weight.shape) if need_w else None
         kernels = [t.to(x.dtype) for t in (W_s.T, kernel_a, W.T @ b + kernel_a @ d)]
+    direct = need_x and many and dtype == x.dtype
     for i in cut if need_a or (need_dy and not gram) else ():
-        x_i, dz_i = x[i], dz[i]
+        x_i, dz_i, dx_i = x[i], dz[i], dx[i] if direct else None
         u, a_i = enter(x_i)
         if gram:
-            da = algebra_grad_input(dz_i, a_i, about, kernels, conv)
+            da = algebra_grad_input(dz_i, a_i, about, kernels, conv, dx_i if act.name == "none" else None)
         else:
             dy = dz_i
             if post is not None:
@@ -467,8 +476,7 @@ def block_backward(
                 dw = dw_i.to(dtype) if dw is None else dw.add_(dw_i)
         if not need_a:
             continue
-        direct = need_x and many and dtype == x.dtype
-        du = act.backward(da if pre is None else da.to(dtype), u, dx[i] if direct else None)
+        du = act.backward(da if pre is None else da.to(dtype), u, dx_i)
         if pre is not None:
             sums_1 = add_up(sums_1, batch_norm_sums(du, x_i, pre.mean))
             du = du.mul_(per_channel(s_1)) if constant[0] else du
@@ -573,7 +581,7 @@ def wait_in(dx: Tensor, s: slice, y_s: Tensor) -> Tensor:
 def columns(t: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """The inputs of every output pixel, (N, C_in kH kW, H_out, W_out): then the convolution is a matrix."""
     if is_pointwise(weight, conv):
-        return t[:, :, :: conv.stride[0], :: conv.stride[1]]
+        return pixels_seen(t, conv)
     size = output_size(t, weight, *conv[:3])
     return F.unfold(t, weight.shape[2:], conv.dilation, conv.padding, conv.stride).unflatten(2, size)
 
@@ -613,20 +621,29 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
 
 
 def algebra_grad_input(
-    dz_s: Tensor, a_s: Tensor, about: Tensor, kernels: tuple[Tensor, Tensor, Tensor], conv: Conv
+    dz_s: Tensor,
+    a_s: Tensor,
+    about: Tensor,
+    kernels: tuple[Tensor, Tensor, Tensor],
+    conv: Conv,
+    out: Tensor | None,
 ) -> Tensor:
-    """da = Wᵀ diag(s) dz + (Wᵀ diag(a) W) (a - c) + shift for a pointwise convolution, as two of its kind."""
+    """da = Wᵀ diag(s) dz + (Wᵀ diag(a) W) (a - c) + shift for a pointwise convolution, as two of its kind.
+
+    In ``out``, where that is given and of use.
+    """
     kernel_dz, kernel_a, shift = kernels
-    a_centred = centre(a_s[:, :, :: conv.stride[0], :: conv.stride[1]], about).to(a_s.dtype)
-    plain = dz_s.is_contiguous() and a_centred.is_contiguous()
+    a_centred = centre(pixels_seen(a_s, conv), about).to(a_s.dtype)
+    sparse, plain = a_centred.shape != a_s.shape, dz_s.is_contiguous() and a_centred.is_contiguous()
     if dz_s.is_cpu and dz_s.dtype == about.dtype and plain:
-        n, size = dz_s.shape[0], a_centred.shape
-        da = torch.baddbmm(shift[:, None], kernel_dz.expand(n, -1, -1), dz_s.flatten(2))
-        da = da.baddbmm_(kernel_a.expand(n, -1, -1), a_centred.flatten(2)).view(size)
+        n, here = dz_s.shape[0], out is not None and out.is_contiguous() and not sparse
+        da = out if here else torch.empty_like(a_centred)
+        da_n = torch.baddbmm(shift[:, None], kernel_dz.expand(n, -1, -1), dz_s.flatten(2), out=da.flatten(2))
+        da_n.baddbmm_(kernel_a.expand(n, -1, -1), a_centred.flatten(2))
     else:
         da = F.conv2d(dz_s, kernel_dz[:, :, None, None])
         da.add_(F.conv2d(a_centred, kernel_a[:, :, None, None], shift))
-    return da if da.shape == a_s.shape else spread(da, a_s, conv)
+    return spread(da, a_s, conv, out) if sparse else da
 
 
 # The two functions as operators. torch.compile would otherwise see that the recomputed convolution equals

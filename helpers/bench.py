@@ -4,7 +4,9 @@
 
 prints a table for each workload and writes data/measurements/bench_<device>.json. Times are forward and
 backward of the network; all methods take turns, a ratio is taken within each round, and the median of
-the ratios is shown with their range. Short steps have more than REPEATS rounds.
+the ratios is shown with their range. Short steps have more than REPEATS rounds. Each workload has a process
+of its own, as a training has: memory that an earlier one left to the process would speed up those that use
+the most.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -330,16 +334,32 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
     return works
 
 
+def modes(device: torch.device) -> dict[str, tuple[torch.dtype | None, torch.memory_format]]:
+    """Title -> (autocast's dtype or None, memory format)."""
+    if device.type != "cuda":
+        return {"float32": (None, torch.contiguous_format)}
+    return {
+        "float32 with TF32": (None, torch.contiguous_format),
+        "bfloat16 autocast, channels_last": (torch.bfloat16, torch.channels_last),
+    }
+
+
+def measure(device_type: str, mode: str, title: str, repeats: int, quick: bool) -> list[dict]:
+    """`compare`'s rows of one workload."""
+    device, _ = memory_device(torch.device(device_type))
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    amp, memory_format = modes(device)[mode]
+    shape, makers = workloads(device, quick)[title]
+    torch.manual_seed(0)
+    networks = {n: make().to(device).to(memory_format=memory_format) for n, make in makers.items()}
+    x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
+    return compare(networks, x, repeats, amp, 0 if quick else ROUNDS_SECONDS)
+
+
 def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write: bool = True) -> dict:
     """Measure every workload and method; print the tables; return (and write) the record."""
     device, how = memory_device(pick_device(device_name))
-    modes = {"float32": (None, torch.contiguous_format)}
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-        modes = {
-            "float32 with TF32": (None, torch.contiguous_format),
-            "bfloat16 autocast, channels_last": (torch.bfloat16, torch.channels_last),
-        }
     record = {
         "date": datetime.date.today().isoformat(),
         **describe_device(device),
@@ -347,15 +367,12 @@ def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write:
         "tables": {},
     }
     print(", ".join(f"{k}: {v}" for k, v in record.items() if k != "tables"))
-    for mode, (amp, memory_format) in modes.items():
-        for title, (shape, makers) in workloads(device, quick).items():
-            torch.manual_seed(0)
-            networks = {n: make().to(device).to(memory_format=memory_format) for n, make in makers.items()}
-            x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
-            rows = compare(networks, x, repeats, amp, 0 if quick else ROUNDS_SECONDS)
-            record["tables"][f"{title}, {mode}"] = rows
-            print_table(f"{title}, {mode}", rows)
-            del networks
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as process:
+        for mode in modes(device):
+            for title in workloads(device, quick):
+                rows = process.submit(measure, device.type, mode, title, repeats, quick).result()
+                record["tables"][f"{title}, {mode}"] = rows
+                print_table(f"{title}, {mode}", rows)
     if write:
         MEASUREMENTS.mkdir(exist_ok=True)
         path = MEASUREMENTS / f"bench_{device.type}.json"

@@ -744,15 +744,17 @@ class FusedBlockFunction(torch.autograd.Function):
         if torch.compiler.is_compiling():
             return _forward_operator(x, weight, bias, norms, there, *settings)
         z, *stats = _forward(x, weight, bias, norms, there, *settings)
-        given = (mean_1, var_1, mean_2, var_2)
-        return z, *(t.clone() if t is not None and any(t is g for g in given) else t for t in stats)
+        for i, given in ((0, mean_1), (3, mean_2)):
+            if given is not None:  # an output is no input
+                stats[i : i + 2] = stats[i].clone(), stats[i + 1].clone()
+        return z, *stats
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, g_1, b_1, g_2, _, mean_1, _, mean_2, _, ctx.form = inputs
         ctx.constant = [mean_1 is not None, mean_2 is not None]
         ctx.save_for_backward(x, weight, bias, g_1, b_1, g_2, *output[1:])
-        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+        ctx.mark_non_differentiable(*[t for t in output[1:] if t is not None])
         if not torch.compiler.is_compiling():
             ctx.set_materialize_grads(False)  # no zeros for those
 
@@ -764,10 +766,11 @@ class FusedBlockFunction(torch.autograd.Function):
         x, weight, bias, g_1, b_1, g_2, mean_1, var_1, m_1, mean_2, var_2, m_2 = ctx.saved_tensors
         norms = [g_1, b_1, mean_1, var_1, g_2, None, mean_2, var_2]
         needs = list(ctx.needs_input_grad[:7])
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
         there, algebra, settings = ctx.form
         flags = ([m_1, m_2], there, ctx.constant, algebra, needs)
-        grads = run(dz, x, weight, bias, norms, *flags, *settings)
+        if not torch.compiler.is_compiling():
+            return *_backward(dz, x, weight, bias, norms, *flags, *settings), *(None,) * 5
+        grads = _backward_operator(dz, x, weight, bias, norms, *flags, *settings)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
 
 
@@ -826,6 +829,13 @@ class BatchNorm(NamedTuple):
         """The running statistics where they are used, and None where the batch's own are."""
         own = self.training or self.running_mean is None
         return (None, None) if own else (self.running_mean, self.running_var)
+
+    @staticmethod
+    def arguments(norm: BatchNorm | None) -> tuple:
+        """γ, β, the constant mean and variance, ε and the group, as the kernel takes them."""
+        if norm is None:
+            return None, None, None, None, 0.0, ""
+        return norm.gamma, norm.beta, *norm.constants(), norm.eps, norm.process_group
 
     def update(self, mean: Tensor, var: Tensor, m: int | Tensor) -> None:
         """Move the running statistics, if this is a training step and there are any."""
@@ -911,38 +921,39 @@ def fused_block2d(
             f"weight: a kernel of {tuple(weight.shape[2:])}, dilation {dilation}, is larger than the padded "
             f"input of {tuple(s + 2 * p for s, p in zip(input.shape[2:], padding, strict=True))}"
         )
-    norms = (norm_before, norm_after)
-    constants = [norm.constants() if norm is not None else (None, None) for norm in norms]
-    values = (input.shape[0] * input.shape[2] * input.shape[3], input.shape[0] * size[0] * size[1])
-    for name, norm, m, (mean, _) in zip(("before", "after"), norms, values, constants, strict=True):
-        if norm is not None and mean is None and m == 1 and not norm.process_group:
+    gamma_1, beta_1, *stats_1, eps_1, group_1 = BatchNorm.arguments(norm_before)
+    gamma_2, beta_2, *stats_2, eps_2, group_2 = BatchNorm.arguments(norm_after)
+    there, n = [norm_before is not None, norm_after is not None], len(input)
+    m_1, m_2 = n * input.shape[2] * input.shape[3], n * size[0] * size[1]
+    for name, i, mean, m, group in (
+        ("before", 0, stats_1[0], m_1, group_1),
+        ("after", 1, stats_2[0], m_2, group_2),
+    ):
+        if m == 1 and there[i] and mean is None and not group:
             raise ValueError(
                 f"input: batch statistics need more than 1 value per channel, norm_{name} gets 1"
             )
     conv = Conv(stride, padding, dilation, groups)
-    if len(input) == 0 and any(norm is not None and norm.process_group for norm in norms):
+    if n == 0 and (group_1 or group_2):
         raise ValueError("input: an empty batch has nothing to add to its process group's statistics")
-    if len(input) == 0:
+    if n == 0:
         return empty_batch(input, weight, bias, norm_before, activation, norm_after, conv)
-    can = norm_after is not None and constants[1][0] is None and algebra_applies(input, weight, conv, plain)
+    can = norm_after is not None and stats_2[0] is None and algebra_applies(input, weight, conv, plain)
     if backward == "algebra" and not can:
         raise ValueError(
             'backward="algebra" needs norm_after with batch statistics, groups=1, and a 1x1 kernel without '
             "padding (or an input that needs no gradient and nothing before the convolution)"
         )
     algebra = can and (backward == "algebra" or (backward == "auto" and algebra_pays(input, weight, size)))
-    affine = [t for norm in norms for t in (norm[:2] if norm is not None else (None, None))]
-    there, eps = [norm is not None for norm in norms], [0.0 if norm is None else norm.eps for norm in norms]
-    groups_of = ["" if norm is None else norm.process_group for norm in norms]
-    form = (there, algebra, (groups_of, eps, *activation, *conv, slab_size))
-    z, mean_1, var_1, m_1, mean_2, var_2, m_2 = apply_block(
-        input, weight, bias, *affine, *constants[0], *constants[1], form
+    form = (there, algebra, ([group_1, group_2], [eps_1, eps_2], *activation, *conv, slab_size))
+    z, mean_1, var_1, whole_1, mean_2, var_2, whole_2 = apply_block(
+        input, weight, bias, gamma_1, beta_1, gamma_2, beta_2, *stats_1, *stats_2, form
     )
     if norm_before is not None:
-        norm_before.update(mean_1, var_1, m_1 if groups_of[0] else values[0])
+        norm_before.update(mean_1, var_1, whole_1 if group_1 else m_1)
     if norm_after is not None:
         mean_2 = mean_2 if bias is None else mean_2 + bias.detach()
-        norm_after.update(mean_2, var_2, m_2 if groups_of[1] else values[1])
+        norm_after.update(mean_2, var_2, whole_2 if group_2 else m_2)
     return z
 
 

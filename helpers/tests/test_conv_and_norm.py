@@ -15,6 +15,8 @@ from helpers import (
     conv2d_backward,
     update_running_stats,
 )
+from helpers.batch_norm import CACHED_BYTES, SMALL_BYTES
+from helpers.conv import X86, depthwise_grad_weight, is_large_depthwise, pair_of_ints
 
 GEOMETRIES = [
     {"stride": s, "padding": p, "dilation": d, "groups": g}
@@ -61,6 +63,50 @@ def test_conv2d_backward_computes_only_what_is_needed():
     x, w = randn(1, 2, 5, 5), randn(3, 2, 3, 3)
     dx, dw, db = conv2d_backward(randn(1, 3, 3, 3), x, w, needs=(False, True, False))
     assert dx is None and db is None and dw.shape == w.shape
+
+
+GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1))  # and their defaults
+DEPTHWISE = [
+    ((5, 5), {}),
+    ((5, 5), {"stride": 2, "padding": 2}),
+    ((4, 3), {"stride": (3, 1), "padding": (1, 2), "dilation": (1, 2)}),
+    ((1, 10), {"stride": (2, 1), "padding": (0, 3), "dilation": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "geometry"), DEPTHWISE, ids=str)
+def test_depthwise_weight_gradient_as_a_convolution(kernel, geometry):
+    x, w = randn(3, 4, 15, 17), randn(4, 1, *kernel, requires_grad=True)
+    y = F.conv2d(x, w, None, **geometry, groups=4)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, w, dy)[0]
+    how = [pair_of_ints(name, geometry.get(name, low), 0) for name, low in GEOMETRY]
+    torch.testing.assert_close(depthwise_grad_weight(dy, x, w.detach(), *how), expected)
+    # In float32 it is what `conv2d_backward` takes, beside the library's dx and db.
+    found = conv2d_backward(
+        dy.float(), x.float(), w.detach().float(), **geometry, groups=4, needs=(True, True, True)
+    )
+    others = conv2d_backward(dy, x, w.detach(), **geometry, groups=4, needs=(True, False, True))
+    for f, e in zip(found, (others[0], expected, others[2]), strict=True):
+        torch.testing.assert_close(f.double(), e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not X86, reason="on other processors the library does it")
+def test_depthwise_weight_gradient_as_a_convolution_is_taken_where_it_pays():
+    def taken(kernel=5, n=2, size=9, groups=4, dtype=torch.float32, layout=torch.contiguous_format):
+        x = torch.randn(n, 4, size, size, dtype=dtype).contiguous(memory_format=layout)
+        w = torch.randn(4, 4 // groups, kernel, kernel, dtype=dtype)
+        return is_large_depthwise(F.conv2d(x, w, groups=groups), x, w, groups)
+
+    assert taken() and taken(kernel=4)
+    assert not taken(kernel=3) and not taken(groups=2) and not taken(dtype=torch.float64)
+    assert not taken(layout=torch.channels_last) and not taken(size=80) and not taken(n=0)
+
+
+def test_depthwise_gradients_of_an_empty_batch():
+    x, w = torch.randn(0, 4, 9, 9), torch.randn(4, 1, 5, 5)
+    dx, dw, _ = conv2d_backward(torch.randn(0, 4, 5, 5), x, w, groups=4)
+    assert dx.shape == x.shape and torch.equal(dw, torch.zeros_like(w))
 
 
 @pytest.mark.parametrize(
@@ -139,6 +185,20 @@ def test_batch_stats_of_a_channel_far_from_zero():
     mean, var = batch_stats(y)
     torch.testing.assert_close(var.double(), y.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
     torch.testing.assert_close(mean.double(), y.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0, 1, 3.9, 4.1, 100, 1000])
+def test_batch_stats_of_a_batch_of_many_bytes(offset, layout):
+    """One sweep up to a mean of 4 σ in every channel, two beyond; with a last piece that is smaller."""
+    y = torch.randn(37, 16, 48, 48).contiguous(memory_format=layout)
+    y[:, 3] = 0.01 * y[:, 3] + 0.01 * offset
+    y[:, 5] = 0
+    assert y.nbytes > CACHED_BYTES > SMALL_BYTES
+    mean, var = batch_stats(y)
+    exact = y.double()
+    torch.testing.assert_close(var.double(), exact.var((0, 2, 3), correction=0), rtol=2e-6, atol=0)
+    torch.testing.assert_close(mean.double(), exact.mean((0, 2, 3)), rtol=2e-7, atol=2e-7)
 
 
 def test_batch_stats_of_half_precision_are_float32():

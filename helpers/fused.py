@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -658,28 +658,27 @@ SETTINGS = (
 def _unpack(norms: list[Tensor | None], there: list[bool], settings) -> tuple:
     """pre, act, post, conv and slab_size from the operators' flat arguments."""
     process_groups, eps, name, parameter, stride, padding, dilation, groups, slab_size = settings
-    pre, post = (
-        Norm(*norms[4 * i : 4 * i + 4], eps[i], process_groups[i]) if there[i] else None for i in (0, 1)
-    )
+    pre = Norm(*norms[:4], eps[0], process_groups[0]) if there[0] else None
+    post = Norm(*norms[4:], eps[1], process_groups[1]) if there[1] else None
     return pre, Act(name, parameter), post, Conv(stride, padding, dilation, groups), slab_size
 
 
 def _forward(x, weight, bias, norms, there, *settings):
-    with without_autocast(x):  # the arguments have their final dtypes
-        return block_forward(x, weight, bias, *_unpack(norms, there, settings))
+    return without_autocast(block_forward, x, weight, bias, *_unpack(norms, there, settings))
 
 
 def _backward(dz, x, weight, bias, norms, counts, there, constant, algebra, needs, *settings):
-    with without_autocast(x):
-        forms = _unpack(norms, there, settings)
-        return block_backward(dz, x, weight, bias, *forms, counts, constant, algebra, needs)
+    forms = _unpack(norms, there, settings)
+    return without_autocast(block_backward, dz, x, weight, bias, *forms, counts, constant, algebra, needs)
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+def without_autocast(run: Callable, *arguments):
+    """``run(*arguments)``, whose tensors have their final dtypes."""
+    if not torch._C._is_any_autocast_enabled():  # the quickest of questions
+        return run(*arguments)
+    device = arguments[0].device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return run(*arguments)
 
 
 def own_memory(run: Callable) -> Callable:
@@ -738,16 +737,8 @@ class FusedBlockFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
-        there, _, settings = form
-        norms = [g_1, b_1, mean_1, var_1, g_2, b_2, mean_2, var_2]
-        if torch.compiler.is_compiling():
-            return _forward_operator(x, weight, bias, norms, there, *settings)
-        z, *stats = _forward(x, weight, bias, norms, there, *settings)
-        for i, given in ((0, mean_1), (3, mean_2)):
-            if given is not None:  # an output is no input
-                stats[i : i + 2] = stats[i].clone(), stats[i + 1].clone()
-        return z, *stats
+    def forward(*inputs):
+        return forward_of(_forward_operator if torch.compiler.is_compiling() else _forward, *inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -761,29 +752,49 @@ class FusedBlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dz, *_):
-        if dz is None:
-            return (None,) * 12
-        x, weight, bias, g_1, b_1, g_2, mean_1, var_1, m_1, mean_2, var_2, m_2 = ctx.saved_tensors
-        norms = [g_1, b_1, mean_1, var_1, g_2, None, mean_2, var_2]
-        needs = list(ctx.needs_input_grad[:7])
-        there, algebra, settings = ctx.form
-        flags = ([m_1, m_2], there, ctx.constant, algebra, needs)
         if not torch.compiler.is_compiling():
-            return *_backward(dz, x, weight, bias, norms, *flags, *settings), *(None,) * 5
-        grads = _backward_operator(dz, x, weight, bias, norms, *flags, *settings)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 5
+            return grads_of(_backward, ctx, dz)
+        grads = grads_of(_backward_operator, ctx, dz)
+        needs = ctx.needs_input_grad
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+def forward_of(run: Callable, x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
+    """z and the statistics, by ``run``: `_forward` or the operator made of it."""
+    there, _, settings = form
+    norms = [g_1, b_1, mean_1, var_1, g_2, b_2, mean_2, var_2]
+    z, *stats = run(x, weight, bias, norms, there, *settings)
+    for i, given in ((0, mean_1), (3, mean_2)):
+        if given is not None and run is _forward:  # an output is no input
+            stats[i : i + 2] = stats[i].clone(), stats[i + 1].clone()
+    return z, *stats
+
+
+def grads_of(run: Callable, ctx, dz: Tensor | None) -> tuple:
+    """The gradients of `forward_of`'s inputs, by ``run``: `_backward` or the operator made of it."""
+    if dz is None:
+        return (None,) * 12
+    x, weight, bias, g_1, b_1, g_2, mean_1, var_1, m_1, mean_2, var_2, m_2 = ctx.saved_tensors
+    norms = [g_1, b_1, mean_1, var_1, g_2, None, mean_2, var_2]
+    there, algebra, settings = ctx.form
+    flags = ([m_1, m_2], there, ctx.constant, algebra, list(ctx.needs_input_grad[:7]))
+    return *run(dz, x, weight, bias, norms, *flags, *settings), *(None,) * 5
 
 
 class FusedBlock(torch.autograd.Function):
-    """`FusedBlockFunction` with its first two steps in one, which takes a third of the time to call."""
+    """`FusedBlockFunction` where nothing is compiled or transformed: with fewer calls."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = FusedBlockFunction.forward(*inputs)
+        output = forward_of(_forward, *inputs)
         FusedBlockFunction.setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(FusedBlockFunction.backward)
+    @staticmethod
+    def backward(ctx, dz, *_):
+        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
+            return FusedBlockFunction.backward(ctx, dz)
+        return grads_of(_backward, ctx, dz)
 
 
 def apply_block(*inputs):
@@ -1034,6 +1045,8 @@ def fused_conv_bn2d(
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under autocast, cast what F.conv2d would: every float32 or half tensor, to autocast's dtype."""
+    if not torch._C._is_any_autocast_enabled():  # the quickest of questions
+        return list(tensors)
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)

@@ -40,8 +40,9 @@ def conv2d_backward(
         dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j]  x[n, c, s i + d k - p, s j + d l - p]
         db[o]       = sum over (n,i,j) of  dy[n,o,i,j]
 
-    The library's own convolution backward computes them; the derivation is chapter 2 (the index
-    arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
+    The library's own convolution backward computes them, but for the weight gradient of a large depthwise
+    kernel (`depthwise_grad_weight`); the derivation is chapter 2 (the index arithmetic: Dumoulin & Visin
+    2016, arXiv:1603.07285).
 
     Args:
         grad_out: (N, C_out, H_out, W_out), the dtype and device of ``input``. Never written to.

@@ -737,8 +737,9 @@ class FusedBlockFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*inputs):
-        return forward_of(_forward_operator if torch.compiler.is_compiling() else _forward, *inputs)
+    def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
+        run = _forward_operator if torch.compiler.is_compiling() else _forward
+        return forward_of(run, x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

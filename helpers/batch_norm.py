@@ -58,20 +58,25 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     # float32 over pieces in the cache, about a c amid the values, the first image's mean.
     about, pieces = y[0].mean((1, 2), dtype=dtype), in_pieces(y, CACHED_BYTES)
     if y.dtype == dtype and y.is_contiguous():
-        # One sweep: var = Σ y (y - c)/m - μ (μ - c), which loses digits where |μ| is many σ.
+        # One sweep: var = Σ y (y - c)/m - μ (μ - c), which loses digits where |μ| is many σ. Fewer with a Σ y
+        # that is summed pairwise, so not the one that `batch_norm_sums` has as well.
         mean, product = summed(
             t for piece in pieces for t in (piece.sum(CHANNELS), batch_norm_sums(piece, piece, about)[1])
         ).div_(m)
         var = torch.addcmul(product, mean, about - mean).clamp_min_(0)
         lost = torch.addcmul(ONE_SWEEP_SIGMAS**2 * var, mean, mean, value=-1)
-        if isinstance(y, FakeTensor) or not lost.amin() < 0:
+        if isinstance(y, FakeTensor) or not lost.amin() < 0:  # a fake one has no digits to lose
             return [(m, mean, var)]
         about = mean.to(dtype)
     # Two sweeps: subtract c, then var = Σ (y - c)²/m - (μ - c)², which loses none.
-    offset, square = summed(
-        t for p in pieces for t in batch_norm_sums(p.to(dtype) - per_channel(about), p.to(dtype), about)
-    ).div_(m)
+    offset, square = summed(t for piece in pieces for t in sums_about(piece, about)).div_(m)
     return [(m, about + offset, square.addcmul_(offset, offset, value=-1).clamp_min_(0))]
+
+
+def sums_about(y: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (y - c) and Σ (y - c)² of each channel, in the dtype of c."""
+    y = y.to(about.dtype)
+    return batch_norm_sums(centre(y, about), y, about)
 
 
 def in_pieces(y: Tensor, nbytes: int) -> list[Tensor] | tuple[Tensor, ...]:

@@ -262,12 +262,11 @@ def compare(
             step(network, trace.mark)
         network.zero_grad()
         rows.append({"name": name, "peak": trace.peak, "forward": trace.marks["end of forward"]})
-    base, rounds = next(iter(networks)), 0
-    while repeats and (rounds < repeats or sum(map(sum, times.values())) < seconds):
+    base = next(iter(networks))
+    while repeats and (len(times[base]) < repeats or sum(map(sum, times.values())) < seconds):
         for name, network in networks.items():
             times[name].append(timed(lambda network=network: step(network), device))
             network.zero_grad()
-        rounds += 1
     for row in rows:
         row["peak_ratio"], row["forward_ratio"] = (row[k] / rows[0][k] for k in ("peak", "forward"))
         if repeats:
@@ -344,9 +343,8 @@ def modes(device: torch.device) -> dict[str, tuple[torch.dtype | None, torch.mem
     }
 
 
-def measure(device_type: str, mode: str, title: str, repeats: int, quick: bool) -> list[dict]:
-    """`compare`'s rows of one workload."""
-    device, _ = memory_device(torch.device(device_type))
+def measure(device: torch.device, mode: str, title: str, repeats: int, quick: bool) -> list[dict]:
+    """`compare`'s rows of one workload, on a device as `compare` takes it."""
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     amp, memory_format = modes(device)[mode]
@@ -370,7 +368,7 @@ def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write:
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as process:
         for mode in modes(device):
             for title in workloads(device, quick):
-                rows = process.submit(measure, device.type, mode, title, repeats, quick).result()
+                rows = process.submit(measure, device, mode, title, repeats, quick).result()
                 record["tables"][f"{title}, {mode}"] = rows
                 print_table(f"{title}, {mode}", rows)
     if write:

@@ -90,11 +90,11 @@ def conv2d_backward(
 
 def conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs):
     """``conv2d_backward`` without its checks, for the slabs of the fused kernel."""
-    need_x, need_w, need_b = needs
-    by_hand = need_w and is_large_depthwise(grad_out, input, weight, groups)
-    need_w, dx, dw, db = need_w and not by_hand, None, None, None
-    if need_x or need_w or need_b:
-        how = (stride, padding, dilation, False, [0, 0], groups, [need_x, need_w, need_b])
+    by_hand = needs[1] and is_large_depthwise(grad_out, input, weight, groups)
+    of_library = [needs[0], needs[1] and not by_hand, needs[2]]
+    dx = dw = db = None
+    if any(of_library):
+        how = (stride, padding, dilation, False, [0, 0], groups, of_library)
         dx, dw, db = torch.ops.aten.convolution_backward(grad_out, input, weight, [weight.shape[0]], *how)
     if by_hand:
         dw = depthwise_grad_weight(grad_out, input, weight, stride, padding, dilation)

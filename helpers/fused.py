@@ -491,11 +491,11 @@ def block_backward(
         coefficients = grad_input_coefficients(s_1, var_1, sums, m_1)
         room, mean = torch.empty_like(x[cut[0]], dtype=dtype), per_channel(pre.mean)  # the same for each slab
         for i in cut:
-            x_centred = torch.sub(x[i], mean, out=room[: i.stop - i.start])
+            dx_i, x_centred = dx[i], torch.sub(x[i], mean, out=room[: i.stop - i.start])
             if dtype == x.dtype:
-                grad_input_(dx[i], x_centred, *coefficients, out=dx[i])
+                grad_input_(dx_i, x_centred, *coefficients, out=dx_i)
             else:
-                dx[i] = grad_input_(dx[i], x_centred, *coefficients)
+                dx[i] = grad_input_(dx_i, x_centred, *coefficients)
 
     db = dgamma_1 = dbeta_1 = dgamma = dbeta = None
     if need_b:  # with batch statistics the norm after subtracts the bias again
@@ -738,6 +738,7 @@ class FusedBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form):
+        # By their names, since torch.compile counts the arguments.
         run = _forward_operator if torch.compiler.is_compiling() else _forward
         return forward_of(run, x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1, mean_2, var_2, form)
 
@@ -766,7 +767,7 @@ def forward_of(run: Callable, x, weight, bias, g_1, b_1, g_2, b_2, mean_1, var_1
     norms = [g_1, b_1, mean_1, var_1, g_2, b_2, mean_2, var_2]
     z, *stats = run(x, weight, bias, norms, there, *settings)
     for i, given in ((0, mean_1), (3, mean_2)):
-        if given is not None and run is _forward:  # an output is no input
+        if given is not None:  # an output is no input
             stats[i : i + 2] = stats[i].clone(), stats[i + 1].clone()
     return z, *stats
 
@@ -935,13 +936,10 @@ def fused_block2d(
         )
     gamma_1, beta_1, *stats_1, eps_1, group_1 = BatchNorm.arguments(norm_before)
     gamma_2, beta_2, *stats_2, eps_2, group_2 = BatchNorm.arguments(norm_after)
-    there, n = [norm_before is not None, norm_after is not None], len(input)
+    n = len(input)
     m_1, m_2 = n * input.shape[2] * input.shape[3], n * size[0] * size[1]
-    for name, i, mean, m, group in (
-        ("before", 0, stats_1[0], m_1, group_1),
-        ("after", 1, stats_2[0], m_2, group_2),
-    ):
-        if m == 1 and there[i] and mean is None and not group:
+    for name, norm, m in (("before", norm_before, m_1), ("after", norm_after, m_2)):
+        if m == 1 and norm is not None and norm.constants()[0] is None and not norm.process_group:
             raise ValueError(
                 f"input: batch statistics need more than 1 value per channel, norm_{name} gets 1"
             )
@@ -957,6 +955,7 @@ def fused_block2d(
             "padding (or an input that needs no gradient and nothing before the convolution)"
         )
     algebra = can and (backward == "algebra" or (backward == "auto" and algebra_pays(input, weight, size)))
+    there = [norm_before is not None, norm_after is not None]
     form = (there, algebra, ([group_1, group_2], [eps_1, eps_2], *activation, *conv, slab_size))
     z, mean_1, var_1, whole_1, mean_2, var_2, whole_2 = apply_block(
         input, weight, bias, gamma_1, beta_1, gamma_2, beta_2, *stats_1, *stats_2, form

@@ -13,6 +13,7 @@ batch, made before, are not in it.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import platform
 from dataclasses import dataclass, field
@@ -82,6 +83,9 @@ class MemoryTrace:
 
     Attributes:
         peak: the most bytes at any moment, above the start.
+        tensor_peak: the most between two of PyTorch's operations, if the timeline is recorded: tensors, and
+            not what a library takes for itself inside of an operation. That depends on the algorithm which it
+            chooses for the processor and the number of threads; tensors are the same everywhere.
         marks: bytes above the start at each ``mark(name)``.
         timeline: ``(milliseconds, bytes)`` after each allocation and release, if recorded.
         mark_times: milliseconds of each mark on the timeline's clock.
@@ -90,6 +94,7 @@ class MemoryTrace:
     device: torch.device | str = "cpu"
     timeline: list[tuple[float, int]] | bool = False
     peak: int = 0
+    tensor_peak: int | None = None
     marks: dict[str, int] = field(default_factory=dict)
     mark_times: dict[str, float] = field(default_factory=dict)
 
@@ -115,6 +120,7 @@ class MemoryTrace:
                 pass
 
     def __enter__(self) -> MemoryTrace:
+        gc.collect()  # garbage of an earlier trace, freed in this one, would be subtracted here
         if self._profile is not None:
             _say_once_what_the_profiler_says_once()
             self._profile.__enter__()
@@ -138,17 +144,23 @@ class MemoryTrace:
         # at 0 and blocks made before the trace never enter it.
         events = sorted(self._profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
         held, origin, kind = 0, None, self.device.type
+        between, until = 0, 0  # the most between operations, and when the one that runs will return
         for event in events:
-            name = event.name()
-            origin = event.start_ns() if origin is None else origin
-            ms = (event.start_ns() - origin) / 1e6
+            name, start = event.name(), event.start_ns()
+            origin = start if origin is None else origin
+            ms = (start - origin) / 1e6
+            if start > until:
+                between = max(between, held)
             if name == "[memory]" and event.device_type().name.lower() == kind:
                 held += event.nbytes()
                 self.timeline.append((ms, held))
+            elif name.startswith("aten::"):
+                until = max(until, start + event.duration_ns())
             elif name.startswith("mark:"):
                 self.mark_times[name[5:]] = ms
                 if kind == "cpu":
                     self.marks[name[5:]] = held
+        self.tensor_peak = max(between, held)
         if kind == "cpu":
             self.peak = max((held for _, held in self.timeline), default=0)
 

@@ -1,0 +1,49 @@
+"""What MemoryTrace counts, and what it leaves out."""
+
+import gc
+
+import torch
+from torch.profiler import record_function
+
+from helpers.memory import MemoryTrace
+
+
+def test_tensors_and_what_a_library_takes_inside_of_an_operation():
+    with MemoryTrace() as trace:
+        x = torch.empty(1000)
+        with record_function("aten::convolution"):
+            scratch = torch.empty(5000)
+            y = torch.empty(2000)
+            with record_function("aten::copy_"):
+                more = torch.empty(300)
+            del scratch, more
+        trace.mark("y is made")
+        del x
+        z = torch.empty(500)
+    assert trace.marks == {"y is made": 4 * 3000}
+    assert trace.tensor_peak == 4 * 3000
+    assert trace.peak == 4 * 8300
+    assert y.nbytes + z.nbytes == trace.timeline[-1][1]
+
+
+def test_the_most_is_between_operations_or_at_the_end():
+    with MemoryTrace() as trace:
+        x = torch.empty(1000)
+        del x
+        y = torch.empty(2000)
+    assert trace.tensor_peak == trace.peak == y.nbytes
+    with MemoryTrace() as trace:
+        pass
+    assert trace.tensor_peak == trace.peak == 0
+
+
+def test_garbage_of_an_earlier_trace_is_not_subtracted():
+    class Knot:
+        def __init__(self, t):
+            self.t, self.me = t, self
+
+    with MemoryTrace():
+        Knot(torch.empty(1000))
+    with MemoryTrace() as trace:
+        gc.collect()
+    assert all(held == 0 for _, held in trace.timeline)

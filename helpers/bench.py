@@ -238,8 +238,9 @@ def compare(
         seconds: go on with the rounds for so long: short steps spread more than long ones.
 
     Returns:
-        A row each: name, peak, forward (bytes above the start), seconds (median), and the ratios
-        ``peak_ratio``, ``forward_ratio``, ``time_ratio`` with ``time_range``.
+        A row each: name, peak, forward (bytes above the start), on a CPU tensor_peak, too (see
+        `MemoryTrace`), seconds (median), and the ratios ``peak_ratio``, ``forward_ratio``, ``time_ratio``
+        with ``time_range``.
     """
     device = x.device
 
@@ -262,6 +263,8 @@ def compare(
             step(network, trace.mark)
         network.zero_grad()
         rows.append({"name": name, "peak": trace.peak, "forward": trace.marks["end of forward"]})
+        if trace.tensor_peak is not None:
+            rows[-1]["tensor_peak"] = trace.tensor_peak
     base = next(iter(networks))
     while repeats and (len(times[base]) < repeats or sum(map(sum, times.values())) < seconds):
         for name, network in networks.items():

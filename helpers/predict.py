@@ -7,9 +7,9 @@ The step runs on *fake* tensors, which have a shape, a dtype and a storage of so
 storage counts from the operation that made it until its last tensor is gone, in backward too, and with all
 that the fused kernel makes for a moment.
 
-Inside an operation a library takes memory of its own. What a CPU's takes for a convolution's backward is
-counted: copies of input and output gradient in a layout of its own. What cuDNN takes as workspace is not,
-nor are an allocator's fragments.
+What is predicted is what PyTorch and we allocate for tensors, which is the same on every machine. What a
+library takes for itself inside of an operation (oneDNN's copies, cuDNN's workspace) depends on the algorithm
+that it chooses there, and is not counted; nor are an allocator's fragments.
 """
 
 from __future__ import annotations
@@ -64,11 +64,6 @@ class Held(TorchDispatchMode):
             self.count(self.waiting)
             self.waiting = None
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.convolution_backward.default and args[0].is_cpu:
-            # The library copies what it gets into a layout of its own while it works.
-            scratch = args[0].nbytes + args[1].nbytes
-            made = sum(t.nbytes for t in out if isinstance(t, Tensor))
-            self.peak = max(self.peak, self.held + made + scratch)
         if func is torch.ops.aten.add.Tensor and called_by_engine():
             # Two gradients of one tensor. A real one is added in the first one's memory if nothing else
             # holds it, a fake one never: this sum counts once its summands had the chance to go.
@@ -113,10 +108,11 @@ def predict_memory(
     device_type: str = "cpu",
     loss: Callable[..., Tensor] | None = None,
 ) -> Prediction:
-    """What `helpers.memory.MemoryTrace` would count of ``out = model(*inputs)`` and ``out.backward(grad)``.
+    """The memory of ``out = model(*inputs)`` and ``out.backward(grad)``, without running them.
 
-    Parameters, buffers, inputs and ``grad`` are there before and not counted; gradients of parameters are.
-    Nothing is computed, and nothing in ``model`` changes.
+    On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
+    ``tensor_peak``. Parameters, buffers, inputs and ``grad`` are there before and not counted; gradients of
+    parameters are. Nothing is computed, and nothing in ``model`` changes.
 
     Args:
         model: as it stands: plain or fused, in training or eval mode, on any device ("meta" too).

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from helpers.batch_norm import (
     CHANNELS,
@@ -733,7 +732,7 @@ class FusedBlockFunction(torch.autograd.Function):
     """``apply(x, weight, bias, γ₁, β₁, γ₂, β₂, μ₁, var₁, μ₂, var₂, (there, algebra, settings))``.
 
     ``there`` says which of the two norms exist; statistics that are None are the batch's own. Returns z
-    and the statistics that were used. Its backward cannot be differentiated again: trying raises.
+    and the statistics that were used. Its gradients cannot be differentiated: trying raises (`FirstOnly`).
     """
 
     @staticmethod
@@ -752,7 +751,6 @@ class FusedBlockFunction(torch.autograd.Function):
             ctx.set_materialize_grads(False)  # no zeros for those
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dz, *_):
         if not torch.compiler.is_compiling():
             return grads_of(_backward, ctx, dz)
@@ -780,7 +778,37 @@ def grads_of(run: Callable, ctx, dz: Tensor | None) -> tuple:
     norms = [g_1, b_1, mean_1, var_1, g_2, None, mean_2, var_2]
     there, algebra, settings = ctx.form
     flags = ([m_1, m_2], there, ctx.constant, algebra, list(ctx.needs_input_grad[:7]))
-    return *run(dz, x, weight, bias, norms, *flags, *settings), *(None,) * 5
+    with torch.no_grad():
+        grads = run(dz, x, weight, bias, norms, *flags, *settings)
+    if torch.is_grad_enabled():  # somebody may want to differentiate them, too
+        grads = FirstOnly.apply(*grads, dz, x, weight, bias, g_1, b_1, g_2)
+    return *grads, *(None,) * 5
+
+
+class FirstOnly(torch.autograd.Function):
+    """``apply(*grads, *origins)``: the seven gradients as they are, and as made of the seven ``origins``.
+
+    Whoever differentiates them by an origin gets an error. (PyTorch's once_differentiable raises only if dz
+    has a graph: of the loss z.sum() it has none, and all that is missing would be taken for 0.)
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*tensors):
+        return tuple(None if g is None else g.view_as(g) for g in tensors[:7])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "FusedConvBN2d and FusedBlock2d have first derivatives only, and one of these was to be "
+            "differentiated; where you need that, call the modules unfused, conv and then bn "
+            "(helpers.unfuse undoes fuse_conv_bn)"
+        )
 
 
 class FusedBlock(torch.autograd.Function):
@@ -794,8 +822,6 @@ class FusedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, *_):
-        if torch.is_grad_enabled():  # somebody wants to differentiate this, too
-            return FusedBlockFunction.backward(ctx, dz)
         return grads_of(_backward, ctx, dz)
 
 
@@ -1147,7 +1173,7 @@ class FusedConvBN2d(nn.Module):
     Takes the arguments of both, under their names and with their defaults. The two modules stay inside as
     ``conv`` and ``bn``, so that the state_dict has the keys ``conv.weight``, ``bn.running_mean`` and so on,
     and ``layer.bn.eval()`` freezes the statistics. Only this layer is called, though, not the two: hooks
-    belong on it.
+    belong on it. Its gradients cannot be differentiated: a RuntimeError says so where that is tried.
 
     Args:
         slab_size: images that backward works on at once; None chooses, "batch" takes all (see

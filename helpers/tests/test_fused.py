@@ -11,12 +11,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils.checkpoint import checkpoint
 
 from helpers import FusedConvBN2d, FusedConvBN2dFunction, fused_conv_bn2d
 from helpers.memory import MemoryTrace, saved_tensors
 
 SLABS = [None, 1, 2, "batch"]
+
+
+def randn(*shape, **kwargs):
+    return torch.randn(*shape, dtype=torch.float64, **kwargs)
 
 
 def make_pair(*conv_args, dtype=torch.float64, norm=None, **conv_kwargs):
@@ -270,12 +275,86 @@ def test_a_saved_tensor_that_changed_is_an_error(name):
         z.backward(torch.ones_like(z))
 
 
-def test_double_backward_raises():
-    fused = FusedConvBN2d(2, 3, 3)
-    x = torch.randn(2, 2, 5, 5, requires_grad=True)
-    (dx,) = torch.autograd.grad((fused(x) ** 3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.pow(2).sum().backward()
+LOSSES = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "weighted sum": lambda z: (z * torch.arange(z.numel()).view_as(z)).sum(),
+    "sum of cubes": lambda z: (z**3).sum(),
+}
+
+
+def grad_of_grad(f, x, inputs=None):
+    (dx,) = torch.autograd.grad(f(x), x, create_graph=True)
+    # What is "allowed" to be unused would come back as no gradient at all.
+    return torch.autograd.grad(dx.pow(2).sum() + x.sum(), inputs or x, allow_unused=True)
+
+
+SECOND = {
+    "grad of grad": grad_of_grad,
+    "vhp": lambda f, x: torch.autograd.functional.vhp(f, x, torch.ones_like(x)),
+    "hvp": lambda f, x: torch.autograd.functional.hvp(f, x, torch.ones_like(x)),
+    "hessian": torch.autograd.functional.hessian,
+    "vectorized hessian": lambda f, x: torch.autograd.functional.hessian(f, x, vectorize=True),
+    "gradgradcheck": lambda f, x: gradgradcheck(f, (x,)),
+    "torch.func.grad": lambda f, x: torch.func.grad(lambda x: torch.func.grad(f)(x).pow(2).sum())(x),
+    "torch.func.vjp": lambda f, x: torch.func.vjp(torch.func.grad(f), x)[1](x),
+    "torch.func.jacrev": lambda f, x: torch.func.jacrev(torch.func.grad(f))(x),
+    "func of autograd": lambda f, x: torch.func.grad(
+        lambda x: torch.autograd.grad(f(x), x, create_graph=True)[0].pow(2).sum()
+    )(x),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("way", SECOND)
+def test_a_second_derivative_raises_whatever_the_loss(way, loss, training):
+    """Also where dz has no graph of its own, as for a plain sum."""
+    fused = FusedConvBN2d.from_pair(*make_pair(2, 3, 3, norm={"track_running_stats": False}))
+    if not training:
+        fused.bn = make_pair(2, 3, 3)[1].eval()
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match="FusedConvBN2d.* first derivatives only.* call the modules unfused"
+    ):
+        SECOND[way](lambda x: LOSSES[loss](fused(x)), x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("of", [*"xwbg", "beta"])
+@pytest.mark.parametrize("by", [*"xwbg", "beta", "dz"])
+def test_mixed_second_derivatives_raise_where_there_are_any(of, by, training):
+    """Of each gradient by each of what it is made of; where the pair's is 0, an error is right, too."""
+    pair = make_pair(2, 3, 3).train(training)
+    fused = FusedConvBN2d.from_pair(*pair)
+    x, dz = randn(2, 2, 4, 4, requires_grad=True), randn(2, 3, 2, 2, requires_grad=True)
+    leaves = dict(zip([*"xwbg", "beta", "dz"], [x, *fused.parameters(), dz], strict=True))
+    found = []
+    for model in (pair, fused):
+        (grad,) = torch.autograd.grad(model(x), leaves[of], dz, create_graph=True)
+        try:
+            found += torch.autograd.grad(grad.pow(2).sum(), leaves[by], allow_unused=True)
+        except RuntimeError as reason:
+            assert "first derivatives only" in str(reason)
+            return
+    exact, ours = (0 if t is None else t for t in found)
+    assert ours == 0 and torch.as_tensor(exact).abs().max() < 1e-9
+
+
+def test_first_derivatives_with_a_graph_are_what_they_are_without():
+    pair = make_pair(2, 3, 3)
+    fused = FusedConvBN2d.from_pair(*copy.deepcopy(pair))
+    x, found = randn(3, 2, 5, 5), []
+    for model in (pair, fused):
+        x_ = x.clone().requires_grad_()
+        z = checkpoint(model, x_, use_reentrant=False)  # lets a saved tensor be read once
+        grads = torch.autograd.grad((z**3).sum(), (x_, *model.parameters()), create_graph=True)
+        assert all(g.requires_grad for g in grads)
+        (x_.square().sum() + sum(g.detach().sum() for g in grads)).backward()  # none of them differentiated
+        found.append([x_.grad, *grads])
+    for ours, wanted, name in zip(found[1], found[0], ("x", "dx", "w", "b", "g", "beta"), strict=True):
+        if name != "b":
+            torch.testing.assert_close(ours, wanted)
 
 
 def test_hooks_see_what_they_see_on_the_pair():

@@ -8,10 +8,10 @@ from torch import Tensor
 
 __all__ = ["conv2d_backward"]
 
-# What is known of the library's depthwise convolutions is known of x86 processors.
-X86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-SMALL_KERNEL = 9  # entries of a depthwise kernel for whose gradient the library has fast code
-LONGEST_SUM = 1 << 12  # pixels up to which one float32 sum over an image is as exact as the library's
+SMALL_KERNEL = 9  # entries of a depthwise kernel up to which libraries have fast code for its gradient
+LONGEST_SUM = 1 << 12  # pixels that are summed in float32: their rounding, about √pixels ε, stays below 1e-5
+# A convolution of very many groups is one call of oneDNN's; without it PyTorch makes one for each group.
+MANY_GROUPS = torch.backends.mkldnn.is_available()
 
 
 def pair_of_ints(name: str, value, low: int) -> list[int]:
@@ -102,9 +102,9 @@ def conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs
 
 
 def is_large_depthwise(grad_out: Tensor, input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether `depthwise_grad_weight` is faster than the library, which is quick for 3x3 kernels only."""
+    """Whether to take `depthwise_grad_weight`: the same up to rounding, and meant to be faster."""
     depthwise = len(input) > 0 and groups == input.shape[1] == weight.shape[0]
-    if not depthwise or not X86 or not input.is_cpu or input.dtype != torch.float32:
+    if not depthwise or not MANY_GROUPS or not input.is_cpu or input.dtype != torch.float32:
         return False
     entries, terms = (t.shape[2] * t.shape[3] for t in (weight, grad_out))
     large = entries > SMALL_KERNEL and terms <= LONGEST_SUM

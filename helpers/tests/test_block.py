@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 
 from helpers import FusedBlock2d
 from helpers.memory import MemoryTrace, saved_tensors
+from helpers.tests.rounding import apart, rounding
 
 ACTIVATIONS = [
     None,
@@ -24,6 +25,9 @@ ACTIVATIONS = [
     nn.GELU(),
     nn.GELU("tanh"),
 ]
+
+
+HALF = 8  # tensors that half precision rounds on the way to a gradient: u, a, y, z, and theirs
 
 
 def make_modules(conv, before=True, activation=None, after=True, dtype=torch.float64):
@@ -73,8 +77,7 @@ def check(modules, x, tolerance=None, **fuse):
         elif tolerance is None:
             torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
         else:
-            difference = (found[name].double() - value.double()).norm() / value.double().norm()
-            assert difference <= tolerance, f"{name}: {difference}"
+            assert apart(found[name], value) <= tolerance, f"{name}: {apart(found[name], value)}"
 
 
 def frozen(modules, which):
@@ -222,7 +225,9 @@ def test_channels_last_is_kept(dtype, backward):
     modules = make_modules(nn.Conv2d(4, 8, 1), activation=nn.ReLU(), dtype=torch.float32)
     modules["conv"].to(dtype)
     x = torch.randn(4, 4, 6, 6).to(dtype, memory_format=torch.channels_last).requires_grad_()
-    check(modules, x, tolerance=2e-2 if dtype == torch.bfloat16 else 1e-5, slab_size=2, backward=backward)
+    # A gradient sums over 4 images of 6x6, and in each of these over 8 channels.
+    terms = HALF if dtype == torch.bfloat16 else 4 * 36 * 8
+    check(modules, x, tolerance=rounding(dtype, terms), slab_size=2, backward=backward)
     block = FusedBlock2d(**modules, backward=backward)
     z = block(x)
     z.backward(torch.randn_like(z))
@@ -236,11 +241,7 @@ def test_autocast_equals_the_modules(backward):
     modules = make_modules(nn.Conv2d(4, 8, 1), activation=nn.SiLU(), dtype=torch.float32)
     x = torch.randn(8, 4, 8, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        check(modules, x, tolerance=5e-2, slab_size=2, backward=backward)
-
-
-def error(found, exact):
-    return ((found.double() - exact).norm() / exact.norm()).item()
+        check(modules, x, tolerance=rounding(torch.bfloat16, HALF), slab_size=2, backward=backward)
 
 
 def errors(dependent, mean, backward, seed):
@@ -262,7 +263,7 @@ def errors(dependent, mean, backward, seed):
     pytorchs, _ = run(modules, x, dz)
     ours, _ = run(modules, x, dz, {"backward": backward, "slab_size": 3})
     names = ("z", "dx", "d conv.weight", "d norm_after.weight", "d norm_after.bias", "norm_after.running_var")
-    return {name: (error(ours[name], exact[name]), error(pytorchs[name], exact[name])) for name in names}
+    return {name: (apart(ours[name], exact[name]), apart(pytorchs[name], exact[name])) for name in names}
 
 
 @pytest.mark.parametrize("backward", ["recompute", "algebra"])
@@ -272,9 +273,10 @@ def test_no_less_accurate_than_pytorch(dependent, mean, backward):
     runs = [errors(dependent, mean, backward, seed) for seed in range(5)]
     for name in runs[0]:
         ours, pytorchs = (sorted(r[name][i] for r in runs)[2] for i in (0, 1))
-        # Where channels nearly depend on each other, the algebra's two terms of dw and dx nearly cancel.
-        floor = 5e-4 if dependent and backward == "algebra" else 1e-6
-        assert ours <= 1.5 * pytorchs + floor, name
+        # Any order of adding 16 images of 20x20 makes so much. Where channels are the same but for a 100th
+        # of each, the algebra's two terms of dw and dx cancel to so small a part.
+        floor = rounding(torch.float32, 16 * 400) * (100 if dependent and backward == "algebra" else 1)
+        assert ours <= 3 * pytorchs + floor, name  # see test_fused.py
 
 
 def test_algebra_keeps_more_digits_of_the_weight_gradient():
@@ -303,19 +305,17 @@ def test_saves_the_raw_input_and_no_other_image(activation, backward):
 
 
 def transient(c_in, c_out, kernel, **fuse):
-    """Bytes that backward allocates at its worst moment, beyond dx and the library's own workspace."""
+    """Bytes of tensors that backward makes at its worst moment, beyond dx."""
     conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
     block = FusedBlock2d(**make_modules(conv, activation=nn.ReLU(), dtype=torch.float32), **fuse)
     x, dz = torch.randn(32, c_in, 24, 24, requires_grad=True), torch.randn(32, c_out, 24, 24)
     block(x).backward(dz)
     x.grad = None
     block.zero_grad()
-    with MemoryTrace() as library:
-        conv(x.detach()[:1].requires_grad_()).backward(dz[:1])
     z = block(x)
     with MemoryTrace() as trace:
         z.backward(dz)
-    return trace.peak - library.peak - x.nbytes, dz.nbytes
+    return trace.tensor_peak - x.nbytes, dz.nbytes
 
 
 def test_backward_in_slabs_needs_no_second_buffer():
@@ -333,7 +333,7 @@ def test_forward_makes_the_output_and_slabs():
     block(x)
     with torch.no_grad(), MemoryTrace() as trace:
         block(x)
-    assert trace.peak < (1 + 8 / 32) * x.nbytes
+    assert trace.tensor_peak < (1 + 8 / 32) * x.nbytes
 
 
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition"])
@@ -360,7 +360,7 @@ def test_compile_is_right_and_keeps_the_saving(backend):
         held.append(trace.marks["end of forward"])
         del z
     for p, q in zip(eager.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+        assert apart(q.grad, p.grad) <= rounding(torch.float32, 16 * 400 * 8 * 9)  # images, channels, kernel
     assert held[1] <= 1.1 * held[0]
 
 

@@ -17,6 +17,7 @@ from torchvision import models, ops
 from helpers import fuse, fuse_conv_bn, unfuse
 from helpers.fuse import KEPT, Fused
 from helpers.memory import MemoryTrace
+from helpers.tests.rounding import rounding
 
 # -- small models, each with what is to be found in it ---------------------------------------------
 
@@ -1102,7 +1103,8 @@ def test_what_a_trace_would_not_see(kind):
 
 
 def test_autocast_inside_a_forward():
-    model = check(randomised(WithoutAutocast(), torch.float32), X, tolerance=0.05)
+    tolerance = rounding(torch.bfloat16, 8)  # tensors that bfloat16 rounds on the way to a gradient
+    model = check(randomised(WithoutAutocast(), torch.float32), X, tolerance=tolerance)
     assert model.fusion_report.untraced["the model"]
 
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import FusedConvBN2d, FusedConvBN2dFunction, fused_conv_bn2d
 from helpers.memory import MemoryTrace, saved_tensors
+from helpers.tests.rounding import apart, rounding
 
 SLABS = [None, 1, 2, "batch"]
 
@@ -38,13 +39,12 @@ def make_pair(*conv_args, dtype=torch.float64, norm=None, **conv_kwargs):
 
 
 def close(found, wanted, name, tolerance):
-    """Element by element; with a tolerance, by the norm of the difference (half precision)."""
+    """Element by element; with a tolerance, by the norm of the difference (float32 and less)."""
     assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
     if tolerance is None:
         torch.testing.assert_close(found, wanted, msg=lambda m: f"{name}: {m}")
     else:
-        difference = (found.double() - wanted.double()).norm() / wanted.double().norm()
-        assert difference <= tolerance, f"{name}: {difference}"
+        assert apart(found, wanted) <= tolerance, f"{name}: {apart(found, wanted)}"
 
 
 def check_equal(pair, x, slab_size=None, training=True, steps=1, tolerance=None):
@@ -444,13 +444,17 @@ def test_frozen_norm_inside_a_training_layer():
 @pytest.mark.parametrize("which", ["input", "weight", "both"])
 @pytest.mark.parametrize("training", [True, False])
 def test_channels_last_is_kept(which, dtype, slab_size, training):
+    torch.manual_seed(0)
     pair = make_pair(4, 8, 3, padding=1, dtype=torch.float32).to(dtype)
     x = torch.randn(4, 4, 6, 6).to(dtype)
     if which != "weight":
         x = x.to(memory_format=torch.channels_last)
     if which != "input":
         pair = pair.to(memory_format=torch.channels_last)
-    fused = check_equal(pair, x, slab_size, training, tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5)
+    # A gradient sums over 4 images of 6x6, and in each of these over 4 channels of 3x3. In half precision
+    # four tensors on the way are rounded: y, y again, dy and the gradient.
+    terms = 4 if dtype == torch.bfloat16 else 4 * 36 * 36
+    fused = check_equal(pair, x, slab_size, training, tolerance=rounding(dtype, terms))
     z = fused(x.requires_grad_())
     assert z.is_contiguous(memory_format=torch.channels_last)
     z.backward(torch.randn_like(z))
@@ -478,7 +482,7 @@ def test_autocast_equals_the_pair(dtype, training):
     names = ("z", "dx", "dw", "db", "dgamma", "dbeta", "running_mean", "running_var", "batches")
     for name, ours, wanted in zip(names, results[1], results[0], strict=True):
         if name != "db" or not training:  # rounding errors in the pair
-            close(ours, wanted, name, None if name == "batches" else 1e-2)
+            close(ours, wanted, name, None if name == "batches" else rounding(dtype, 4))  # y, again, dy, dx
 
 
 def test_grad_scaler_steps_and_skips():
@@ -495,10 +499,6 @@ def test_grad_scaler_steps_and_skips():
         scaler.step(optimizer)
         scaler.update()
         assert torch.equal(fused.conv.weight, start) != moved
-
-
-def error(found, exact):
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("slab_size", [None, 2, "batch"])
@@ -527,11 +527,13 @@ def test_no_less_accurate_than_pytorch(mean, dtype, slab_size):
         z = model(x_)
         z.backward(dz)
         found = [z, x_.grad, *(p.grad for p in model.parameters()), bn.running_var]
-        errors.append([error(f, w) for f, w in zip(found, wanted, strict=True)])
+        errors.append([apart(f, w) for f, w in zip(found, wanted, strict=True)])
     for ours, pytorchs, name in zip(
         errors[1], errors[0], ("z", "dx", "dw", "dgamma", "dbeta", "var"), strict=True
     ):
-        assert ours <= 1.5 * pytorchs + 1e-6, name
+        # Lost digits are powers of ten. PyTorch adds up the batch at once, in whatever order suits the
+        # processor: that alone may make a factor, and what any order makes of 16 images of 18x18.
+        assert ours <= 3 * pytorchs + rounding(torch.float32, 16 * 18 * 18), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -615,15 +617,17 @@ def test_compile_is_right_and_keeps_the_saving(backend):
     eager = copy.deepcopy(fused)
     compiled = torch.compile(fused, backend=backend, fullgraph=True)
     x = torch.randn(16, 3, 20, 20)
+    tolerance = rounding(torch.float32, 16 * 18 * 18 * 8 * 9)  # images, pixels, channels, kernel
     for training in (True, False):
         compiled.train(training), eager.train(training)
         z, z_eager = compiled(x), eager(x)
-        torch.testing.assert_close(z, z_eager)
+        close(z, z_eager, "z", tolerance)
         dz = torch.randn_like(z)
         z.backward(dz), z_eager.backward(dz)
     for (name, p), q in zip(fused.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(fused.state_dict(), eager.state_dict())
+        close(p.grad, q.grad, name, tolerance)
+    for (name, p), q in zip(fused.named_buffers(), eager.buffers(), strict=True):
+        close(p, q, name, tolerance if p.is_floating_point() else None)
     fused.train()
     held = held_after_forward(compiled, x)
     assert held <= 1.15 * held_after_forward(eager.train(), x)  # the last ReLU keeps a mask of its own
@@ -646,29 +650,25 @@ def test_saves_the_input_and_no_other_image(training):
 
 
 def transient(c_in, c_out, kernel, slab_size, needs_x=True):
-    """Bytes that backward allocates at its worst moment, beyond dx and the library's own workspace."""
+    """Bytes of tensors that backward makes at its worst moment, beyond dx."""
     fused = FusedConvBN2d(c_in, c_out, kernel, padding=kernel // 2, bias=False, slab_size=slab_size)
     x = torch.randn(32, c_in, 24, 24, requires_grad=needs_x)
     dz = torch.randn(32, c_out, 24, 24)
     fused(x).backward(dz)
     x.grad = fused.conv.weight.grad = None
-    x_1 = x.detach()[:1].requires_grad_(needs_x)
-    with MemoryTrace() as library:
-        fused.conv(x_1).backward(dz[:1])
-    fused.conv.weight.grad = None
     z = fused(x)
     with MemoryTrace() as trace:
         z.backward(dz)
-    return trace.peak - library.peak - (x.nbytes if needs_x else 0), dz.nbytes
+    return trace.tensor_peak - (x.nbytes if needs_x else 0), dz.nbytes
 
 
 def test_backward_in_slabs_needs_no_second_buffer_where_the_output_fits_the_input():
     for c_in, c_out in ((16, 16), (32, 16)):
         extra, output = transient(c_in, c_out, 3, slab_size=1)
-        assert extra < 5 / 32 * output  # slabs of 1/32 each
+        assert extra < 8 / 32 * output  # a few slabs of y and of dx, 1/32 each, and the weight's gradient
     for needs_x in (True, False):  # here y waits in memory of its own
         extra, output = transient(16, 32, 3, slab_size=1, needs_x=needs_x)
-        assert 0.9 * output <= extra < (1 + 5 / 32) * output
+        assert output <= extra < (1 + 8 / 32) * output
 
 
 def test_the_slab_is_the_knob():
@@ -679,12 +679,9 @@ def test_the_slab_is_the_knob():
 def test_forward_normalises_in_place():
     fused = FusedConvBN2d(8, 8, 3, padding=1, slab_size=1)
     x = torch.randn(32, 8, 24, 24)
-    with torch.no_grad():
-        with MemoryTrace() as library:
-            fused.conv(x[:1])
-        with MemoryTrace() as trace:
-            fused(x)
-    assert trace.peak - library.peak < (1 + 3 / 32) * x.nbytes
+    with torch.no_grad(), MemoryTrace() as trace:
+        fused(x)
+    assert trace.tensor_peak < (1 + 3 / 32) * x.nbytes
 
 
 # -- errors ----------------------------------------------------------------------------------------

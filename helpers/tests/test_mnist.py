@@ -291,7 +291,7 @@ def answers(whole):
         handler.send_error(404)
 
     def silent(handler, name):
-        time.sleep(5)
+        time.sleep(30)
 
     def dripping(handler, name):  # never silent for long, never done
         handler.send_response(200)
@@ -300,7 +300,7 @@ def answers(whole):
         for _ in range(100):
             handler.wfile.write(b"x")
             handler.wfile.flush()
-            time.sleep(0.05)
+            time.sleep(0.5)
 
     def page(handler, name):  # a portal's page in the place of the file
         send(handler, b"<html>please log in</html>")
@@ -309,7 +309,8 @@ def answers(whole):
     return {"good": good, **{fault.__name__: last(fault) for fault in faults}}
 
 
-LIMITS = {"timeout": 0.4, "time_limit": 2.0}
+# Long enough for good answers on a slow machine, short beside 30 seconds of a bad one.
+LIMITS = {"silent": {"timeout": 2.0}, "dripping": {"time_limit": 4.0}}
 FAULTS = {
     "truncated": "the connection closed after",
     "wrong": "wrong contents: MD5",
@@ -347,13 +348,13 @@ def test_full_downloads(tmp_path, whole, monkeypatch):
 def test_failed_download_changes_nothing(tmp_path, whole, monkeypatch, fault):
     with mirror(monkeypatch, answers(whole)[fault]) as (url, _):
         with pytest.raises(RuntimeError, match=f"{NAMES[-1]}.gz: .*{FAULTS[fault]}"):
-            download(tmp_path / "data", [url], **LIMITS)
+            download(tmp_path / "data", [url], **LIMITS.get(fault, {}))
         assert tree(tmp_path) == {} or [*tmp_path.rglob("*")] == [tmp_path / "data"]
         # With a part that stood there already, too.
         write(tmp_path, {NAMES[0]: whole[NAMES[0]]})
         before = tree(tmp_path)
         with pytest.raises(RuntimeError, match=FAULTS[fault]):
-            download(tmp_path, [url], **LIMITS)
+            download(tmp_path, [url], **LIMITS.get(fault, {}))
         assert tree(tmp_path) == before
 
 
@@ -364,7 +365,7 @@ def test_second_mirror(tmp_path, whole, monkeypatch, fault):
         mirror(monkeypatch, servers[fault]) as (bad, _),
         mirror(monkeypatch, servers["good"]) as (good, asked),
     ):
-        assert download(tmp_path, [bad, good], timeout=0.4)
+        assert download(tmp_path, [bad, good], **LIMITS.get(fault, {}))
         assert asked == [f"{NAMES[-1]}.gz"]  # the first mirror's good files are kept
     assert load_mnist(root=tmp_path)[0].name.startswith("whole set")
 

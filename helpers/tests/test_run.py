@@ -306,7 +306,7 @@ def test_interrupted_run_leaves_no_whole_looking_notebook(write_pages, tmp_path,
     begun, out = tmp_path / "begun", tmp_path / "out"
     source = write_pages("01_a", "print('done')").parent
     write_pages(
-        "02_b", "import os, time", f"open({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
+        "02_b", "import os, time", f"open({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     )
     write_pages("03_c", "print('never')")
     out.mkdir()
@@ -325,7 +325,7 @@ sys.exit(run.main(["run"]))
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(kind)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=300)[1]
     finally:
         process.kill()
         if kind == signal.SIGKILL and begun.exists():

@@ -13,6 +13,7 @@ from helpers.fused import (
     fused_conv_bn2d,
 )
 from helpers.predict import Prediction, largest_batch, predict_memory
+from helpers.remat import remat
 
 __all__ = [
     "BatchNorm",
@@ -31,6 +32,7 @@ __all__ = [
     "fused_conv_bn2d",
     "largest_batch",
     "predict_memory",
+    "remat",
     "unfuse",
     "update_running_stats",
 ]

@@ -1,0 +1,518 @@
+"""The calls of forward that remat knows: which function, with which arguments, becomes which operation.
+
+A handler takes ``(mode, function, args, kwargs)`` and returns what the function would. One that cannot serve
+a call leaves it to PyTorch, exactly as it was. `HANDLERS` at the end is the whole list.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from helpers.remat import operations as ops
+from helpers.remat.values import SMALL, Value
+
+if TYPE_CHECKING:
+    from helpers.remat.mode import Mode
+
+# A small output of a dear convolution is always kept: it saves few bytes, and what is made of it becomes
+# dear. In multiplications per value, times the input's bytes for one of the output.
+BOTTLENECK = 4096
+TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+
+
+def quiet() -> bool:
+    """Whether forward runs as always here: then remat's nodes may take part."""
+    return (
+        torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary dense floating-point tensors (or None)."""
+    return all(
+        t is None
+        or (
+            type(t) in TENSORS
+            and t.layout is torch.strided
+            and t.is_floating_point()
+            and not t.is_inference()
+        )
+        for t in tensors
+    )
+
+
+class Unfit(Exception):
+    """These arguments are not for remat."""
+
+
+def handler(bind: Callable) -> Callable:
+    """``bind(mode, function, *args, **kwargs)`` where remat works and the arguments fit; else PyTorch."""
+
+    def handle(mode: Mode, function, args, kwargs):
+        run = None
+        if quiet():
+            try:
+                run = bind(mode, function, *args, **kwargs)
+            except (Unfit, TypeError, AttributeError):
+                pass
+        return leave(mode, function, args, kwargs) if run is None else run()
+
+    return handle
+
+
+def fit(condition: bool) -> None:
+    if not condition:
+        raise Unfit
+
+
+def per_dimension(v, n: int) -> list[int]:
+    """An argument of a convolution or pooling as a list."""
+    v = [v] * n if isinstance(v, int) else list(v)
+    v = v * n if len(v) == 1 else v
+    fit(len(v) == n and all(type(i) is int for i in v))
+    return v
+
+
+@functools.lru_cache(maxsize=1024)
+def geometry_of(
+    kernel: tuple[int, ...], stride, padding, dilation, transposed, extra, groups
+) -> ops.Geometry:
+    """The settings of a convolution as lists; "same" and "valid" as numbers."""
+    n = len(kernel)
+    stride, dilation, extra = per_dimension(stride, n), per_dimension(dilation, n), per_dimension(extra, n)
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        fit(all(t % 2 == 0 for t in total))  # else PyTorch pads one side more
+        padding = [t // 2 for t in total]
+    padding = [0] * n if padding == "valid" else per_dimension(padding, n)
+    return ops.Geometry(stride, padding, dilation, transposed, extra, groups)
+
+
+def hashable(v):
+    return tuple(v) if isinstance(v, list) else v
+
+
+def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
+    """To what autocast casts a convolution's arguments, if it does."""
+    device = tensors[0].device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return None
+    fit(all(t is None or t.dtype != torch.float64 for t in tensors))
+    return torch.get_autocast_dtype(device)
+
+
+def convolution(mode: Mode, function, input, weight, arguments: dict, bias, transposed: bool):
+    fit(plain(input, weight, bias) and weight.dim() == input.dim() == CONVOLUTIONS[function][0] + 2)
+    fit(any(t is not None and t.requires_grad for t in (input, weight, bias)) and input.numel() > 0)
+    stride, padding, dilation = (hashable(arguments[k]) for k in ("stride", "padding", "dilation"))
+    extra, groups = hashable(arguments.get("output_padding", 0)), arguments["groups"]
+    geometry = geometry_of(weight.shape[2:], stride, padding, dilation, transposed, extra, groups)
+    dtype = autocast_dtype(input, weight, bias)
+    fit(dtype is not None or input.dtype == weight.dtype)
+
+    def run() -> Tensor:
+        table, a, value = mode.table, input, None
+        if dtype is not None and input.dtype != dtype:
+            a = input.detach().to(dtype)
+            value = Value(a, ops.Cast(), (table.find(input),))
+        if weight.requires_grad:
+            value = mode.needed(a, value)
+        elif value is None:
+            value = table.find(input)
+        operation = ops.Convolution(
+            function, arguments, geometry, a, value if weight.requires_grad else None, dtype
+        )
+        y, call = mode.apply(operation, input, weight, bias)
+        if geometry.price(weight) * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
+            recipe = ops.Convolve(function, weight, bias, arguments, geometry, dtype)
+            if table.max_cost:  # else it never runs again
+                table.weights.setdefault(id(weight.untyped_storage()), weakref.WeakSet()).add(recipe)
+            mode.made(call, y, recipe, value)
+        return y
+
+    return run
+
+
+def forward_convolution(mode, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return convolution(mode, function, input, weight, arguments, bias, False)
+
+
+def transposed_convolution(
+    mode, function, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    arguments = {"stride": stride, "padding": padding, "output_padding": output_padding, "groups": groups}
+    return convolution(mode, function, input, weight, {**arguments, "dilation": dilation}, bias, True)
+
+
+def may_run_again(weight: Tensor) -> bool:
+    """Whether ``weight`` will be there in backward: sharded training frees it after forward.
+
+    A part of a larger storage is FSDP1's; of FSDP2's there is a list.
+    """
+    if weight._is_view() or weight.untyped_storage().nbytes() != weight.nbytes or hasattr(weight, "ds_id"):
+        return False
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if fsdp is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return True
+    states = sys.modules["torch.distributed._composable_state"]._module_state_mapping
+    for module in list(states):
+        state = states.get(module)
+        state = state() if isinstance(state, weakref.ref) else state
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            if group is not None and any(
+                getattr(p, "_unsharded_param", None) is weight for p in group.fsdp_params
+            ):
+                return False
+    return True
+
+
+def batch_norm(
+    mode,
+    function,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+):
+    fit(plain(input, weight, bias) and input.dim() >= 2 and input.numel() > 0)
+    fit(any(t is not None and t.requires_grad for t in (input, weight, bias)))
+    fit(isinstance(momentum, float) and isinstance(eps, float) and all(type(t) in TENSORS for t in (input,)))
+    fit((running_mean is None) == (running_var is None) and (training or running_mean is not None))
+    fit(not training or input.numel() // input.shape[1] > 1)  # else PyTorch's own error
+
+    def run() -> Tensor:
+        need = training or (weight is not None and weight.requires_grad)
+        value = mode.needed(input) if need else mode.table.find(input)
+        settings = ops.Statistics(running_mean, running_var, bool(training), momentum, eps)
+        operation = ops.BatchNorm(settings, value if need else None)
+        z, call = mode.apply(operation, input, weight, bias)
+        mode.made(call, z, operation.recipe(input, weight, bias), value)
+        return z
+
+    return run
+
+
+def low_batch_norm(
+    mode, function, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+):
+    fit(cudnn_enabled == torch.backends.cudnn.enabled)
+    return batch_norm(mode, function, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def group_norm(mode, function, input, num_groups, weight=None, bias=None, eps=1e-5):
+    fit(input.dim() >= 3 and input.shape[1] % num_groups == 0 and input.numel() > 0)
+    fit(math.prod(input.shape[2:]) * input.shape[1] // num_groups * input.shape[0] > 1)
+    return image_norm(mode, input, weight, bias, num_groups, None, eps)
+
+
+def layer_norm(mode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    shape = tuple(normalized_shape)
+    fit(input.dim() > len(shape) and input.shape[-len(shape) :] == shape and input.numel() > 0)
+    return image_norm(mode, input, weight, bias, None, shape, eps)
+
+
+def image_norm(mode, input, weight, bias, groups, shape, eps):
+    fit(plain(input, weight, bias) and not torch._C._is_any_autocast_enabled())
+    fit(input.requires_grad and all(t is None or t.dtype == input.dtype for t in (weight, bias)))
+
+    def run() -> Tensor:
+        value = mode.needed(input)
+        operation = ops.ImageNorm(groups, shape, eps, value)
+        z, call = mode.apply(operation, input, weight, bias)
+        mode.made(call, z, operation.recipe(weight, bias), value)
+        return z
+
+    return run
+
+
+def activation(kind_of: Callable, in_place: bool = False) -> Callable:
+    """The handler of an activation; ``kind_of(**its arguments)`` is its `ops.Kind`."""
+
+    def bind(mode: Mode, function, u, *args, inplace: bool = False, **kwargs):
+        names = ACTIVATIONS[function][1]
+        given = dict(zip(names, args, strict=False), **kwargs)
+        inside = in_place or given.pop("inplace", inplace)
+        fit(len(args) <= len(names) and plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
+        fit(not (inside and (u._is_view() or u.is_leaf)))
+        kind = kind_of(**given)
+        arguments = (args, dict(kwargs, **({"inplace": inplace} if inplace else {})))
+
+        def run() -> Tensor:
+            source = mode.table.find(u)
+            if not kind.from_result:
+                mode.needed(u, source)
+            if inside:
+                mode.table.before_write(u)
+            operation = ops.Activation(function, arguments, kind, source, inside)
+            a, call = mode.apply(operation, u)
+            value = mode.made(call, a, ops.Activate(kind), source)
+            if kind.from_result:
+                operation.value = mode.needed(a, value)
+            return a
+
+        return run
+
+    return handler(bind)
+
+
+def prelu(mode, function, input, weight):
+    fit(plain(input, weight) and not torch._C._is_any_autocast_enabled())
+    fit(input.requires_grad and input.numel() > 0 and input.dim() > 1 and weight.dtype == input.dtype)
+    fit(weight.numel() in (1, input.shape[1]) and weight.dim() <= 1)
+
+    def run() -> Tensor:
+        value, w = mode.needed(input), weight.detach().clone()
+        a, call = mode.apply(ops.PReLU(function, value), input, weight)
+        mode.made(call, a, ops.Again("prelu", lambda u: function(u, w), 1.0, weight), value)
+        return a
+
+    return run
+
+
+def elementwise(mode, function, p, q, **kwargs):
+    operator, in_place = ELEMENTWISE[function]
+    fit(not kwargs and plain(p) and p.dim() > 1)
+    if not isinstance(q, Tensor):
+        fit(type(q) in (int, float))
+        return lambda: note_elementwise(mode, function, operator, in_place, p, q)
+    fit(plain(q) and p.dtype == q.dtype and (p.requires_grad or q.requires_grad))
+    if operator is torch.mul and not in_place and p.requires_grad and q.requires_grad:
+        return lambda: product(mode, function, p, q)
+    fit(operator is not torch.div or not q.requires_grad)
+    fit(operator is not torch.mul or not (p.requires_grad and q.requires_grad))
+    return lambda: note_elementwise(mode, function, operator, in_place, p, q)
+
+
+def note_elementwise(mode: Mode, function, operator, in_place: bool, p: Tensor, q) -> Tensor:
+    """PyTorch's own node, and a recipe."""
+    tensors = [t for t in (p, q) if isinstance(t, Tensor)]
+    values = [mode.table.find(t) for t in tensors]
+    if in_place:
+        mode.table.before_write(p)
+    out = function(p, q)
+    if not out.requires_grad or not isinstance(out, Tensor):
+        return out
+    for t, value in zip(tensors, values, strict=True):
+        if value.recipe is None and value.kept is None and t is not p and t.numel() * SMALL <= out.numel():
+            mode.table.keep(value, t)
+    if tensors[0].shape == out.shape and out.dtype == p.dtype:
+        recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
+        mode.made(None, out, recipe, *values)
+    return out
+
+
+def product(mode: Mode, function, p: Tensor, q: Tensor) -> Tensor:
+    if p.shape != torch.broadcast_shapes(p.shape, q.shape):
+        p, q = q, p
+    if p.shape != torch.broadcast_shapes(p.shape, q.shape):
+        return function(p, q)
+    values = mode.needed(p), mode.needed(q)
+    out, call = mode.apply(ops.Product(function, *values), p, q)
+    mode.made(call, out, ops.Elementwise(torch.mul), *values)
+    return out
+
+
+def concatenate(mode, function, tensors, dim=0):
+    fit(isinstance(tensors, (tuple, list)) and len(tensors) > 0 and plain(*tensors) and type(dim) is int)
+    first = tensors[0]
+    dim = dim if dim >= 0 else dim + first.dim()
+    fit(dim > 0 and all(t.dim() == first.dim() and t.dtype == first.dtype for t in tensors))
+    fit(any(t.requires_grad for t in tensors) and all(t.numel() for t in tensors))
+
+    def run() -> Tensor:
+        values = [mode.table.find(t) for t in tensors]
+        out = function(tensors, dim)
+        made = mode.made(None, out, ops.Concatenate(dim), *values)
+        made.waiting = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
+        return out
+
+    return run
+
+
+def one_input(name: str, passes: float = 1.0) -> Callable:
+    """A cheap function of one tensor, image by image, whose node saves nothing: it gets a recipe."""
+
+    def bind(mode: Mode, function, x, *args, **kwargs):
+        fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
+
+        def run() -> Tensor:
+            value = mode.table.find(x)
+            out = function(x, *args, **kwargs)
+            if (
+                type(out) in TENSORS
+                and out.shape[:1] == x.shape[:1]
+                and out.untyped_storage() is not x.untyped_storage()
+            ):
+                mode.made(None, out, ops.Again(name, lambda t: function(t, *args, **kwargs), passes), value)
+            return out
+
+        return run
+
+    return handler(bind)
+
+
+def max_pool(
+    mode,
+    function,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    dilation=1,
+    ceil_mode=False,
+    return_indices=False,
+):
+    fit(
+        not return_indices and plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0
+    )
+    k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
+    window = ops.Window(k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2))
+    fit(d == [1, 1] and k[0] * k[1] <= 256 and k[1] <= input.shape[3])
+
+    def run() -> Tensor:
+        table = mode.table
+        table.plainly(table.find(input))
+        y, _ = mode.apply(ops.MaxPool(window, bool(ceil_mode), input), input)
+        table.plain_bytes += 8 * y.numel()
+        return y
+
+    return run
+
+
+def average_pool(
+    mode,
+    function,
+    input,
+    kernel_size,
+    stride=None,
+    padding=0,
+    ceil_mode=False,
+    count_include_pad=True,
+    divisor_override=None,
+):
+    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
+    stride = kernel_size if stride is None or stride == [] or stride == () else stride
+    window = [per_dimension(v, 2) for v in (kernel_size, stride, padding)]
+    arguments = (*window, ceil_mode, count_include_pad, divisor_override)
+
+    def run() -> Tensor:
+        value = mode.table.find(input)
+        mode.table.plainly(value)
+        out, call = mode.apply(ops.AveragePool(arguments, input), input)
+        passes = input.numel() / max(out.numel(), 1)
+        again = ops.Again("avg_pool2d", lambda t: torch._C._nn.avg_pool2d(t, *arguments), passes)
+        mode.made(call, out, again, value)
+        return out
+
+    return run
+
+
+def leave(mode: Mode, function, args, kwargs):
+    """PyTorch's call. What it changes in place gets out of the way of what is kept first."""
+    by_name, place = writes(function)
+    target = kwargs.get("out")
+    if target is None and (by_name or kwargs.get("inplace") or (place and len(args) > place and args[place])):
+        target = args[0] if args else kwargs.get("input")
+    if target is not None:
+        for t in target if isinstance(target, (tuple, list)) else (target,):
+            if type(t) in TENSORS and t.layout is torch.strided and not t.is_inference():
+                mode.table.before_write(t)
+    return function(*args, **kwargs)
+
+
+@functools.lru_cache(maxsize=4096)
+def writes(function) -> tuple[bool, int | None]:
+    """Whether a function changes its first argument, going by its name; and where it has an ``inplace``."""
+    name, place = getattr(function, "__name__", ""), None
+    if isinstance(function, types.FunctionType):
+        parameters = list(inspect.signature(function).parameters)
+        place = parameters.index("inplace") if "inplace" in parameters else None
+    return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE, place
+
+
+def expose(mode: Mode, function, args, kwargs):
+    """Somebody may write to a tensor without autograd's knowledge."""
+    t = args[0] if args else None
+    if type(t) in TENSORS and t.layout is torch.strided and not t.is_inference():
+        mode.table.expose(t)
+    return function(*args, **kwargs)
+
+
+OPERATORS = "add sub mul truediv floordiv pow mod and or xor lshift rshift matmul".split()
+IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
+CONVOLUTIONS = {
+    torch.conv1d: (1, forward_convolution),
+    torch.conv2d: (2, forward_convolution),
+    torch.conv3d: (3, forward_convolution),
+    torch.conv_transpose1d: (1, transposed_convolution),
+    torch.conv_transpose2d: (2, transposed_convolution),
+    torch.conv_transpose3d: (3, transposed_convolution),
+}
+RELU, HARDTANH = (lambda: ops.RELU), (lambda min_val=-1.0, max_val=1.0: ops.hardtanh(min_val, max_val))
+LEAKY, ELU = (lambda negative_slope=0.01: ops.leaky_relu(negative_slope)), (lambda alpha=1.0: ops.elu(alpha))
+# function -> its kind, the names of its arguments behind the first, and whether it always works in place
+ACTIVATIONS: dict[Callable, tuple] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), (RELU, ("inplace",), False)),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), (RELU, (), True)),
+    F.relu6: (lambda: ops.hardtanh(0.0, 6.0), ("inplace",), False),
+    F.hardtanh: (HARDTANH, ("min_val", "max_val", "inplace"), False),
+    F.leaky_relu: (LEAKY, ("negative_slope", "inplace"), False),
+    F.elu: (ELU, ("alpha", "inplace"), False),
+    F.silu: (lambda: ops.SILU, ("inplace",), False),
+    F.mish: (lambda: ops.MISH, ("inplace",), False),
+    F.hardswish: (lambda: ops.HARDSWISH, ("inplace",), False),
+    F.hardsigmoid: (lambda: ops.HARDSIGMOID, ("inplace",), False),
+    F.gelu: (lambda approximate="none": ops.gelu(approximate), ("approximate",), False),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), (lambda: ops.SIGMOID, (), False)),
+    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), (lambda: ops.SIGMOID, (), True)),
+    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), (lambda: ops.TANH, (), False)),
+}
+ELEMENTWISE = {
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), (torch.add, False)),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), (torch.add, True)),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), (torch.sub, False)),
+    **dict.fromkeys((Tensor.sub_, Tensor.__isub__), (torch.sub, True)),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), (torch.mul, False)),
+    **dict.fromkeys((Tensor.mul_, Tensor.__imul__), (torch.mul, True)),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), (torch.div, False)),
+    **dict.fromkeys((Tensor.div_, Tensor.__itruediv__), (torch.div, True)),
+}
+EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
+            Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
+HANDLERS: dict[Callable, Callable | None] = {
+    **{function: handler(bind) for function, (_, bind) in CONVOLUTIONS.items()},
+    **{function: activation(kind, in_place) for function, (kind, _, in_place) in ACTIVATIONS.items()},
+    **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
+    **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
+    **dict.fromkeys((F.interpolate, F.pad, F.pixel_shuffle, Tensor.contiguous), one_input("resize")),
+    **dict.fromkeys(EXPOSING, expose),
+    F.batch_norm: handler(batch_norm),
+    torch.batch_norm: handler(low_batch_norm),
+    F.group_norm: handler(group_norm),
+    F.layer_norm: handler(layer_norm),
+    torch.prelu: handler(prelu),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),
+    F.avg_pool2d: handler(average_pool),
+}

@@ -1,0 +1,214 @@
+"""The context: it sees each call of forward, hands it to its operation, and notes how the result was made."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils._contextlib import context_decorator
+
+from helpers.remat.calls import HANDLERS, leave
+from helpers.remat.operations import Operation
+from helpers.remat.record import Record
+from helpers.remat.values import Recipe, Room, Table, Task, Value
+
+TWICE = (
+    "remat's backward cannot be differentiated again: what it makes again has no graph. Compute the part of "
+    "the model whose gradient you differentiate outside of remat"
+)
+GONE = (
+    "Trying to backward through the graph a second time (or directly access saved tensors after they have "
+    "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
+)
+
+
+class Node(torch.autograd.Function):
+    """The node of one operation: its edges are those that PyTorch's own node would have."""
+
+    @staticmethod
+    def forward(ctx, call: Call, *inputs):
+        ctx.call, ctx.tensors = call, [t is not None for t in inputs]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*[inputs[i] for i in call.operation.saved])
+        out = call.operation.forward(*inputs)
+        if call.operation.in_place:
+            ctx.mark_dirty(inputs[0])
+        return out
+
+    @staticmethod
+    def backward(ctx, dz):
+        saved = ctx.saved_tensors
+        if ctx.call is None:
+            raise RuntimeError(GONE)
+        grads = ctx.call.backward(dz, wanted(ctx), saved)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.call = None
+        return None, *grads
+
+
+class Twice(torch.autograd.Function):
+    """The identity, whose backward is an error."""
+
+    @staticmethod
+    def forward(ctx, *grads):
+        return grads
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(TWICE)
+
+
+def wanted(ctx) -> list[bool]:
+    """Which inputs' gradients this backward pass wants: it may be one of some inputs alone."""
+    needs, edges = list(ctx.needs_input_grad[1:]), ctx.next_functions  # an edge for each tensor
+    if len(edges) > 1:
+        places = [i for i, there in enumerate(ctx.tensors) if there]
+        for i, (node, _) in zip(places, edges, strict=True):
+            if node is not None:
+                try:
+                    needs[i] = torch._C._will_engine_execute_node(node)
+                except RuntimeError:  # a leaf that autograd.grad was asked for
+                    pass
+    return needs
+
+
+class Call:
+    """One operation in one forward: what a node of the graph holds."""
+
+    __slots__ = ("operation", "output", "session")
+
+    def __init__(self, session: Session, operation: Operation) -> None:
+        self.session, self.operation, self.output = session, operation, None
+
+    def backward(self, dz: Tensor | None, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
+        task, again = self.session.task(), torch.is_grad_enabled()
+        if dz is None or not any(needs):
+            grads = [None] * len(needs)
+        elif again or torch._C._is_any_autocast_enabled():
+            with torch.no_grad(), without_autocast(dz.device.type):
+                grads = self.operation.backward(task, dz, needs, saved)
+        else:
+            grads = self.operation.backward(task, dz, needs, saved)
+        output = self.output and self.output()
+        if output is not None:
+            task.drop(output)
+        if again:
+            there = [g.requires_grad_() for g in grads if g is not None]
+            twice = iter(Twice.apply(*there)) if there else iter(())
+            grads = [g if g is None else next(twice) for g in grads]
+        return grads
+
+
+def without_autocast(device: str):
+    """Dtypes are those of forward already."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+class Session:
+    """What the calls of one context share: the table in forward, the task in backward."""
+
+    def __init__(self, max_cost: float) -> None:
+        self.table = Table(max_cost)
+        self.room: Room = self.table.room
+        self.tasks: dict[int, Task] = {}
+
+    def task(self) -> Task:
+        """The task of the backward pass that runs now; it ends with it."""
+        key = torch._C._current_graph_task_id()
+        if key not in self.tasks:
+            task = self.tasks[key] = Task(self.room)
+
+            def end() -> None:
+                self.tasks.pop(key, None)
+                task.end()
+
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+        return self.tasks[key]
+
+
+class Mode(TorchFunctionMode):
+    """Handles the calls of one thread between `remat`'s enter and exit."""
+
+    def __init__(self, max_cost: float) -> None:
+        super().__init__()
+        self.session = Session(max_cost)
+        self.table = self.session.table
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if torch.compiler.is_compiling():  # the compiler decides what it saves
+            return function(*args, **(kwargs or {}))
+        return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
+
+    def apply(self, operation: Operation, *inputs: Tensor | None) -> tuple[Tensor, Call]:
+        call = Call(self.session, operation)
+        return Node.apply(call, *inputs), call
+
+    def made(self, call: Call | None, out: Tensor, recipe: Recipe, *parents: Value) -> Value:
+        """Note how ``out`` was made; its node lets it go."""
+        value = self.table.note(out, recipe, *parents)
+        if call is not None:
+            call.output = weakref.ref(value)
+        return value
+
+    def needed(self, t: Tensor, value: Value | None = None) -> Value:
+        """A node needs ``t``, as PyTorch's own node would."""
+        value = value or self.table.find(t)
+        self.table.plainly(value)
+        return self.table.need(value, t)
+
+
+class remat:  # noqa: N801
+    """Train the same function in less memory: backward makes cheap values again instead of keeping them.
+
+        with remat(max_cost=0) as record:       # around forward alone, as torch.autocast
+            loss = criterion(model(images), targets)
+        loss.backward()
+        print(record.names(model))
+
+    Also a decorator: ``@remat(max_cost=64)``. Forward is PyTorch's, bit for bit. Convolutions, norms,
+    activations, products and poolings get a node of their own, which keeps its inputs as *recipes*: a norm,
+    an activation, a concatenation or a sum is made again in backward from what is kept. Everything else runs
+    as always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
+    checkpoint, other threads. Nothing in the model changes.
+
+    Args:
+        max_cost: multiplications per value that may be done a second time, a number from 0 on. A convolution
+            costs C_in / groups · kH · kW a value, and a recipe all that is not kept on its way. At 0 no
+            convolution is computed twice, 64 lets a 1x1 convolution of 64 channels be.
+
+    Raises:
+        ValueError: ``max_cost`` is no number from 0 on.
+        RuntimeError: in backward, where a value that is needed was changed in place after forward, where the
+            weight of a convolution that runs again is gone, or where a gradient is differentiated again.
+    """
+
+    def __init__(self, max_cost: float = 0) -> None:
+        if isinstance(max_cost, bool) or not isinstance(max_cost, (int, float)) or not max_cost >= 0:
+            raise ValueError(
+                f"max_cost must be a number from 0 on, multiplications per value; got {max_cost!r}"
+            )
+        self.max_cost = max_cost
+        self._modes: list[Mode] = []
+
+    def __enter__(self) -> Record:
+        mode = Mode(float(self.max_cost))
+        self._modes.append(mode)
+        _push_mode(mode)
+        return Record(mode.table)
+
+    def __exit__(self, *exception) -> None:
+        mode, others = self._modes.pop(), []
+        while (top := _pop_mode()) is not mode:
+            others.append(top)
+        for other in reversed(others):
+            _push_mode(other)
+        mode.table.clear()
+
+    def __call__(self, function: Callable) -> Callable:
+        return context_decorator(lambda: remat(self.max_cost), function)

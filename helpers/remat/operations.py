@@ -1,0 +1,517 @@
+"""The operations that remat knows: what each computes in forward, its recipe, and its backward.
+
+Forward is always the call that was written. A backward is PyTorch's own kernel on values that were made
+again, with its result in their memory where that is possible. An operation is one small object: it holds the
+values that its backward needs and what else was given, and knows nothing of autograd (`mode.Node` does).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from helpers.remat.values import Recipe, Task, Value, View, slabs
+
+aten = torch.ops.aten
+
+
+class Operation:
+    """``forward(*inputs)``, and ``backward(task, dz, needs, saved)``: the inputs' gradients where needed."""
+
+    saved: tuple[int, ...] = ()  # which inputs autograd saves: parameters, whose versions it then checks
+    in_place = False
+    output: Callable[[], Value | None] = staticmethod(lambda: None)  # a weak reference
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def backward(self, task: Task, dz: Tensor, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
+        raise NotImplementedError
+
+
+def weak(t: Tensor | None):
+    return None if t is None else weakref.ref(t)
+
+
+def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+# Convolutions ----------------------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """The settings of a convolution, in the order of aten.convolution."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+    def price(self, weight: Tensor) -> float:
+        """Multiplications per value of the output: C_in / groups · Π k, or of a transposed one its mean."""
+        if not self.transposed:
+            return weight.numel() / weight.shape[0]
+        return weight.numel() / (weight.shape[1] * self.groups) / math.prod(self.stride)
+
+
+class Convolve(Recipe):
+    """y = conv(a), by the function that forward called, on the whole batch: then it is y to the bit."""
+
+    def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, geometry, dtype) -> None:
+        self.function, self.arguments, self.dtype = function, arguments, dtype
+        self.name, self.price, self.passes = function.__name__, geometry.price(weight), 0.0
+        self.parameter = weakref.ref(weight)
+        self.weight = weight if weight.is_leaf else weight.detach()
+        self.version, self.nbytes = weight._version, weight.untyped_storage().nbytes()
+        self.bias = None if bias is None else bias.detach().clone()
+
+    def copy_weight(self) -> None:
+        """Before somebody may write to the weight unseen."""
+        self.weight = self.weight.detach().clone()
+        self.version, self.nbytes = self.weight._version, self.weight.untyped_storage().nbytes()
+
+    def run(self, out, a):
+        w = self.weight
+        if w._version != self.version or w.untyped_storage().nbytes() != self.nbytes:
+            what = "changed" if w._version != self.version else "freed"
+            raise RuntimeError(
+                f"{self.name} is to be computed again in backward, but its weight of shape {tuple(w.shape)} "
+                f"was {what} after forward. Run backward before that, or take remat(max_cost=0), which "
+                "computes no convolution twice"
+            )
+        return self.function(a, to(w, self.dtype), to(self.bias, self.dtype), **self.arguments)
+
+
+class Convolution(Operation):
+    """dw needs a, and is computed first; da does not, and so takes its memory."""
+
+    saved = (1,)
+
+    def __init__(
+        self, function, arguments: dict, geometry: Geometry, a: Tensor, value: Value | None, dtype
+    ) -> None:
+        self.function, self.arguments, self.geometry, self.value, self.dtype = (
+            function, arguments, geometry, value, dtype)  # fmt: skip
+        self.input, self.shape = a, a.shape  # `forward` takes the input away: nothing here may hold it
+
+    def forward(self, a, w, b):
+        a, self.input = self.input, None
+        return self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
+
+    def backward(self, task, dz, needs, saved):
+        (w,), geometry = saved, self.geometry
+        need_a, need_w, need_b = needs
+        da = dw = db = None
+        w = to(w, self.dtype)
+        if need_w:
+            a, _ = task.get(self.value)
+            dw, db = aten.convolution_backward(dz, a, w, [dz.shape[1]], *geometry, [False, True, need_b])[1:]
+            task.room.nbytes -= dw.nbytes
+            del a
+        elif need_b:
+            db = dz.sum([0, *range(2, dz.dim())])
+        if need_a:
+            da = self.grad_input(dz, w)
+        return [da, dw, db]
+
+    def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
+        """The convolution the other way round, without a: the library's backward would want its memory."""
+        g, size = self.geometry, self.shape[2:]
+        if g.transposed:
+            da = aten.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
+        else:
+            rest = [
+                (n + 2 * p - d * (k - 1) - 1) % s
+                for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
+            ]
+            da = aten.convolution(dz, w, None, *g[:3], True, rest, g.groups)
+        if da.shape != self.shape:  # an output padding of a whole stride
+            like = dz.new_empty(1).expand(self.shape)
+            da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
+        return da
+
+
+# Norms -----------------------------------------------------------------------------------------------------
+
+
+class Normalise(Recipe):
+    """z = γ (y - μ)/σ + β by the kernel that made it, with its statistics: equal to the last bit.
+
+    With γ/σ for a weight and a variance of 1 without ε, the CPU's kernel for constant statistics computes
+    what the one for batch statistics did: y scale + (β - μ scale), from scale = γ · (1/σ). An accelerator's
+    takes 1/σ itself.
+    """
+
+    name, passes = "norm", 1.0
+
+    def __init__(self, y: Tensor, gamma, beta, mean, invstd) -> None:
+        self.parameter = weak(gamma)
+        gamma, beta = (None if t is None else t.detach() for t in (gamma, beta))
+        self.beta = None if beta is None else beta.clone()
+        self.mean, self.eps = mean, 0.0
+        if y.device.type in ("cpu", "meta"):
+            self.gamma, self.var = invstd if gamma is None else invstd * gamma, None
+        else:
+            self.gamma, self.var = None if gamma is None else gamma.clone(), invstd
+
+    @classmethod
+    def constant(cls, gamma, beta, mean, var, eps: float) -> Normalise:
+        """With running statistics: the call of forward, with copies of all that may change."""
+        recipe = cls.__new__(cls)
+        recipe.parameter, recipe.eps = weak(gamma), eps
+        copies = (None if t is None else t.detach().clone() for t in (gamma, beta, mean, var))
+        recipe.gamma, recipe.beta, recipe.mean, recipe.var = copies
+        return recipe
+
+    def run(self, out, y):
+        if not self.eps and y.device.type not in ("cpu", "meta"):
+            return torch.batch_norm_elemt(y, self.gamma, self.beta, self.mean, self.var, 0.0, out=out)
+        var = torch.ones_like(self.mean) if self.var is None else self.var
+        how = (y, self.gamma, self.beta, self.mean, var, False, 0.0, self.eps)
+        if out is None or out.device.type != "cpu":
+            z = torch.batch_norm(*how, False)
+            return z if out is None else out.copy_(z)
+        none = self.mean.new_empty(0)
+        return aten.native_batch_norm.out(*how, out=out, save_mean=none, save_invstd=none.clone())[0]
+
+
+class Again(Recipe):
+    """The call of forward once more, but for what it changes."""
+
+    def __init__(self, name: str, call: Callable[[Tensor], Tensor], passes: float, parameter=None) -> None:
+        self.name, self.call, self.passes, self.parameter = name, call, passes, weak(parameter)
+
+    def run(self, out, *inputs):
+        z = self.call(*inputs)
+        return z if out is None else out.copy_(z)
+
+
+class BatchNorm(Operation):
+    """PyTorch's forward and backward, by the kernel that it chose."""
+
+    saved = (1,)
+
+    def __init__(self, settings, value: Value | None) -> None:
+        self.settings, self.value = settings, value
+        self.mean = self.invstd = self.reserve = self.kernel = None
+
+    def forward(self, y, gamma, beta):
+        s = self.settings
+        how = (s.running_mean, s.running_var, s.training, s.momentum, s.eps, torch.backends.cudnn.enabled)
+        results = torch._batch_norm_impl_index(y, gamma, beta, *how)
+        z, self.mean, self.invstd, self.reserve, self.kernel = results
+        return z
+
+    def recipe(self, y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
+        s = self.settings
+        if not s.training:
+            self.running = s.running_mean.clone(), s.running_var.clone()
+            return Normalise.constant(gamma, beta, *self.running, s.eps)
+        self.running = None, None
+        kinds = {t.dtype for t in (gamma, beta) if t is not None}
+        if kinds <= {self.invstd.dtype} and (
+            y.dtype == self.invstd.dtype or self.invstd.dtype == torch.float32
+        ):
+            return Normalise(y, gamma, beta, self.mean, self.invstd)
+        # A norm all in half precision: its scale is rounded in ways that only the kernel knows.
+        values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
+        how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
+        recipe = Again("norm", lambda y: torch.batch_norm(y, *values, *how), 3.0, gamma)
+        recipe.whole = True
+        return recipe
+
+    def backward(self, task, dz, needs, saved):
+        (gamma,) = saved
+        need_y, need_gamma, need_beta = needs
+        if self.value is None:  # constant statistics, and nobody wants dγ: any tensor of y's shape will do
+            y, mask = dz, [need_y, False, need_beta]
+        else:
+            y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
+        s = self.settings
+        how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)
+        return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *how))
+
+
+class Statistics(NamedTuple):
+    """The settings of a batch norm."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+
+class ImageNorm(Operation):
+    """Group norm and layer norm, whose statistics are of one image alone, and so of a few images, too."""
+
+    saved = (1,)
+
+    def __init__(self, groups: int | None, shape: tuple[int, ...] | None, eps: float, value: Value) -> None:
+        self.groups, self.normalized, self.eps, self.value = groups, shape, eps, value
+        self.stats = ()
+
+    def forward(self, y, gamma, beta):
+        z, *self.stats = self.call(y, gamma, beta)
+        return z
+
+    def call(self, y, gamma, beta):
+        if self.groups is None:
+            return torch.native_layer_norm(y, self.normalized, gamma, beta, self.eps)
+        n, c, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
+        return torch.native_group_norm(y, gamma, beta, n, c, pixels, self.groups, self.eps)
+
+    def recipe(self, gamma, beta) -> Recipe:
+        values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
+        return Again("norm", lambda y: self.call(y, *values)[0], 3.0, gamma)
+
+    def backward(self, task, dz, needs, saved):
+        (gamma,), y = saved, task.get(self.value)[0]
+        beta = gamma  # its values are not asked for
+        if self.groups is None:
+            how = (self.normalized, *self.stats, gamma, beta, needs)
+            return list(aten.native_layer_norm_backward(dz, y, *how))
+        n, c, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
+        dz, y = dz.contiguous(), y.contiguous()
+        return list(
+            aten.native_group_norm_backward(dz, y, *self.stats, gamma, n, c, pixels, self.groups, needs)
+        )
+
+
+# Activations -----------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """An activation: its kernel, that of its backward, and whether the latter takes the result."""
+
+    name: str
+    forward: Callable  # (u, out) -> a
+    backward: Callable  # (da, u or a, out) -> du
+    from_result: bool = False
+
+
+def kind(name: str, forward, backward, *arguments, from_result: bool = False, **named) -> Kind:
+    return Kind(
+        name,
+        lambda u, out: forward(u, *arguments, **named, out=out),
+        lambda da, x, out: backward(da, x, *arguments, **named, grad_input=out),
+        from_result,
+    )
+
+
+RELU = Kind(
+    "relu",
+    lambda u, out: torch.clamp_min(u, 0, out=out),
+    lambda da, a, out: aten.threshold_backward.grad_input(da, a, 0, grad_input=out),
+    from_result=True,
+)
+SILU = kind("silu", aten.silu.out, aten.silu_backward.grad_input)
+HARDSIGMOID = kind("hardsigmoid", aten.hardsigmoid.out, aten.hardsigmoid_backward.grad_input)
+HARDSWISH = Kind("hardswish", lambda u, out: aten.hardswish.out(u, out=out),
+                 lambda da, u, out: aten.hardswish_backward.out(da, u, out=out))  # fmt: skip
+MISH = Kind(
+    "mish", lambda u, out: aten.mish.out(u, out=out), lambda da, u, out: out.copy_(aten.mish_backward(da, u))
+)
+SIGMOID = kind("sigmoid", aten.sigmoid.out, aten.sigmoid_backward.grad_input, from_result=True)
+TANH = kind("tanh", aten.tanh.out, aten.tanh_backward.grad_input, from_result=True)
+
+
+def hardtanh(low: float, high: float) -> Kind:
+    return kind(
+        "hardtanh", aten.hardtanh.out, aten.hardtanh_backward.grad_input, low, high, from_result=low < high
+    )
+
+
+def gelu(approximate: str) -> Kind:
+    return kind("gelu", aten.gelu.out, aten.gelu_backward.grad_input, approximate=approximate)
+
+
+def leaky_relu(slope: float) -> Kind:
+    return Kind(
+        "leaky_relu",
+        lambda u, out: aten.leaky_relu.out(u, slope, out=out),
+        lambda da, u, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
+    )
+
+
+def elu(alpha: float, scale: float = 1.0, input_scale: float = 1.0) -> Kind:
+    settings = (alpha, scale, input_scale)
+    return Kind(
+        "elu",
+        lambda u, out: aten.elu.out(u, *settings, out=out),
+        lambda da, u, out: aten.elu_backward.grad_input(da, *settings, False, u, grad_input=out),
+    )
+
+
+class Activate(Recipe):
+    """a = act(u)."""
+
+    reuse = True
+
+    def __init__(self, kind: Kind) -> None:
+        self.name, self.kind = kind.name, kind
+
+    def run(self, out, u):
+        return self.kind.forward(u, torch.empty_like(u) if out is None else out)
+
+
+class Activation(Operation):
+    """From its result, where that does: it is there already, or one more pass behind the same source."""
+
+    def __init__(self, function, arguments, kind: Kind, value: Value | None, in_place: bool) -> None:
+        self.function, self.arguments, self.kind, self.value = function, arguments, kind, value
+        self.in_place = in_place
+
+    def forward(self, u):
+        return self.function(u, *self.arguments[0], **self.arguments[1])
+
+    def backward(self, task, dz, needs, saved):
+        x, mine = task.get(self.value)
+        return [self.kind.backward(dz, x, x if mine and x.dtype == dz.dtype else torch.empty_like(x))]
+
+
+class PReLU(Operation):
+    """a = max(u, 0) + w min(u, 0)."""
+
+    saved = (1,)
+
+    def __init__(self, function, value: Value) -> None:
+        self.function, self.value = function, value
+
+    def forward(self, u, w):
+        return self.function(u, w)
+
+    def backward(self, task, dz, needs, saved):
+        (w,), (u, _) = saved, task.get(self.value)
+        shape = [1] * u.dim()
+        if w.dim() and u.dim() > 1:
+            shape[1] = w.numel()
+        du, dw = aten._prelu_kernel_backward(dz, u, w.reshape(shape))
+        return [du if needs[0] else None, dw.sum_to_size(shape).reshape(w.shape) if needs[1] else None]
+
+
+# Products, pooling, and what PyTorch's own nodes do ---------------------------------------------------------
+
+
+class Product(Operation):
+    """x = p q, where both have gradients: squeeze-and-excite, gates."""
+
+    def __init__(self, function, p: Value, q: Value) -> None:
+        self.function, self.values, self.shapes = function, (p, q), (p.view.shape, q.view.shape)
+
+    def forward(self, p, q):
+        return self.function(p, q)
+
+    def backward(self, task, dz, needs, saved):
+        grads = []
+        for i in (0, 1):
+            if not needs[i]:
+                grads.append(None)
+                continue
+            t, mine = task.get(self.values[1 - i])
+            product = (
+                torch.mul(dz, t, out=t) if mine and t.shape == dz.shape and t.dtype == dz.dtype else dz * t
+            )
+            grads.append(product.sum_to_size(self.shapes[i]))
+        return grads
+
+
+class Elementwise(Recipe):
+    """p + q, p - q, p q or p / q, of tensors or a tensor and a number."""
+
+    reuse = True
+
+    def __init__(self, function, number=None) -> None:
+        self.function, self.number, self.name = function, number, function.__name__
+
+    def run(self, out, p, *q):
+        return self.function(p, *(q or (self.number,)), out=out)
+
+
+class Concatenate(Recipe):
+    """torch.cat along some dimension but the first."""
+
+    name, joins = "cat", True
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    def run(self, out, *parts):
+        return torch.cat(parts, self.dim, out=out)
+
+
+class Cast(Recipe):
+    """The same values in another dtype."""
+
+    name = "cast"
+
+    def run(self, out, x):
+        return out.copy_(x)
+
+
+class Window(NamedTuple):
+    """Kernel, stride and padding of a pooling, each a pair."""
+
+    kernel: list[int]
+    stride: list[int]
+    padding: list[int]
+
+
+class MaxPool(Operation):
+    """Keeps where each maximum lies in its window, in a byte; PyTorch keeps the input, and eight bytes."""
+
+    def __init__(self, window: Window, ceil_mode: bool, x: Tensor) -> None:
+        self.window, self.ceil_mode, self.shape, self.offsets = window, ceil_mode, x.shape, None
+
+    def forward(self, x):
+        how, y = (*self.window, [1, 1], self.ceil_mode), None
+        for images in slabs(len(x), x):
+            y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *how)
+            if y is None:
+                y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
+                self.offsets = torch.empty_like(y, dtype=torch.uint8)
+            if y is not y_s:
+                y[images] = y_s
+            index -= self.starts(index)
+            row = index.div(self.shape[3], rounding_mode="floor")
+            self.offsets[images] = index.sub_(row, alpha=self.shape[3] - self.window.kernel[1])
+        return y
+
+    def starts(self, like: Tensor) -> Tensor:
+        """The first pixel of each window, as an index into the image."""
+        (rows, columns), (s, t), (p, q) = like.shape[2:], self.window.stride, self.window.padding
+        i = torch.arange(rows, device=like.device) * s - p
+        return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
+
+    def backward(self, task, dz, needs, saved):
+        how = (*self.window, [1, 1], self.ceil_mode)
+        layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
+        dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
+        width, k = self.shape[3], self.window.kernel[1]
+        for images in slabs(len(dx), dx):
+            index = self.offsets[images].long()
+            index.add_(index.div(k, rounding_mode="floor"), alpha=width - k).add_(self.starts(index))
+            dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *how, index)
+        return [dx]
+
+
+class AveragePool(Operation):
+    """Its backward wants the shape of the input alone."""
+
+    def __init__(self, arguments: tuple, x: Tensor) -> None:
+        self.arguments, self.shape = arguments, x.shape
+
+    def forward(self, x):
+        return torch._C._nn.avg_pool2d(x, *self.arguments)
+
+    def backward(self, task, dz, needs, saved):
+        like = dz.new_empty(1).expand(self.shape)
+        return [aten.avg_pool2d_backward(dz, like, *self.arguments)]

@@ -1,0 +1,71 @@
+"""What forward decided, for people."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from helpers.remat.values import Row, Table
+
+MIB = 2**20
+
+
+class Record:
+    """What backward needs of one forward under `remat`, and what is held for it. ``print`` shows it.
+
+    Attributes:
+        rows: one for each value that a backward needs, in the order of forward: ``recipe`` (the operation
+            that made it), ``shape``, ``nbytes``, ``kept``, and ``cost``, the multiplications per value that
+            making it again takes.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._table, self._names = table, {}
+
+    @property
+    def rows(self) -> list[Row]:
+        return self._table.rows
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the tensors that are held from forward to backward, and of the max-pools' offsets."""
+        return sum(row.nbytes for row in self.rows if row.kept)
+
+    @property
+    def plain_bytes(self) -> int:
+        """What PyTorch would have saved for the same operations."""
+        return self._table.plain_bytes
+
+    def names(self, model: nn.Module) -> Record:
+        """Take the names of ``model``'s parameters for the origin of each row. Returns the record."""
+        self._names.update((id(p), name) for name, p in model.named_parameters())
+        return self
+
+    def origin(self, row: Row) -> str:
+        """Whose convolution or norm a value comes from: a module's name, or the parameter's shape."""
+        parameter = row.origin and row.origin()
+        if parameter is None:
+            return ""
+        name = self._names.get(id(parameter))
+        return f"weight of shape {tuple(parameter.shape)}" if name is None else name.removesuffix(".weight")
+
+    def __str__(self) -> str:
+        cells = [("value", "of", "shape", "MiB", "", "multiplications a value")]
+        for row in self.rows:
+            again = "kept" if row.kept else "made again"
+            price = "" if row.kept else f"{row.cost:,.0f}"
+            shape = "×".join(map(str, row.shape))
+            cells.append((row.recipe, self.origin(row), shape, f"{row.nbytes / MIB:,.2f}", again, price))
+        widths = [max(len(c[i]) for c in cells) for i in range(6)]
+        lines = [
+            "  ".join(
+                c.rjust(w) if i in (3, 5) else c.ljust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in cells
+        ]
+        kept, plain = self.kept_bytes / MIB, self.plain_bytes / MIB
+        ratio = f", {kept / plain:.2f} of them" if plain else ""
+        lines.append(
+            f"{kept:,.1f} MiB kept; PyTorch would have saved {plain:,.1f} MiB for these operations{ratio}"
+        )
+        return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,545 @@
+"""Recipes: how a tensor of forward was made, what it costs to make it again, and making it.
+
+A `Value` is one tensor of forward. It knows its recipe and, if the price said so, keeps the tensor. From
+top to bottom: recipes; values; `Table`, which finds the value of a tensor and decides what is kept; `Task`,
+which makes values again in one backward.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# A recipe of cheap operations may take so many passes over a tensor of its result's size: more of them would
+# be made again and again where backward has no room to hold what lies between.
+MOST_PASSES = 16
+# On a CPU, passes that follow one another work on a few images at a time, which stay in the core's cache.
+SLAB_BYTES = 1 << 20
+# Convolutions' outputs made again on the way to one value are held until their own backward: so many of the
+# largest at most.
+MOST_MADE = 2.5
+SMALL = 16  # a factor of fewer values than 1/16 of its product is kept at once
+
+
+class Recipe:
+    """How one value is made from others.
+
+    Attributes:
+        name: of the operation, for people.
+        price: multiplications per value; 0 for what only passes over its inputs.
+        passes: over tensors of the result's size, for a recipe without a price.
+        reuse: whether ``run`` may write its result over its first input.
+        parameter: a weak reference to the weight that it applies, if it does.
+        whole: whether it must see all images at once.
+        joins: whether the parents are better kept than the value, of the same bytes: others read them too.
+    """
+
+    name, price, passes, reuse, joins, whole, parameter = "", 0.0, 1.0, False, False, False, None
+
+    def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
+        """The value from its parents' tensors, of all images or of some; in ``out`` if that is given."""
+        raise NotImplementedError
+
+
+class View(NamedTuple):
+    """Where a tensor lies in its storage, and what it looks like."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, t: Tensor) -> View:
+        return cls(t.shape, t.stride(), t.dtype, t.device)
+
+    def empty(self, images: int | None = None) -> Tensor:
+        """Memory for such a tensor, or for some images of it."""
+        shape = self.shape if images is None else (images, *self.shape[1:])
+        how = {"dtype": self.dtype, "device": self.device}
+        return torch.empty_strided(shape, self.stride, **how) if self.dense else torch.empty(shape, **how)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def dense(self) -> bool:
+        """Whether there are no gaps between its values, and none stands for several."""
+        span = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        return span + 1 == self.shape.numel()
+
+
+class Row:
+    """What `print(record)` says of one value. Holds no tensor."""
+
+    __slots__ = ("cost", "kept", "nbytes", "origin", "recipe", "shape", "__weakref__")
+
+    def __init__(self, recipe: str, origin, view: View) -> None:
+        self.recipe, self.origin, self.shape, self.nbytes = recipe, origin, view.shape, view.nbytes
+        self.kept, self.cost = False, 0.0
+
+
+class Value:
+    """One tensor of forward.
+
+    Attributes:
+        recipe, parents: how it is made again; None and () where it is kept or came from elsewhere.
+        kept: the tensor, if it is held from forward to backward, and ``version`` of it then.
+        before: what it was before somebody got a way to write to it that autograd does not see.
+        made: the tensor, made again, from its first use in a backward to its last.
+        needs: how many nodes of the graph need it.
+        waiting: tensors of the parents, held until it is decided whether they or this value are kept.
+        origin: a weak reference to the parameter of the last convolution or norm on the way here.
+    """
+
+    __slots__ = (
+        "before", "kept", "live", "made", "needs", "origin", "parents", "plain", "read", "recipe", "room",
+        "row", "version", "view", "waiting", "__weakref__",
+    )  # fmt: skip
+
+    def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
+        self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
+        self.kept = self.before = self.made = self.row = self.room = self.waiting = self.origin = None
+        self.needs, self.read, self.plain = 0, False, False
+        self.live = weakref.ref(t)
+        if recipe is not None:
+            self.origin = recipe.parameter or parents[0].origin
+            for parent in parents:
+                parent.read = True
+
+    def __del__(self) -> None:
+        if self.kept is not None and self.room is not None:
+            self.room.nbytes += self.view.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.view.nbytes
+
+    def held(self) -> Tensor | None:
+        """The kept tensor, as forward left it.
+
+        Raises:
+            RuntimeError: it was changed since.
+        """
+        if self.kept is not None and self.kept._version != self.version:
+            raise RuntimeError(
+                "a tensor that remat keeps for backward was changed by an inplace operation: "
+                f"{self.describe()} is at version {self.kept._version}, and forward left it at version "
+                f"{self.version}. Change a clone, or change it before remat's context ends"
+            )
+        return self.kept
+
+    def describe(self) -> str:
+        what = self.row.recipe if self.row else "a tensor"
+        return f"{what} of shape {tuple(self.view.shape)}"
+
+
+class Room:
+    """Bytes that backward has set free so far, less those of what it has made again and holds."""
+
+    __slots__ = ("nbytes",)
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+
+class Table:
+    """The values of the tensors that are alive, and the decision of what is kept.
+
+    A tensor is found by its storage, its place in it and its version: so two tensors that share memory, as a
+    hook's or a detached one, are one value, and a tensor changed in place is another.
+    """
+
+    def __init__(self, max_cost: float) -> None:
+        self.max_cost, self.room, self.rows = max_cost, Room(), []
+        self.plain_bytes = 0
+        self.weights: dict[
+            int, weakref.WeakSet[Recipe]
+        ] = {}  # recipes by the storage of the weight they take
+        self._storages: dict[int, tuple[weakref.ref, dict]] = {}
+
+    def clear(self) -> None:
+        self._storages.clear()
+        self.weights.clear()
+
+    # Finding --------------------------------------------------------------------------------------------
+
+    def _values(self, t: Tensor) -> dict:
+        """The values that lie in the storage of ``t``, by place and version; forgotten when it goes."""
+        storage = t.untyped_storage()
+        key = id(storage)
+        entry = self._storages.get(key)
+        if entry is None:
+            storages = self._storages
+            entry = weakref.ref(storage, lambda _: storages.pop(key, None)), {}
+            storages[key] = entry
+        return entry[1]
+
+    def known(self, t: Tensor) -> list[Value]:
+        """All values in the storage of ``t``."""
+        entry = self._storages.get(id(t.untyped_storage()))
+        found = [] if entry is None else [v() if type(v) is weakref.ref else v for v in entry[1].values()]
+        return [v for v in found if v is not None]
+
+    def find(self, t: Tensor) -> Value:
+        """The value of ``t``; a new one without a recipe if nothing is known of it."""
+        values, key = self._values(t), key_of(t)
+        value = values.get(key)
+        if type(value) is weakref.ref:
+            value = value()
+        if value is None:
+            value = values[key] = self._part(values, t) or Value(t)
+        return value
+
+    @staticmethod
+    def _part(values: dict, t: Tensor) -> Value | None:
+        """A value for ``t`` if it is a view of a value that is known, image by image."""
+        for (offset, shape, stride, dtype, version), whole in values.items():
+            whole = whole() if type(whole) is weakref.ref else whole
+            if (
+                whole is None
+                or not whole.view.dense
+                or version != t._version
+                or dtype != t.dtype
+                or not t.dim()
+                or not len(shape)
+            ):
+                continue
+            per_image = t.shape[0] == shape[0] and (t.stride(0) == stride[0] or shape[0] == 1)
+            if per_image and t.storage_offset() >= offset and not isinstance(whole.recipe, Part):
+                end = sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True))
+                mine = sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True))
+                if t.storage_offset() - offset + mine <= end and 0 not in t.stride():
+                    return Value(t, Part(t.shape[1:], t.stride(), t.storage_offset() - offset), (whole,))
+        return None
+
+    def note(self, t: Tensor, recipe: Recipe, *parents: Value) -> Value:
+        """``t`` was made by this recipe."""
+        value = Value(t, recipe, parents)
+        self._values(t)[key_of(t)] = value
+        return value
+
+    # Deciding -------------------------------------------------------------------------------------------
+
+    def need(self, value: Value, t: Tensor) -> Value:
+        """A node needs ``value``, whose tensor is ``t``: decide what is kept for it."""
+        value.needs += 1
+        self.row_of(value)
+        if value.kept is None:
+            path = [value, *value.parents, *(p for v in value.parents for p in v.parents)]
+            if not self.affordable(value):
+                self.keep_least(value, t)
+            for v in path:
+                v.waiting = None
+        return value
+
+    def row_of(self, value: Value) -> Row:
+        """The value's line in the record."""
+        if value.row is None:
+            name = "given" if value.recipe is None else value.recipe.name
+            value.row = Row(name, value.origin, value.view)
+            self.rows.append(value.row)
+        return value.row
+
+    def affordable(self, value: Value) -> bool:
+        """Whether making ``value`` from what is kept costs at most `max_cost` a value."""
+        size = value.view.shape.numel()
+        most_price, most_passes = self.max_cost * size, MOST_PASSES * size
+        if value.recipe is not None and value.recipe.price:  # leave some for what is made of it
+            most_passes -= 4 * size
+        price = passes = made = 0.0
+        largest = value.nbytes
+        stack, seen = [value], {id(value)}
+        while stack:
+            v = stack.pop()
+            if v.kept is not None:
+                continue
+            if v.recipe is None:
+                return False
+            n = v.view.shape.numel()
+            price, passes = price + v.recipe.price * n, passes + v.recipe.passes * n
+            if price > most_price or passes > most_passes:
+                return False
+            if v.recipe.price:
+                made, largest = made + v.nbytes, max(largest, v.nbytes)
+            for p in v.parents:
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    stack.append(p)
+        if made > MOST_MADE * largest:
+            return False
+        if value.row is not None:
+            value.row.cost = price / max(size, 1)
+        return True
+
+    def keep_least(self, value: Value, t: Tensor) -> None:
+        """Keep ``value``, or what it is made of, if that is smaller and still there."""
+        parts = self.parts(value) if value.recipe is not None else None
+        if parts and bytes_of(parts) < value.nbytes + value.recipe.joins:
+            for part, tensor in parts.items():
+                self.keep(part, tensor)
+            if self.affordable(value):
+                return
+        self.keep(value, t)
+
+    @staticmethod
+    def parts(value: Value) -> dict[Value, Tensor] | None:
+        """The smallest values that are still there of which ``value`` is made; None if there are none."""
+        known: dict[int, dict[Value, Tensor] | None] = {}
+
+        def smallest(v: Value, depth: int) -> dict[Value, Tensor] | None:
+            if v.kept is not None:
+                return {}
+            if id(v) not in known:
+                t = v.live()
+                known[id(v)] = mine = {v: t} if t is not None and t._version == v.version else None
+                if v.recipe is not None and not v.recipe.price and depth:
+                    below = all_of(v.parents, depth - 1)
+                    if below is not None and (mine is None or bytes_of(below) < v.nbytes):
+                        known[id(v)] = below
+            return known[id(v)]
+
+        def all_of(values: tuple[Value, ...], depth: int) -> dict[Value, Tensor] | None:
+            found: dict[Value, Tensor] = {}
+            for v in values:
+                parts = smallest(v, depth)
+                if parts is None:
+                    return None
+                found.update(parts)
+            return found
+
+        return all_of(value.parents, 8)
+
+    def keep(self, value: Value, t: Tensor) -> None:
+        """Hold ``t`` until backward. The table's own reference is weak from now on."""
+        value.kept, value.version, value.room = t.detach(), t._version, self.room
+        self.row_of(value).kept = True
+        value.recipe, value.parents = None, ()
+        values = self._values(t)
+        for key, v in values.items():
+            if v is value:
+                values[key] = weakref.ref(value)
+
+    # What others write ----------------------------------------------------------------------------------
+
+    def before_write(self, t: Tensor) -> None:
+        """``t`` is about to be changed in place: what is kept there gets memory of its own."""
+        for value in self.known(t):
+            if value.kept is not None and value.kept._version == value.version:
+                value.kept = value.kept.clone()
+                value.version = value.kept._version
+
+    def expose(self, t: Tensor) -> None:
+        """Somebody may write to ``t`` unseen: nodes must see that, as PyTorch's do; recipes must not."""
+        for value in self.known(t):
+            if (
+                value.kept is None
+                and value.needs
+                and value.version == t._version
+                and value.view == View.of(t)
+            ):
+                self.keep(value, t)
+            if value.kept is not None and value.read and value.before is None:
+                value.before = value.kept.clone()
+        for recipe in self.weights.pop(id(t.untyped_storage()), ()):
+            recipe.copy_weight()
+        self._storages.pop(id(t.untyped_storage()), None)
+
+    def plainly(self, value: Value) -> None:
+        """PyTorch would save this one."""
+        if not value.plain:
+            value.plain, self.plain_bytes = True, self.plain_bytes + value.nbytes
+
+
+def bytes_of(values: dict[Value, Tensor]) -> int:
+    return sum(v.nbytes for v in values)
+
+
+def key_of(t: Tensor) -> tuple:
+    """Where a tensor lies in its storage, as what, and how often that was changed."""
+    return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+
+
+class Part(Recipe):
+    """A view: some channels, or the same values in another shape."""
+
+    name, passes = "view", 0.0
+
+    def __init__(self, shape, stride, offset: int) -> None:
+        self.shape, self.stride, self.offset = tuple(shape), stride, offset
+
+    def run(self, out, whole):
+        shape = (whole.shape[0], *self.shape)
+        return whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
+
+
+class Task:
+    """Makes values again in one backward pass.
+
+    A value that several nodes need, or that costs a convolution, stays from its first use to its last. The
+    former only if backward has set free as much by then, so that the peak does not rise by it.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.room, self.uses, self.holding = room, {}, {}
+        room.nbytes = 0
+
+    def end(self) -> None:
+        for value, _ in list(self.holding.values()):
+            self.drop(value)
+        self.uses.clear()
+
+    def drop(self, value: Value) -> None:
+        """Nobody needs ``value`` any more."""
+        if value.made is not None:
+            value.made = None
+            self.room.nbytes += value.nbytes
+            self.holding.pop(id(value), None)
+
+    def hold(self, value: Value, t: Tensor) -> None:
+        value.made = t
+        self.room.nbytes -= value.nbytes
+        self.holding[id(value)] = value, stream_of(t)
+
+    def get(self, value: Value) -> tuple[Tensor, bool]:
+        """The tensor of a value for a node that needs it, and whether it is the node's to overwrite."""
+        used = self.uses[id(value)] = self.uses.get(id(value), 0) + 1
+        t = value.held()
+        if t is not None:
+            return t, False
+        t = self.made(value)
+        if t is None:
+            t = self.make(value)
+        last = used >= value.needs
+        if last:
+            self.drop(value)
+        elif value.made is None and self.room.nbytes >= value.nbytes:
+            self.hold(value, t)
+        return t, value.made is None
+
+    def there(self, value: Value) -> Tensor | None:
+        """The tensor for a recipe, if it need not be made."""
+        if value.before is not None:
+            return value.before
+        return value.held() if value.kept is not None else self.made(value)
+
+    def made(self, value: Value) -> Tensor | None:
+        """The tensor made again before, if that was on this stream: another would have to wait for it."""
+        t = value.made
+        return t if t is None or t.is_cpu or self.holding[id(value)][1] == stream_of(t) else None
+
+    def make(self, value: Value) -> Tensor:
+        """Make ``value`` again, and before it the convolutions on its way, each once."""
+        stack = [value]
+        while True:
+            v = stack[-1]
+            steps, missing = self.plan(v)
+            if missing:
+                stack.extend(missing)
+                continue
+            if v.recipe.price:
+                t = v.recipe.run(None, *[self.passes(self.plan(p)[0], p) for p in v.parents])
+            else:
+                t = self.passes(steps, v)
+            stack.pop()
+            if not stack:
+                return t
+            self.hold(v, t)
+            while self.there(stack[-1]) is not None:  # two ways led there
+                stack.pop()
+
+    def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
+        """The cheap steps to ``value``, each after those it needs; and convolutions that must come first."""
+        steps, missing, done = [], [], set()
+        stack = [(value, False)]
+        while stack:
+            v, ready = stack.pop()
+            if ready:
+                steps.append(v)
+            elif id(v) not in done and self.there(v) is None:
+                done.add(id(v))
+                if v.recipe.price and v is not value:
+                    missing.append(v)
+                    continue
+                if not v.recipe.price:
+                    stack.append((v, True))
+                stack.extend((p, False) for p in reversed(v.parents))
+        return steps, missing
+
+    def passes(self, steps: list[Value], last: Value) -> Tensor:
+        """Run cheap steps to their last, all of them on some images at a time if this is a CPU."""
+        t = self.there(last)
+        if t is not None:
+            return t
+        whole: dict[int, Tensor] = {}
+        free = self.room.nbytes
+        for v in steps:  # what another node needs anyway is written out if there is room
+            if v is last or (v.needs and v.nbytes <= free and not isinstance(v.recipe, Part)):
+                whole[id(v)] = v.view.empty()
+                if v is not last:
+                    free -= v.nbytes
+                    self.hold(v, whole[id(v)])
+        places = places_of(steps, last, whole)
+        n = last.view.shape[0] if last.view.shape else 1
+        result = whole[id(last)]
+        whole_batch = any(v.recipe.whole for v in steps)
+        for images in [slice(0, n)] if whole_batch else slabs(n, result):
+            self.run_steps(steps, whole, places, images, n)
+        return result
+
+    def run_steps(
+        self, steps, whole: dict[int, Tensor], places: dict[int, int], images: slice, n: int
+    ) -> None:
+        """The steps on some images."""
+        made: dict[int, Tensor] = {}
+        room = {key: t[images] if t.dim() else t for key, t in whole.items()}
+        for v in steps:
+            inputs = [made[id(p)] if id(p) in made else part(self.there(p), v, images, n) for p in v.parents]
+            place = places[id(v)]
+            if isinstance(v.recipe, Part):
+                made[id(v)] = v.recipe.run(None, *inputs)
+                if id(v) in whole:
+                    room[id(v)].copy_(made[id(v)])
+                continue
+            if place not in room:
+                room[place] = v.view.empty(images.stop - images.start)
+            made[id(v)] = v.recipe.run(room[place], *inputs)
+
+
+def slabs(n: int, like: Tensor) -> list[slice]:
+    """Slices of the batch; one of them stands for all where nothing is computed."""
+    if like.device.type != "cpu" or n == 0:
+        return [slice(0, n)]
+    per_slab = max(1, SLAB_BYTES // max(1, like.nbytes // n))
+    cut = [slice(i, min(i + per_slab, n)) for i in range(0, n, per_slab)]
+    return cut[:1] if isinstance(like, FakeTensor) else cut
+
+
+def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict[int, int]:
+    """For each step, the id of the step in whose memory it is computed: its own, or its only reader's."""
+    readers: dict[int, int] = {}
+    for v in steps:
+        for p in v.parents:
+            readers[id(p)] = readers.get(id(p), 0) + 1
+    places = {id(v): id(v) for v in steps}
+    for v in reversed(steps):
+        first = v.parents[0]
+        if v.recipe.reuse and id(first) in places and id(first) not in whole and readers[id(first)] == 1:
+            if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
+                places[id(first)] = places[id(v)]
+    return places
+
+
+def stream_of(t: Tensor):
+    """The stream on which work on ``t`` is put now; None on a CPU."""
+    return None if t.device.type in ("cpu", "meta") else torch.accelerator.current_stream(t.device)
+
+
+def part(t: Tensor, reader: Value, images: slice, n: int) -> Tensor:
+    """Those images of ``t``, unless it has none: a vector that all images share."""
+    return t[images] if t.dim() == len(reader.view.shape) and t.shape[0] == n and n > 1 else t

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat import operations as ops
-from helpers.remat.values import SMALL, Value
+from helpers.remat.values import SMALL, Row, Value, View
 
 if TYPE_CHECKING:
     from helpers.remat.mode import Mode
@@ -394,8 +394,12 @@ def max_pool(
     def run() -> Tensor:
         table = mode.table
         table.plainly(table.find(input))
-        y, _ = mode.apply(ops.MaxPool(window, bool(ceil_mode), input), input)
+        operation = ops.MaxPool(window, bool(ceil_mode), input)
+        y, _ = mode.apply(operation, input)
         table.plain_bytes += 8 * y.numel()
+        offsets = Row("offsets", None, View.of(operation.offsets))
+        offsets.kept = True
+        table.rows.append(offsets)
         return y
 
     return run

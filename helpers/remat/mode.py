@@ -20,6 +20,10 @@ TWICE = (
     "remat's backward cannot be differentiated again: what it makes again has no graph. Compute the part of "
     "the model whose gradient you differentiate outside of remat"
 )
+BATCHED = (
+    "remat's backward takes one gradient at a time: is_grads_batched, jacobian(vectorize=True) and vmap over "
+    "a backward pass are not offered. Compute that part of the model outside of remat"
+)
 GONE = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have "
     "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
@@ -45,21 +49,38 @@ class Node(torch.autograd.Function):
         if ctx.call is None:
             raise RuntimeError(GONE)
         grads = ctx.call.backward(dz, wanted(ctx), saved)
+        if torch.is_grad_enabled():
+            grads = once(ctx, dz, grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.call = None
         return None, *grads
 
 
 class Twice(torch.autograd.Function):
-    """The identity, whose backward is an error."""
+    """The first ``n`` of its inputs, as outputs of a node whose backward is an error."""
 
     @staticmethod
-    def forward(ctx, *grads):
-        return grads
+    def forward(ctx, n: int, *inputs):
+        return inputs[:n]
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(TWICE)
+
+
+def once(ctx, dz: Tensor | None, grads: list) -> list:
+    """The gradients, which must not be differentiated again: with edges to all that they depend on."""
+    leaves, stack, seen = [], [node for node, _ in ctx.next_functions], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(n for n, _ in node.next_functions)
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+    there = [g for g in grads if g is not None]
+    guarded = iter(Twice.apply(len(there), *there, dz, *leaves)) if there else iter(())
+    return [g if g is None else next(guarded) for g in grads]
 
 
 def wanted(ctx) -> list[bool]:
@@ -76,30 +97,33 @@ def wanted(ctx) -> list[bool]:
     return needs
 
 
+def is_batched(dz: Tensor | None) -> bool:
+    """Whether ``dz`` stands for many gradients."""
+    functorch = torch._C._functorch
+    return dz is not None and (functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz))
+
+
 class Call:
     """One operation in one forward: what a node of the graph holds."""
 
-    __slots__ = ("operation", "output", "session")
+    __slots__ = ("operation", "output", "session", "__weakref__")
 
     def __init__(self, session: Session, operation: Operation) -> None:
         self.session, self.operation, self.output = session, operation, None
 
     def backward(self, dz: Tensor | None, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
-        task, again = self.session.task(), torch.is_grad_enabled()
+        if is_batched(dz):
+            raise RuntimeError(BATCHED)
+        task = self.session.task()
         if dz is None or not any(needs):
             grads = [None] * len(needs)
-        elif again or torch._C._is_any_autocast_enabled():
+        elif torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             with torch.no_grad(), without_autocast(dz.device.type):
                 grads = self.operation.backward(task, dz, needs, saved)
         else:
             grads = self.operation.backward(task, dz, needs, saved)
-        output = self.output and self.output()
-        if output is not None:
-            task.drop(output)
-        if again:
-            there = [g.requires_grad_() for g in grads if g is not None]
-            twice = iter(Twice.apply(*there)) if there else iter(())
-            grads = [g if g is None else next(twice) for g in grads]
+        if self.output is not None:
+            task.drop(self.output)
         return grads
 
 
@@ -116,20 +140,17 @@ class Session:
     def __init__(self, max_cost: float) -> None:
         self.table = Table(max_cost)
         self.room: Room = self.table.room
-        self.tasks: dict[int, Task] = {}
+        self.tasks: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
 
     def task(self) -> Task:
         """The task of the backward pass that runs now; it ends with it."""
         key = torch._C._current_graph_task_id()
-        if key not in self.tasks:
+        task = self.tasks.get(key)
+        if task is None:
             task = self.tasks[key] = Task(self.room)
-
-            def end() -> None:
-                self.tasks.pop(key, None)
-                task.end()
-
-            torch.autograd.Variable._execution_engine.queue_callback(end)
-        return self.tasks[key]
+            # The engine holds it: until the pass ends, or breaks off.
+            torch.autograd.Variable._execution_engine.queue_callback(task.end)
+        return task
 
 
 class Mode(TorchFunctionMode):
@@ -150,11 +171,8 @@ class Mode(TorchFunctionMode):
         return Node.apply(call, *inputs), call
 
     def made(self, call: Call | None, out: Tensor, recipe: Recipe, *parents: Value) -> Value:
-        """Note how ``out`` was made; its node lets it go."""
-        value = self.table.note(out, recipe, *parents)
-        if call is not None:
-            call.output = weakref.ref(value)
-        return value
+        """Note how ``out`` was made: by a call, or by PyTorch's own node."""
+        return self.table.note(out, recipe, parents, call)
 
     def needed(self, t: Tensor, value: Value | None = None) -> Value:
         """A node needs ``t``, as PyTorch's own node would."""

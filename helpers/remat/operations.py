@@ -296,6 +296,7 @@ class Kind(NamedTuple):
     forward: Callable  # (u, out) -> a
     backward: Callable  # (da, u or a, out) -> du
     from_result: bool = False
+    exact: bool = False  # whether a value's last bit is the same wherever in a range it lies
 
 
 def kind(name: str, forward, backward, *arguments, from_result: bool = False, **named) -> Kind:
@@ -312,6 +313,7 @@ RELU = Kind(
     lambda u, out: torch.clamp_min(u, 0, out=out),
     lambda da, a, out: aten.threshold_backward.grad_input(da, a, 0, grad_input=out),
     from_result=True,
+    exact=True,
 )
 SILU = kind("silu", aten.silu.out, aten.silu_backward.grad_input)
 HARDSIGMOID = kind("hardsigmoid", aten.hardsigmoid.out, aten.hardsigmoid_backward.grad_input)
@@ -325,9 +327,8 @@ TANH = kind("tanh", aten.tanh.out, aten.tanh_backward.grad_input, from_result=Tr
 
 
 def hardtanh(low: float, high: float) -> Kind:
-    return kind(
-        "hardtanh", aten.hardtanh.out, aten.hardtanh_backward.grad_input, low, high, from_result=low < high
-    )
+    made = kind("hardtanh", aten.hardtanh.out, aten.hardtanh_backward.grad_input, low, high)
+    return made._replace(from_result=True, exact=True)
 
 
 def gelu(approximate: str) -> Kind:
@@ -339,6 +340,7 @@ def leaky_relu(slope: float) -> Kind:
         "leaky_relu",
         lambda u, out: aten.leaky_relu.out(u, slope, out=out),
         lambda da, u, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
+        exact=True,
     )
 
 
@@ -357,7 +359,7 @@ class Activate(Recipe):
     reuse = True
 
     def __init__(self, kind: Kind) -> None:
-        self.name, self.kind = kind.name, kind
+        self.name, self.kind, self.whole = kind.name, kind, not kind.exact
 
     def run(self, out, u):
         return self.kind.forward(u, torch.empty_like(u) if out is None else out)

@@ -91,20 +91,20 @@ class Value:
         recipe, parents: how it is made again; None and () where it is kept or came from elsewhere.
         kept: the tensor, if it is held from forward to backward, and ``version`` of it then.
         before: what it was before somebody got a way to write to it that autograd does not see.
-        made: the tensor, made again, from its first use in a backward to its last.
         needs: how many nodes of the graph need it.
+        call: a weak reference to the call that made it, whose node holds the recipe while it is one.
         waiting: tensors of the parents, held until it is decided whether they or this value are kept.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
     """
 
     __slots__ = (
-        "before", "kept", "live", "made", "needs", "origin", "parents", "plain", "read", "recipe", "room",
+        "before", "call", "kept", "live", "needs", "origin", "parents", "plain", "read", "recipe", "room",
         "row", "version", "view", "waiting", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
-        self.kept = self.before = self.made = self.row = self.room = self.waiting = self.origin = None
+        self.kept = self.before = self.row = self.room = self.waiting = self.origin = self.call = None
         self.needs, self.read, self.plain = 0, False, False
         self.live = weakref.ref(t)
         if recipe is not None:
@@ -218,10 +218,15 @@ class Table:
                     return Value(t, Part(t.shape[1:], t.stride(), t.storage_offset() - offset), (whole,))
         return None
 
-    def note(self, t: Tensor, recipe: Recipe, *parents: Value) -> Value:
-        """``t`` was made by this recipe."""
-        value = Value(t, recipe, parents)
-        self._values(t)[key_of(t)] = value
+    def note(self, t: Tensor, recipe: Recipe, parents: tuple[Value, ...], call=None) -> Value:
+        """``t`` was made by this recipe, which lives as long as the call's node, or without one, as ``t``."""
+        value, values, key = Value(t, recipe, parents), self._values(t), key_of(t)
+        if call is not None:
+            call.output, value.call = value, weakref.ref(call)
+            values[key] = weakref.ref(value)
+        else:
+            value.live = weakref.ref(t, lambda _: values.pop(key, None))
+            values[key] = value
         return value
 
     # Deciding -------------------------------------------------------------------------------------------
@@ -279,7 +284,7 @@ class Table:
 
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or what it is made of, if that is smaller and still there."""
-        parts = self.parts(value) if value.recipe is not None else None
+        parts = self.parts(value, {}) if value.recipe is not None else None
         if parts and bytes_of(parts) < value.nbytes + value.recipe.joins:
             for part, tensor in parts.items():
                 self.keep(part, tensor)
@@ -287,39 +292,34 @@ class Table:
                 return
         self.keep(value, t)
 
-    @staticmethod
-    def parts(value: Value) -> dict[Value, Tensor] | None:
-        """The smallest values that are still there of which ``value`` is made; None if there are none."""
-        known: dict[int, dict[Value, Tensor] | None] = {}
+    def parts(self, value: Value, known: dict, depth: int = 8) -> dict[Value, Tensor] | None:
+        """The smallest values that are still there of which ``value`` is made; None if there are none.
 
-        def smallest(v: Value, depth: int) -> dict[Value, Tensor] | None:
-            if v.kept is not None:
-                return {}
-            if id(v) not in known:
+        ``known`` has what was found on other ways. No further than ``depth`` operations up.
+        """
+        found: dict[Value, Tensor] = {}
+        for v in value.parents:
+            if v.kept is None and v not in known:
                 t = v.live()
-                known[id(v)] = mine = {v: t} if t is not None and t._version == v.version else None
+                known[v] = mine = {v: t} if t is not None and t._version == v.version else None
                 if v.recipe is not None and not v.recipe.price and depth:
-                    below = all_of(v.parents, depth - 1)
+                    below = self.parts(v, known, depth - 1)
                     if below is not None and (mine is None or bytes_of(below) < v.nbytes):
-                        known[id(v)] = below
-            return known[id(v)]
-
-        def all_of(values: tuple[Value, ...], depth: int) -> dict[Value, Tensor] | None:
-            found: dict[Value, Tensor] = {}
-            for v in values:
-                parts = smallest(v, depth)
-                if parts is None:
-                    return None
-                found.update(parts)
-            return found
-
-        return all_of(value.parents, 8)
+                        known[v] = below
+            parts = known[v] if v.kept is None else {}
+            if parts is None:
+                return None
+            found.update(parts)
+        return found
 
     def keep(self, value: Value, t: Tensor) -> None:
         """Hold ``t`` until backward. The table's own reference is weak from now on."""
         value.kept, value.version, value.room = t.detach(), t._version, self.room
         self.row_of(value).kept = True
         value.recipe, value.parents = None, ()
+        call = value.call and value.call()
+        if call is not None:  # its node outlives those that need the tensor
+            call.output = None
         values = self._values(t)
         for key, v in values.items():
             if v is value:
@@ -386,41 +386,39 @@ class Task:
     """
 
     def __init__(self, room: Room) -> None:
-        self.room, self.uses, self.holding = room, {}, {}
+        self.room, self.uses = room, {}
+        self.holding: dict[Value, tuple[Tensor, object]] = {}  # and the streams that made them
         room.nbytes = 0
 
     def end(self) -> None:
-        for value, _ in list(self.holding.values()):
-            self.drop(value)
+        """The backward pass is through; some of its nodes may not have run."""
+        self.holding.clear()
         self.uses.clear()
 
     def drop(self, value: Value) -> None:
         """Nobody needs ``value`` any more."""
-        if value.made is not None:
-            value.made = None
+        self.uses.pop(value, None)
+        if self.holding.pop(value, None) is not None:
             self.room.nbytes += value.nbytes
-            self.holding.pop(id(value), None)
 
     def hold(self, value: Value, t: Tensor) -> None:
-        value.made = t
+        self.holding[value] = t, stream_of(t)
         self.room.nbytes -= value.nbytes
-        self.holding[id(value)] = value, stream_of(t)
 
     def get(self, value: Value) -> tuple[Tensor, bool]:
         """The tensor of a value for a node that needs it, and whether it is the node's to overwrite."""
-        used = self.uses[id(value)] = self.uses.get(id(value), 0) + 1
         t = value.held()
         if t is not None:
             return t, False
+        used = self.uses[value] = self.uses.get(value, 0) + 1
         t = self.made(value)
         if t is None:
             t = self.make(value)
-        last = used >= value.needs
-        if last:
+        if used >= value.needs:
             self.drop(value)
-        elif value.made is None and self.room.nbytes >= value.nbytes:
+        elif value not in self.holding and self.room.nbytes >= value.nbytes:
             self.hold(value, t)
-        return t, value.made is None
+        return t, value not in self.holding
 
     def there(self, value: Value) -> Tensor | None:
         """The tensor for a recipe, if it need not be made."""
@@ -430,8 +428,8 @@ class Task:
 
     def made(self, value: Value) -> Tensor | None:
         """The tensor made again before, if that was on this stream: another would have to wait for it."""
-        t = value.made
-        return t if t is None or t.is_cpu or self.holding[id(value)][1] == stream_of(t) else None
+        t, stream = self.holding.get(value, (None, None))
+        return t if t is None or stream == stream_of(t) else None
 
     def make(self, value: Value) -> Tensor:
         """Make ``value`` again, and before it the convolutions on its way, each once."""

@@ -7,7 +7,6 @@ a call leaves it to PyTorch, exactly as it was. `HANDLERS` at the end is the who
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import sys
 import types
@@ -111,7 +110,9 @@ def hashable(v):
 def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     """To what autocast casts a convolution's arguments, if it does."""
     device = tensors[0].device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+        return None
+    if not torch.is_autocast_enabled(device):
         return None
     fit(all(t is None or t.dtype != torch.float64 for t in tensors))
     return torch.get_autocast_dtype(device)
@@ -126,27 +127,45 @@ def convolution(mode: Mode, function, input, weight, arguments: dict, bias, tran
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
-    def run() -> Tensor:
-        table, a, value = mode.table, input, None
-        if dtype is not None and input.dtype != dtype:
-            a = input.detach().to(dtype)
-            value = Value(a, ops.Cast(), (table.find(input),))
-        if weight.requires_grad:
-            value = mode.needed(a, value)
-        elif value is None:
-            value = table.find(input)
-        operation = ops.Convolution(
-            function, arguments, geometry, a, value if weight.requires_grad else None, dtype
-        )
-        y, call = mode.apply(operation, input, weight, bias)
-        if geometry.price(weight) * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
-            recipe = ops.Convolve(function, weight, bias, arguments, geometry, dtype)
-            if table.max_cost:  # else it never runs again
-                table.weights.setdefault(id(weight.untyped_storage()), weakref.WeakSet()).add(recipe)
-            mode.made(call, y, recipe, value)
-        return y
+    def make(a: Tensor, value: Value | None) -> ops.Operation:
+        return ops.Convolution(function, arguments, geometry, a, value, dtype)
 
-    return run
+    return lambda: multiply(
+        mode, function, input, weight, bias, arguments, geometry.price(weight), dtype, make
+    )
+
+
+def multiply(
+    mode, function, input, weight, bias, arguments: dict, price: float, dtype, make: Callable
+) -> Tensor:
+    """An operation with a price, ``make(a, its value)``, where a is ``input`` as autocast has it."""
+    table, a, value = mode.table, input, None
+    if dtype is not None and input.dtype != dtype:
+        a = input.detach().to(dtype)
+        value = Value(a, ops.Cast(), (table.find(input),))
+    if weight.requires_grad:
+        value = mode.needed(a, value)
+    elif value is None:
+        value = table.find(input)
+    y, call = mode.apply(make(a, value if weight.requires_grad else None), input, weight, bias)
+    if price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
+        recipe = ops.Convolve(function, weight, bias, arguments, price, dtype)
+        if table.max_cost:  # else it never runs again
+            table.weights.setdefault(id(weight.untyped_storage()), weakref.WeakSet()).add(recipe)
+        mode.made(call, y, recipe, value)
+    return y
+
+
+def linear(mode, function, input, weight, bias=None):
+    fit(plain(input, weight, bias) and input.dim() > 1 and weight.dim() == 2 and input.numel() > 0)
+    fit(any(t is not None and t.requires_grad for t in (input, weight, bias)))
+    dtype = autocast_dtype(input, weight, bias)
+    fit(dtype is not None or input.dtype == weight.dtype)
+
+    def make(a: Tensor, value: Value | None) -> ops.Operation:
+        return ops.Linear(a, value, dtype)
+
+    return lambda: multiply(mode, function, input, weight, bias, {}, float(weight.shape[1]), dtype, make)
 
 
 def forward_convolution(mode, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -451,7 +470,7 @@ def writes(function) -> tuple[bool, int | None]:
     """Whether a function changes its first argument, going by its name; and where it has an ``inplace``."""
     name, place = getattr(function, "__name__", ""), None
     if isinstance(function, types.FunctionType):
-        parameters = list(inspect.signature(function).parameters)
+        parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE, place
 
@@ -512,6 +531,7 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys((F.interpolate, F.pad, F.pixel_shuffle, Tensor.contiguous), one_input("resize")),
     **dict.fromkeys(EXPOSING, expose),
+    F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),
     torch.batch_norm: handler(low_batch_norm),
     F.group_norm: handler(group_norm),

@@ -1,17 +1,14 @@
-"""Is a model the same function under `remat`, and what does it gain there?
-
-    print(compare(model, images, max_cost=0))
-"""
+"""Is a model the same function under `remat`, and what does it gain?"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,46 +17,197 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from helpers.memory import MemoryTrace
 from helpers.remat.mode import remat
 
-__all__ = ["Comparison", "compare"]
 
-MIB = 2**20
-
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What `compare` found. Of each pair the first is plain PyTorch, the second `remat`.
+    """What `compare` found; of each pair the first is plain PyTorch's. ``print`` shows it.
 
     Attributes:
-        max_cost: the price.
-        equal: whether all tensors that the model returns are equal to the bit, in this order alike.
-        difference: the largest relative difference of a gradient between the two (norm of the difference by
-            the norm of plain's); 0 where both are.
-        rounding: the same of plain PyTorch against the model in float64, or, where that does not run, against plain
-            once more.
-        exact: whether ``rounding`` is against float64.
-        held: bytes at the end of forward, above what stood before.
-        peak: the most bytes at any moment of the step.
-        seconds: of a step, the median of the rounds.
+        equal: whether all that the model returned, and its buffers afterwards, are equal to the bit.
+        difference: the largest between a gradient of plain and of remat, in norms: relative to the gradient,
+            or to 1/100 of the largest, as a bias in front of a batch norm gets nothing but rounding.
+        rounding: the same of plain and ``reference``, "float64", or "a second run" where random numbers are
+            drawn or the model does not run in float64.
+        held, peak: bytes at the end of forward, and the most at any moment, above what stood before.
+        seconds: of a step; medians.
     """
 
     max_cost: float
     equal: bool
     difference: float
     rounding: float
-    exact: bool
+    reference: str
     held: tuple[int, int]
     peak: tuple[int, int]
     seconds: tuple[float, float]
 
     def __str__(self) -> str:
-        against = "float64" if self.exact else "plain again"
+        verdict = "equal" if self.equal else "NOT EQUAL"
         lines = [
-            f"remat(max_cost={self.max_cost:g}): forward {'equal' if self.equal else 'NOT EQUAL'} to plain PyTorch's",
-            f"largest difference of a gradient {self.difference:.1e}; plain's own against {against} {self.rounding:.1e}",
-            f"{'':20}{'plain':>10}{'remat':>10}{'ratio':>8}",
+            f"remat(max_cost={self.max_cost:g}): forward {verdict} to the bit",
+            f"gradients apart by {self.difference:.1e}; plain's from {self.reference} by {self.rounding:.1e}",
+            f"{'':9}{'plain':>10}{'remat':>10}{'ratio':>7}",
         ]
-        rows = ("held, MiB", self.held, MIB), ("peak, MiB", self.peak, MIB), ("time, ms", self.seconds, 1e-3)
+        rows = ("held MiB", self.held, 2**20), ("peak MiB", self.peak, 2**20), ("time ms", self.seconds, 1e-3)
         for name, (plain, ours), unit in rows:
             ratio = ours / plain if plain else math.nan
-            lines.append(f"{name:20}{plain / unit:10,.1f}{ours / unit:10,.1f}{ratio:8.2f}")
+            lines.append(f"{name:9}{plain / unit:10,.1f}{ours / unit:10,.1f}{ratio:7.2f}")
         return "\n".join(lines)
+
+
+def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **kwargs) -> Comparison:
+    """Run ``model(*inputs, **kwargs)`` and its backward, plainly and under ``remat(max_cost)``.
+
+    Both get the same random numbers and copies of the inputs; backward starts from all tensors returned, with
+    random gradients. Parameters, buffers, gradients, training flags and random number states are afterwards
+    as they were, also if the model raises. Within ``torch.autocast`` it compares there.
+
+    Args:
+        model: on any device that `MemoryTrace` can measure.
+        rounds: pairs of steps that are timed.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds must be an int from 1 on, got {rounds!r}")
+    contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
+    tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]
+    device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    traces = MemoryTrace(device), MemoryTrace(device)
+    with torch.enable_grad(), as_it_was(model, device) as back:
+        run = Runner(model, given, device, back)
+        run.step(contexts[0])  # libraries allocate at first use
+        plain, ours = (run.step(*how) for how in zip(contexts, traces, strict=True))
+        equal = [t.dtype for t in plain.values] == [t.dtype for t in ours.values]
+        equal = equal and all(map(torch.equal, plain.values, ours.values))
+        difference = apart(ours.grads, plain.grads)
+        exact, reference = run.in_float64() if plain.fixed else None, "float64"
+        if exact is None:
+            exact, reference = run.step(contexts[0]), "a second run"
+        rounding = apart(plain.grads, exact.grads)
+        del plain, ours, exact
+        times = [[run.step(context).seconds for context in contexts] for _ in range(rounds)]
+    held = tuple(t.marks["held"] for t in traces)
+    seconds = tuple(map(statistics.median, zip(*times, strict=True)))
+    peak = tuple(t.peak for t in traces)
+    return Comparison(max_cost, equal, difference, rounding, reference, held, peak, seconds)
+
+
+@dataclasses.dataclass
+class Step:
+    """What one step returned, and the buffers then; the gradients; whether it drew no random numbers."""
+
+    values: list[Tensor]
+    grads: list[Tensor]
+    fixed: bool
+    seconds: float
+
+
+@dataclasses.dataclass
+class Runner:
+    """Runs steps of ``model``, all from where it stands: ``back()`` brings it there again."""
+
+    model: nn.Module
+    given: tuple
+    device: torch.device
+    back: Callable[[], None]
+    start: list[Tensor] | None = None  # gradients of what the model returns
+
+    def step(self, context, trace: MemoryTrace | None = None) -> Step:
+        fresh = lambda t: t.detach().clone().requires_grad_(t.requires_grad)  # noqa: E731
+        args, kwargs = tree_map_only(Tensor, fresh, self.given)
+        leaves = [t for t in (*self.model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
+        for t in leaves:
+            t.grad = None
+        torch.clear_autocast_cache()
+        before, since = random_state(self.device), clock(self.device)
+        with trace or contextlib.nullcontext():
+            with context:
+                out = self.model(*args, **kwargs)
+            if trace:
+                trace.mark("held")
+            ends = [t for t in tensors_in(out) if t.requires_grad]
+            if not ends:
+                raise ValueError(f"model must return a tensor that requires a gradient, got {type(out)}")
+            if self.start is None:
+                noise = torch.Generator().manual_seed(0)
+                self.start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
+            torch.autograd.backward(ends, self.start)
+        seconds, after = clock(self.device) - since, random_state(self.device)
+        values = [t.detach() for t in tensors_in(out)] + [t.detach().clone() for t in self.model.buffers()]
+        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+        self.back()
+        return Step(values, grads, all(map(torch.equal, before, after)), seconds)
+
+    def in_float64(self) -> Step | None:
+        """Plainly, by a copy in float64; None if the model does not run there."""
+        wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+        try:
+            model, given = copy.deepcopy(self.model).double(), tree_map_only(Tensor, wide, self.given)
+            runner = Runner(model, given, self.device, self.back, [t.double() for t in self.start])
+            return runner.step(torch.autocast(self.device.type, enabled=False))
+        except Exception:  # whatever a model may find wrong with it
+            return None
+
+
+@contextlib.contextmanager
+def as_it_was(model: nn.Module, device: torch.device):
+    """Yields a function that brings the model's state and the random numbers back; called at the end, too."""
+    modules = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
+    grads, random = [(p, p.grad) for p in model.parameters()], random_state(device)
+
+    def back() -> None:
+        for module, training, parameters, buffers in modules:
+            module.training = training
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for t, value in tensors:
+                if not torch.equal(t, value):  # leave versions alone
+                    t.copy_(value)
+        for p, grad in grads:
+            p.grad = grad
+        torch.set_rng_state(random[0])
+        if device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(random[1], device)
+
+    try:
+        yield back
+    finally:
+        back()
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [torch.get_rng_state(), *own]
+
+
+def clock(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def tensors_in(tree) -> list[Tensor]:
+    """In lists, tuples, dicts, what else PyTorch takes for a tree, and dataclasses."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+    return found
+
+
+def apart(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest difference, as `Comparison` says; not a number if one is not."""
+    norms = [q.double().norm().item() for q in exact]
+    least = max(norms, default=0.0) / 100 or 1.0
+    parts = [
+        (p.double() - q).norm() / max(norm, least) for p, q, norm in zip(found, exact, norms, strict=True)
+    ]
+    return torch.tensor(parts or [0.0]).max().item()

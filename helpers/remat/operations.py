@@ -65,9 +65,9 @@ class Geometry(NamedTuple):
 class Convolve(Recipe):
     """y = conv(a), by the function that forward called, on the whole batch: then it is y to the bit."""
 
-    def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, geometry, dtype) -> None:
+    def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
-        self.name, self.price, self.passes = function.__name__, geometry.price(weight), 0.0
+        self.name, self.price, self.passes = function.__name__, price, 0.0
         self.parameter = weakref.ref(weight)
         self.weight = weight if weight.is_leaf else weight.detach()
         self.version, self.nbytes = weight._version, weight.untyped_storage().nbytes()
@@ -107,19 +107,28 @@ class Convolution(Operation):
         return self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
 
     def backward(self, task, dz, needs, saved):
-        (w,), geometry = saved, self.geometry
-        need_a, need_w, need_b = needs
+        w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        w = to(w, self.dtype)
+        parts = quarters(task.room.nbytes, dz, self.shape)
         if need_w:
             a, _ = task.get(self.value)
-            dw, db = aten.convolution_backward(dz, a, w, [dz.shape[1]], *geometry, [False, True, need_b])[1:]
+            for images in parts:
+                mask = [False, True, need_b]
+                how = (w, [dz.shape[1]], *self.geometry, mask)
+                _, dw_i, db_i = aten.convolution_backward(dz[images], a[images], *how)
+                dw = dw_i if dw is None else dw.add_(dw_i)
+                if need_b:
+                    db = db_i if db is None else db.add_(db_i)
             task.room.nbytes -= dw.nbytes
             del a
         elif need_b:
             db = dz.sum([0, *range(2, dz.dim())])
-        if need_a:
+        if need_a and len(parts) == 1:
             da = self.grad_input(dz, w)
+        elif need_a:
+            da = dz.new_empty(self.shape)
+            for images in parts:
+                da[images] = self.grad_input(dz[images], w)
         return [da, dw, db]
 
     def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
@@ -133,10 +142,47 @@ class Convolution(Operation):
                 for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
             ]
             da = aten.convolution(dz, w, None, *g[:3], True, rest, g.groups)
-        if da.shape != self.shape:  # an output padding of a whole stride
-            like = dz.new_empty(1).expand(self.shape)
+        if da.shape[2:] != size:  # an output padding of a whole stride
+            like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
         return da
+
+
+def quarters(room: int, dz: Tensor, shape: torch.Size) -> list[slice]:
+    """The batch, or its quarters where a CPU library's copies of dz and a would lift the peak.
+
+    It copies both into a layout of its own, unless they are channels_last. Sums of quarters would lose digits
+    in half precision.
+    """
+    n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
+    wide = dz.dtype in (torch.float32, torch.float64)
+    if not dz.is_cpu or not wide or room >= copies or n < 4 or not dz.is_contiguous():
+        return [slice(0, n)]
+    return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
+
+
+class Linear(Operation):
+    """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da in its memory."""
+
+    saved = (1,)
+
+    def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
+        self.input, self.value, self.dtype = a, value, dtype
+
+    def forward(self, a, w, b):
+        a, self.input = self.input, None
+        return torch.nn.functional.linear(a, to(w, self.dtype), to(b, self.dtype))
+
+    def backward(self, task, dz, needs, saved):
+        need_a, need_w, need_b = needs
+        rows = dz.reshape(-1, dz.shape[-1])
+        dw = None
+        if need_w:
+            a, _ = task.get(self.value)
+            dw = rows.T @ a.reshape(-1, a.shape[-1])
+            task.room.nbytes -= dw.nbytes
+            del a
+        return [dz @ to(saved[0], self.dtype) if need_a else None, dw, rows.sum(0) if need_b else None]
 
 
 # Norms -----------------------------------------------------------------------------------------------------
@@ -216,10 +262,8 @@ class BatchNorm(Operation):
             self.running = s.running_mean.clone(), s.running_var.clone()
             return Normalise.constant(gamma, beta, *self.running, s.eps)
         self.running = None, None
-        kinds = {t.dtype for t in (gamma, beta) if t is not None}
-        if kinds <= {self.invstd.dtype} and (
-            y.dtype == self.invstd.dtype or self.invstd.dtype == torch.float32
-        ):
+        wide = self.invstd.dtype in (torch.float32, torch.float64)
+        if wide and all(t is None or t.dtype == self.invstd.dtype for t in (gamma, beta)):
             return Normalise(y, gamma, beta, self.mean, self.invstd)
         # A norm all in half precision: its scale is rounded in ways that only the kernel knows.
         values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
@@ -236,8 +280,33 @@ class BatchNorm(Operation):
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         s = self.settings
+        if s.training and need_y and task.room.nbytes < y.nbytes and dense_on_cpu(dz, y, self.mean):
+            return grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
         how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *how))
+
+
+def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
+    """Whether these are of one dtype and one plain layout."""
+    return y.is_cpu and dz.dtype == y.dtype == mean.dtype and dz.is_contiguous() and y.is_contiguous()
+
+
+def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor) -> list:
+    """dy, dγ and dβ of a norm with batch statistics (chapter 3), in no memory but that of dy.
+
+    The CPU library's own backward allocates dy twice. It still computes the two sums, dβ = Σ dz and
+    dγ = Σ dz (y - μ)/σ; then dy = γ/σ (dz - dβ/m - (y - μ)/σ dγ/m), some images at a time.
+    """
+    how = (gamma, None, None, mean, invstd, True, 0.0, (False, True, True))
+    _, dgamma, dbeta = aten.native_batch_norm_backward(dz, y, *how)
+    m, scale = y.numel() // y.shape[1], invstd if gamma is None else invstd * gamma
+    shape = (-1, *[1] * (y.dim() - 2))
+    factor, shift = (scale * invstd * dgamma / -m).view(shape), (scale * dbeta / -m).view(shape)
+    mean, scale, dy = mean.view(shape), scale.view(shape), torch.empty_like(y)
+    for images in slabs(len(y), y):
+        torch.sub(y[images], mean, out=dy[images])
+        dy[images].mul_(factor).add_(shift).addcmul_(dz[images], scale)
+    return [dy, None if gamma is None else dgamma, dbeta]
 
 
 class Statistics(NamedTuple):

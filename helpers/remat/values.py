@@ -251,8 +251,8 @@ class Table:
             self.rows.append(value.row)
         return value.row
 
-    def affordable(self, value: Value) -> bool:
-        """Whether making ``value`` from what is kept costs at most `max_cost` a value."""
+    def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
+        """Whether making ``value`` from what is kept (and ``also``) costs at most `max_cost` a value."""
         size = value.view.shape.numel()
         most_price, most_passes = self.max_cost * size, MOST_PASSES * size
         if value.recipe is not None and value.recipe.price:  # leave some for what is made of it
@@ -262,7 +262,7 @@ class Table:
         stack, seen = [value], {id(value)}
         while stack:
             v = stack.pop()
-            if v.kept is not None:
+            if v.kept is not None or (also is not None and v in also):
                 continue
             if v.recipe is None:
                 return False
@@ -285,12 +285,11 @@ class Table:
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or what it is made of, if that is smaller and still there."""
         parts = self.parts(value, {}) if value.recipe is not None else None
-        if parts and bytes_of(parts) < value.nbytes + value.recipe.joins:
+        if parts and bytes_of(parts) < value.nbytes + value.recipe.joins and self.affordable(value, parts):
             for part, tensor in parts.items():
                 self.keep(part, tensor)
-            if self.affordable(value):
-                return
-        self.keep(value, t)
+        else:
+            self.keep(value, t)
 
     def parts(self, value: Value, known: dict, depth: int = 8) -> dict[Value, Tensor] | None:
         """The smallest values that are still there of which ``value`` is made; None if there are none.
@@ -540,4 +539,5 @@ def stream_of(t: Tensor):
 
 def part(t: Tensor, reader: Value, images: slice, n: int) -> Tensor:
     """Those images of ``t``, unless it has none: a vector that all images share."""
-    return t[images] if t.dim() == len(reader.view.shape) and t.shape[0] == n and n > 1 else t
+    alike = t.dim() == len(reader.view.shape) or isinstance(reader.recipe, Part)
+    return t[images] if alike and t.shape[0] == n and n > 1 else t

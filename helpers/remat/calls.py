@@ -453,7 +453,7 @@ def average_pool(
 
 
 def leave(mode: Mode, function, args, kwargs):
-    """PyTorch's call. What it changes in place gets out of the way of what is kept first."""
+    """PyTorch's call. What it changes in place gets out of the way of what is kept; views are followed."""
     by_name, place = writes(function)
     target = kwargs.get("out")
     if target is None and (by_name or kwargs.get("inplace") or (place and len(args) > place and args[place])):
@@ -462,7 +462,11 @@ def leave(mode: Mode, function, args, kwargs):
         for t in target if isinstance(target, (tuple, list)) else (target,):
             if type(t) in TENSORS and t.layout is torch.strided and not t.is_inference():
                 mode.table.before_write(t)
-    return function(*args, **kwargs)
+    out = function(*args, **kwargs)
+    for t in out if type(out) in (tuple, list) else (out,):
+        if type(t) in TENSORS and t.requires_grad and t._is_view() and plain(t):
+            mode.table.follow(t)
+    return out
 
 
 @functools.lru_cache(maxsize=4096)

@@ -148,6 +148,9 @@ class Convolution(Operation):
         return da
 
 
+WORTH_A_CUT = 1 << 24  # bytes of such copies
+
+
 def quarters(room: int, dz: Tensor, shape: torch.Size) -> list[slice]:
     """The batch, or its quarters where a CPU library's copies of dz and a would lift the peak.
 
@@ -156,7 +159,7 @@ def quarters(room: int, dz: Tensor, shape: torch.Size) -> list[slice]:
     """
     n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
     wide = dz.dtype in (torch.float32, torch.float64)
-    if not dz.is_cpu or not wide or room >= copies or n < 4 or not dz.is_contiguous():
+    if not dz.is_cpu or not wide or copies < max(room, WORTH_A_CUT) or n < 4 or not dz.is_contiguous():
         return [slice(0, n)]
     return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
 
@@ -281,7 +284,8 @@ class BatchNorm(Operation):
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         s = self.settings
         if s.training and need_y and task.room.nbytes < y.nbytes and dense_on_cpu(dz, y, self.mean):
-            return grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
+            grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
+            return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *how))
 
@@ -306,7 +310,7 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
     for images in slabs(len(y), y):
         torch.sub(y[images], mean, out=dy[images])
         dy[images].mul_(factor).add_(shift).addcmul_(dz[images], scale)
-    return [dy, None if gamma is None else dgamma, dbeta]
+    return [dy, dgamma, dbeta]
 
 
 class Statistics(NamedTuple):

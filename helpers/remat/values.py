@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 # be made again and again where backward has no room to hold what lies between.
 MOST_PASSES = 16
 # On a CPU, passes that follow one another work on a few images at a time, which stay in the core's cache.
-SLAB_BYTES = 1 << 20
+SLAB_BYTES = 1 << 22
 # Convolutions' outputs made again on the way to one value are held until their own backward: so many of the
 # largest at most.
-MOST_MADE = 2.5
+MOST_MADE = 3.0
 SMALL = 16  # a factor of fewer values than 1/16 of its product is kept at once
 
 
@@ -196,6 +196,11 @@ class Table:
             value = values[key] = self._part(values, t) or Value(t)
         return value
 
+    def follow(self, t: Tensor) -> None:
+        """``t`` is a view: while its whole is known, note which part it is."""
+        if id(t.untyped_storage()) in self._storages:
+            self.find(t)
+
     @staticmethod
     def _part(values: dict, t: Tensor) -> Value | None:
         """A value for ``t`` if it is a view of a value that is known, image by image."""
@@ -254,9 +259,11 @@ class Table:
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
         """Whether making ``value`` from what is kept (and ``also``) costs at most `max_cost` a value."""
         size = value.view.shape.numel()
-        most_price, most_passes = self.max_cost * size, MOST_PASSES * size
+        most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
         if value.recipe is not None and value.recipe.price:  # leave some for what is made of it
-            most_passes -= 4 * size
+            most_passes, most_made = most_passes - 4 * size, most_made - 0.5
+        else:  # as squeeze-and-excite's small convolutions
+            most_price *= 17 / 16
         price = passes = made = 0.0
         largest = value.nbytes
         stack, seen = [value], {id(value)}
@@ -276,7 +283,7 @@ class Table:
                 if id(p) not in seen:
                     seen.add(id(p))
                     stack.append(p)
-        if made > MOST_MADE * largest:
+        if made > most_made * largest:
             return False
         if value.row is not None:
             value.row.cost = price / max(size, 1)
@@ -336,13 +343,9 @@ class Table:
     def expose(self, t: Tensor) -> None:
         """Somebody may write to ``t`` unseen: nodes must see that, as PyTorch's do; recipes must not."""
         for value in self.known(t):
-            if (
-                value.kept is None
-                and value.needs
-                and value.version == t._version
-                and value.view == View.of(t)
-            ):
-                self.keep(value, t)
+            whole = value.live()
+            if value.kept is None and value.needs and whole is not None and whole._version == value.version:
+                self.keep(value, whole)
             if value.kept is not None and value.read and value.before is None:
                 value.before = value.kept.clone()
         for recipe in self.weights.pop(id(t.untyped_storage()), ()):

@@ -12,11 +12,13 @@ from helpers.fused import (
     fused_block2d,
     fused_conv_bn2d,
 )
-from helpers.predict import Prediction, largest_batch, predict_memory
+from helpers.predict import Prediction, largest_batch, max_cost_for, predict_memory
 from helpers.remat import remat
+from helpers.remat.compare import Comparison, compare
 
 __all__ = [
     "BatchNorm",
+    "Comparison",
     "FusedBlock2d",
     "FusedBlockFunction",
     "FusedConvBN2d",
@@ -26,11 +28,13 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",
+    "compare",
     "conv2d_backward",
     "fuse_conv_bn",
     "fused_block2d",
     "fused_conv_bn2d",
     "largest_batch",
+    "max_cost_for",
     "predict_memory",
     "remat",
     "unfuse",

@@ -1,15 +1,17 @@
 """How much memory a training step will take, without taking it.
 
-    predict_memory(model, (256, 3, 224, 224), device_type="cuda")  # Prediction(forward=…, peak=…)
+    predict_memory(model, (256, 3, 224, 224), max_cost=0)  # Prediction(forward=…, peak=…)
     largest_batch(model, (3, 224, 224), 80e9)
+    max_cost_for(model, (256, 3, 224, 224), memory=16 * 2**30)  # a price for remat
 
-The step runs on *fake* tensors, which have a shape, a dtype and a storage of some size, and no memory. A
-storage counts from the operation that made it until its last tensor is gone, in backward too, and with all
-that the fused kernel makes for a moment.
+The step runs on *fake* tensors, which have a shape, a dtype and a storage of some size, and no memory, under
+`remat` if a price is given: its decisions are those of a real step. A storage counts from the operation that
+made it until its last tensor is gone, in backward too, and with all that is made again for a moment.
 
-What is predicted is what PyTorch and we allocate for tensors, which is the same on every machine. What a
-library takes for itself inside of an operation (oneDNN's copies, cuDNN's workspace) depends on the algorithm
-that it chooses there, and is not counted; nor are an allocator's fragments.
+What is predicted is what PyTorch and we allocate for tensors, which is the same on every machine. An
+operation that is composed of others counts as these others. What a library takes for itself inside of one
+(oneDNN's copies, cuDNN's workspace) depends on the algorithm that it chooses there, and is not counted; nor
+are an allocator's fragments.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import fused
 from helpers.batch_norm import CACHED_BYTES, WIDENED_BYTES, stats_dtype
+from helpers.remat import remat
+from helpers.remat.values import Table
 
-__all__ = ["Prediction", "largest_batch", "predict_memory"]
+__all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
 # An accelerator is played by PyTorch's "meta" device: backward on a fake "cuda" tensor asks for a real GPU.
 PLAYED_BY = {"cpu": "cpu", "cuda": "meta"}
@@ -63,7 +67,10 @@ class Held(TorchDispatchMode):
         if self.waiting is not None:
             self.count(self.waiting)
             self.waiting = None
-        out = func(*args, **(kwargs or {}))
+        number = 8 * takes_number(func, args) * (self.block == 1)  # a CPU's tensor
+        self.held += number
+        self.peak = max(self.peak, self.held)
+        out = as_real(func, args, func(*args, **(kwargs or {})))
         if func is torch.ops.aten.add.Tensor and called_by_engine():
             # Two gradients of one tensor. A real one is added in the first one's memory if nothing else
             # holds it, a fake one never: this sum counts once its summands had the chance to go.
@@ -72,6 +79,7 @@ class Held(TorchDispatchMode):
             for t in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(t, Tensor):
                     self.count(t)
+        self.held -= number
         return out
 
     def count(self, t: Tensor) -> None:
@@ -94,6 +102,28 @@ class Held(TorchDispatchMode):
         self.known.update(t.untyped_storage()._cdata for t in tensors)
 
 
+def takes_number(func, args: tuple) -> bool:
+    """Whether a Python number stands where the operator wants a tensor: PyTorch makes one of it meanwhile.
+
+    The 8 bytes are not followed further if autograd saves it, as for x * 2.
+    """
+    return any(
+        type(a) in (int, float) and isinstance(wanted.type, torch.TensorType)
+        for a, wanted in zip(args, func._schema.arguments, strict=False)
+    )
+
+
+def as_real(func, args: tuple, out):
+    """``out``, with what PyTorch's fake batch norm makes of another dtype, or too much."""
+    if func is torch.ops.aten.native_batch_norm.default:
+        z, *stats = out
+        if z.is_cpu and any(t is not None and t.dtype == torch.float32 for t in args[1:5]):
+            return z, *(t.float() for t in stats)  # of half-precision values
+    if func is torch.ops.aten.native_batch_norm_backward.default:
+        return tuple(t if wanted else None for t, wanted in zip(out, args[-1], strict=True))
+    return out
+
+
 def called_by_engine() -> bool:
     """Whether the operator now dispatched is backward's own: no Python function is between the two."""
     frame = sys._getframe(1)
@@ -105,6 +135,8 @@ def called_by_engine() -> bool:
 def predict_memory(
     model: nn.Module,
     *inputs: Tensor | tuple[int, ...],
+    max_cost: float | None = None,
+    autocast: torch.dtype | None = None,
     device_type: str = "cpu",
     loss: Callable[..., Tensor] | None = None,
 ) -> Prediction:
@@ -117,12 +149,21 @@ def predict_memory(
     Args:
         model: as it stands: plain or fused, in training or eval mode, on any device ("meta" too).
         inputs: tensors, whose shape and dtype matter alone, or shapes in the dtype of the parameters.
+        max_cost: if given, forward runs under ``remat(max_cost)``.
+        autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
         device_type: "cpu", or "cuda", which needs no GPU; it decides on slabs and on the size of blocks.
         loss: if given, ``loss(out)`` belongs to forward, and is what backward starts from.
 
     Raises:
         ValueError: an argument that does not fit.
     """
+    return step(model, inputs, max_cost, autocast, device_type, loss)
+
+
+def step(
+    model, inputs, max_cost, autocast, device_type, loss, stop_above: float = math.inf
+) -> Prediction | None:
+    """`predict_memory`; None as soon as forward takes more than ``stop_above``."""
     if device_type not in PLAYED_BY:
         raise ValueError(f"device_type must be one of {', '.join(PLAYED_BY)}, got {device_type!r}")
     if not inputs:
@@ -130,30 +171,56 @@ def predict_memory(
     for t in inputs:
         if not isinstance(t, Tensor):
             check_shape("inputs", t)
-    dtype = parameter_dtype(model)
+    contexts = forward_contexts(max_cost, autocast, device_type)
     mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
     to = {"device": PLAYED_BY[device_type]}
 
-    def fake(t: Tensor | tuple[int, ...]) -> Tensor:
-        if not isinstance(t, Tensor):
-            return torch.empty(t, dtype=dtype, **to)
+    def fake(t: Tensor) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad, **to)
 
     with mode, few_slabs(held):
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        args = [fake(t) for t in inputs]
+        args = [fake(t) for t in as_tensors(model, inputs)]
         held.ignore(*state.values(), *args)
         with held:
-            out = torch.func.functional_call(model, state, tuple(args))
-            result = out if loss is None else loss(out)
+            with contextlib.ExitStack() as forward_in:
+                for context in contexts:
+                    forward_in.enter_context(context)
+                out = torch.func.functional_call(model, state, tuple(args))
+                result = out if loss is None else loss(out)
         if not isinstance(result, Tensor):
             what = "what the model returns" if loss is None else "what it returns"
             raise ValueError(f"loss: {what} must be a tensor to start backward from, got {type(result)}")
+        if held.peak > stop_above:
+            return None
         forward, grad = held.held, torch.empty_like(result)
         held.ignore(grad)
         with held:
             result.backward(grad)
     return Prediction(forward, held.peak)
+
+
+def forward_contexts(max_cost: float | None, autocast: torch.dtype | None, device_type: str) -> list:
+    """What forward runs in, as a user would write it."""
+    contexts = []
+    if autocast is not None:
+        if autocast not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
+        if PLAYED_BY[device_type] != device_type:
+            raise ValueError(
+                f"autocast must be None for device_type={device_type!r}: what plays it has no autocast, got "
+                f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
+            )
+        contexts.append(torch.autocast(device_type, autocast))
+    if max_cost is not None:
+        contexts.append(remat(max_cost))
+    return contexts
+
+
+def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
+    """Tensors without memory in the place of shapes."""
+    how = {"dtype": parameter_dtype(model), "device": "meta"}
+    return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
 
 
 def parameter_dtype(model: nn.Module) -> torch.dtype:
@@ -198,6 +265,14 @@ def few_slabs(held: Held):
         yield
 
 
+def standing(model: nn.Module, optimizer_copies: int) -> int:
+    """Bytes of parameters, buffers, and what the optimizer keeps of the parameters that are trained."""
+    if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
+        raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + optimizer_copies * trained
+
+
 def largest_batch(
     model: nn.Module,
     image_shape: tuple[int, ...],
@@ -205,6 +280,8 @@ def largest_batch(
     optimizer_copies: int = 1,
     device_type: str = "cuda",
     loss: Callable[..., Tensor] | None = None,
+    max_cost: float | None = None,
+    autocast: torch.dtype | None = None,
 ) -> int:
     """The largest batch whose training step is predicted to fit into ``budget_bytes``.
 
@@ -217,23 +294,20 @@ def largest_batch(
         image_shape: of one image, (C, H, W), in the dtype of the parameters.
         optimizer_copies: tensors that the optimizer keeps of each parameter: 0 for plain SGD, 1 with
             momentum, 2 for Adam.
-        model, device_type, loss: see `predict_memory`.
+        model, device_type, loss, max_cost, autocast: see `predict_memory`.
 
     Raises:
-        ValueError: ``budget_bytes`` is too little for one image.
+        ValueError: ``budget_bytes`` is too little for one image, or an argument does not fit.
     """
     check_shape("image_shape", image_shape)
-    if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
-        raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
     if not math.isfinite(budget_bytes):
         raise ValueError(f"budget_bytes must be finite, got {budget_bytes}")
-    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    fixed += optimizer_copies * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    fixed = standing(model, optimizer_copies)
     image_bytes = math.prod(image_shape) * parameter_dtype(model).itemsize
     needed: dict[int, int] = {}
 
     def fits(n: int) -> bool:
-        peak = predict_memory(model, (n, *image_shape), device_type=device_type, loss=loss).peak
+        peak = step(model, ((n, *image_shape),), max_cost, autocast, device_type, loss).peak
         needed[n] = fixed + n * image_bytes + peak
         return needed[n] <= budget_bytes
 
@@ -259,6 +333,66 @@ def largest_batch(
         n = min(max(n, low + 1), high - 1)
         low, high = (n, high) if fits(n) else (low, n)
     return low
+
+
+def max_cost_for(
+    model: nn.Module,
+    *inputs: Tensor | tuple[int, ...],
+    memory: float,
+    optimizer_copies: int = 1,
+    autocast: torch.dtype | None = None,
+    device_type: str = "cuda",
+    loss: Callable[..., Tensor] | None = None,
+) -> int:
+    """The smallest whole ``max_cost`` at which a training step is predicted to fit into ``memory`` bytes.
+
+        with remat(max_cost_for(model, images, memory=16 * 2**30)):
+
+    ``memory`` counts what `largest_batch` counts: parameters and buffers, ``optimizer_copies`` times the
+    parameters that are trained, the inputs, and the peak of the step; leave the driver and libraries room.
+
+    What is held at the end of forward falls as the price rises, the peak need not. So each price at which
+    `remat` decides anything differently is tried, from 0 upwards, until one fits: a prediction for each.
+
+    Raises:
+        ValueError: no price makes it fit; it says which one takes least. Or an argument that does not fit.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
+        raise ValueError(f"memory must be a finite number of bytes above 0, got {memory!r}")
+    fixed, how = standing(model, optimizer_copies), (autocast, device_type, loss)
+    plain = fixed + step(model, inputs, None, *how).peak
+    given = sum(t.nbytes for t in as_tensors(model, inputs))
+    least, least_at, cost = math.inf, 0, 0
+    while cost < math.inf:
+        with next_price(cost) as further:
+            prediction = step(model, inputs, cost, *how, stop_above=least)  # worse than one that did not fit
+        if prediction is not None and prediction.peak < least:
+            least, least_at = prediction.peak, cost
+            if fixed + given + least <= memory:
+                return cost
+        cost = further[0]
+    raise ValueError(
+        f"memory must be at least {fixed + given + least:,} bytes, what this step takes at "
+        f"max_cost={least_at} ({plain + given:,} in plain PyTorch), got {memory:,}"
+    )
+
+
+@contextlib.contextmanager
+def next_price(cost: int):
+    """Yields a list, whose item will be the next whole price that changes a decision of `remat`."""
+    further, affordable = [math.inf], Table.affordable
+
+    def noting(table, value, *others) -> bool:
+        if affordable(table, value, *others):
+            return True
+        asked, table.max_cost = table.max_cost, math.inf
+        if affordable(table, value, *others):  # it was refused for its price
+            further[0] = min(further[0], max(cost + 1, math.ceil(value.row.cost)))
+        table.max_cost = asked
+        return False
+
+    with patch.object(Table, "affordable", noting):
+        yield further
 
 
 def check_shape(name: str, shape) -> None:

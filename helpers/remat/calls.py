@@ -269,7 +269,7 @@ def image_norm(mode, input, weight, bias, groups, shape, eps):
 def activation(kind_of: Callable, in_place: bool = False) -> Callable:
     """The handler of an activation; ``kind_of(**its arguments)`` is its `ops.Kind`."""
 
-    def bind(mode: Mode, function, u, *args, inplace: bool = False, **kwargs):
+    def bind(mode: Mode, function, u, /, *args, inplace: bool = False, **kwargs):
         names = ACTIVATIONS[function][1]
         given = dict(zip(names, args, strict=False), **kwargs)
         inside = in_place or given.pop("inplace", inplace)
@@ -373,7 +373,7 @@ def concatenate(mode, function, tensors, dim=0):
 def one_input(name: str, passes: float = 1.0) -> Callable:
     """A cheap function of one tensor, image by image, whose node saves nothing: it gets a recipe."""
 
-    def bind(mode: Mode, function, x, *args, **kwargs):
+    def bind(mode: Mode, function, x, /, *args, **kwargs):
         fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
 
         def run() -> Tensor:
@@ -498,6 +498,8 @@ CONVOLUTIONS = {
     torch.conv_transpose3d: (3, transposed_convolution),
 }
 RELU, HARDTANH = (lambda: ops.RELU), (lambda min_val=-1.0, max_val=1.0: ops.hardtanh(min_val, max_val))
+CELU = lambda alpha=1.0: ops.elu(alpha, 1.0, 1.0 / alpha)  # noqa: E731
+SELU = lambda: ops.elu(1.6732632423543772, 1.0507009873554805)  # noqa: E731
 LEAKY, ELU = (lambda negative_slope=0.01: ops.leaky_relu(negative_slope)), (lambda alpha=1.0: ops.elu(alpha))
 # function -> its kind, the names of its arguments behind the first, and whether it always works in place
 ACTIVATIONS: dict[Callable, tuple] = {
@@ -507,6 +509,8 @@ ACTIVATIONS: dict[Callable, tuple] = {
     F.hardtanh: (HARDTANH, ("min_val", "max_val", "inplace"), False),
     F.leaky_relu: (LEAKY, ("negative_slope", "inplace"), False),
     F.elu: (ELU, ("alpha", "inplace"), False),
+    F.celu: (CELU, ("alpha", "inplace"), False),
+    F.selu: (SELU, ("inplace",), False),
     F.silu: (lambda: ops.SILU, ("inplace",), False),
     F.mish: (lambda: ops.MISH, ("inplace",), False),
     F.hardswish: (lambda: ops.HARDSWISH, ("inplace",), False),
@@ -514,6 +518,7 @@ ACTIVATIONS: dict[Callable, tuple] = {
     F.gelu: (lambda approximate="none": ops.gelu(approximate), ("approximate",), False),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), (lambda: ops.SIGMOID, (), False)),
     **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), (lambda: ops.SIGMOID, (), True)),
+    **dict.fromkeys((torch.tanh_, Tensor.tanh_), (lambda: ops.TANH, (), True)),
     **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), (lambda: ops.TANH, (), False)),
 }
 ELEMENTWISE = {

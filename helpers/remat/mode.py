@@ -158,11 +158,18 @@ class Mode(TorchFunctionMode):
 
     def __init__(self, max_cost: float) -> None:
         super().__init__()
+        self.price = str(max_cost)  # a string: the compiler would make a number an input
         self.session = Session(max_cost)
         self.table = self.session.table
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if torch.compiler.is_compiling():  # the compiler decides what it saves
+        if torch.compiler.is_compiling():  # one graph of forward and backward, cut by the compiler
+            from helpers.remat.compiled import compile_by_price
+
+            price = self.price  # noqa: F841  a graph for each price
+            torch._dynamo.comptime.comptime(compile_by_price)
+            return function(*args, **(kwargs or {}))
+        if torch._C._are_functorch_transforms_active():
             return function(*args, **(kwargs or {}))
         return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
 

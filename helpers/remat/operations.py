@@ -109,7 +109,7 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        parts = quarters(task.room.nbytes, dz, self.shape)
+        parts = quarters(dz, self.shape, w.nbytes, task.room.nbytes)
         if need_w:
             a, _ = task.get(self.value)
             for images in parts:
@@ -119,6 +119,7 @@ class Convolution(Operation):
                 dw = dw_i if dw is None else dw.add_(dw_i)
                 if need_b:
                     db = db_i if db is None else db.add_(db_i)
+                del dw_i, db_i
             task.room.nbytes -= dw.nbytes
             del a
         elif need_b:
@@ -151,15 +152,16 @@ class Convolution(Operation):
 WORTH_A_CUT = 1 << 24  # bytes of such copies
 
 
-def quarters(room: int, dz: Tensor, shape: torch.Size) -> list[slice]:
+def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
     """The batch, or its quarters where a CPU library's copies of dz and a would lift the peak.
 
-    It copies both into a layout of its own, unless they are channels_last. Sums of quarters would lose digits
-    in half precision.
+    It copies both into a layout of its own, unless they are channels_last. A sum of quarters needs two more
+    weights, and would lose digits in half precision.
     """
     n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
     wide = dz.dtype in (torch.float32, torch.float64)
-    if not dz.is_cpu or not wide or copies < max(room, WORTH_A_CUT) or n < 4 or not dz.is_contiguous():
+    pays = copies >= max(room, WORTH_A_CUT, 3 * weight_bytes)
+    if not (pays and wide and dz.is_cpu and dz.is_contiguous() and n >= 4):
         return [slice(0, n)]
     return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
 
@@ -271,7 +273,7 @@ class BatchNorm(Operation):
         # A norm all in half precision: its scale is rounded in ways that only the kernel knows.
         values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
         how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
-        recipe = Again("norm", lambda y: torch.batch_norm(y, *values, *how), 3.0, gamma)
+        recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
         recipe.whole = True
         return recipe
 

@@ -1,5 +1,7 @@
 """Predicted memory against measured memory, and what the prediction must not do."""
 
+import contextlib
+import math
 from unittest.mock import patch
 
 import pytest
@@ -7,15 +9,33 @@ import torch
 import torchvision
 from torch import nn
 
-from helpers import FusedBlock2d, FusedConvBN2d, fuse_conv_bn, largest_batch, predict, predict_memory
+from helpers import (
+    FusedBlock2d,
+    FusedConvBN2d,
+    fuse_conv_bn,
+    largest_batch,
+    max_cost_for,
+    predict,
+    predict_memory,
+    remat,
+)
 from helpers.memory import MemoryTrace
 
 
-def measure(model, x):
+def measure(model, x, max_cost=None, autocast=None):
     """(end of forward, peak of all tensors) of a step."""
-    grad = torch.randn_like(model(x).detach())
+
+    def forward():
+        with contextlib.ExitStack() as stack:
+            if autocast is not None:
+                stack.enter_context(torch.autocast("cpu", autocast))
+            if max_cost is not None:
+                stack.enter_context(remat(max_cost))
+            return model(x)
+
+    grad = torch.randn_like(forward().detach())
     with MemoryTrace("cpu") as trace:
-        out = model(x)
+        out = forward()
         trace.mark("end of forward")
         out.backward(grad)
     return trace.marks["end of forward"], trace.tensor_peak
@@ -43,6 +63,57 @@ CASES = [(name, fusion) for name in NETWORKS for fusion in list(FUSIONS)[:3]]
 def test_to_the_byte(name, fusion):
     model, shape = network(name, FUSIONS[fusion]), (4, 3, 64, 64)
     assert predict_memory(model, shape) == measure(model, torch.randn(shape))
+
+
+class Network(nn.Module):
+    """A stem with a max-pool, expansions, a depthwise convolution, a gate, a concatenation and a sum."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        norm = nn.BatchNorm2d
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), norm(width), nn.ReLU(), nn.MaxPool2d(2))
+        self.expand = nn.Sequential(nn.Conv2d(width, 2 * width, 1), norm(2 * width), nn.SiLU())
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width), norm(2 * width), nn.SiLU()
+        )
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(2 * width, 2 * width, 1), nn.Sigmoid())
+        self.last = nn.Sequential(nn.Conv2d(3 * width, width, 1), norm(width))
+
+    def forward(self, x):
+        x = self.stem(x)
+        h = self.depthwise(self.expand(x))
+        return (self.last(torch.cat([x, h * self.gate(h)], 1)) + x).relu()
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("max_cost", [None, 0, 9, 50, math.inf])
+def test_to_the_byte_under_remat_and_autocast(max_cost, autocast):
+    model, shape, how = Network(), (4, 3, 32, 32), {"max_cost": max_cost, "autocast": autocast}
+    assert predict_memory(model, shape, **how) == measure(model, torch.randn(shape), **how)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_cost", "autocast"),
+    [("resnet18", 150, torch.bfloat16), ("mobilenet_v2", 0, None), ("squeezenet1_1", 600, torch.bfloat16)],
+)
+def test_to_the_byte_on_networks_as_they_are(name, max_cost, autocast):
+    model, shape, how = network(name, None), (2, 3, 64, 64), {"max_cost": max_cost, "autocast": autocast}
+    assert predict_memory(model, shape, **how) == measure(model, torch.randn(shape), **how)
+
+
+@pytest.mark.parametrize("max_cost", [0, 50])
+def test_one_slab_stands_for_all_under_remat(max_cost):
+    """Passes on images of 1 MiB and more take one at a time; on fake tensors the first, for all."""
+    model, shape = Network(), (6, 3, 128, 128)
+    assert predict_memory(model, shape, max_cost=max_cost) == measure(model, torch.randn(shape), max_cost)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "training"), [(torch.float32, False), (torch.bfloat16, False), (torch.float64, True)]
+)
+def test_to_the_byte_under_remat_in_eval_mode_and_other_dtypes(dtype, training):
+    model, x = Network().to(dtype).train(training), torch.randn(4, 3, 32, 32, dtype=dtype)
+    assert predict_memory(model, x, max_cost=9) == measure(model, x, 9)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
@@ -99,6 +170,7 @@ EXACT = {
     "ends with a sum": lambda h: h.exp() + h.cos(),
     "ends with a view": lambda h: h.exp().unflatten(0, (2, 500)),
     "a sum of its own in backward": SumInBackward.apply,
+    "a number is a tensor meanwhile": lambda h: h.neg() + 2,
 }
 
 
@@ -150,12 +222,22 @@ def test_cuda_needs_no_gpu():
     assert torch.ones(1, requires_grad=True).sum().backward() is None  # the engine is as it was
 
 
+def test_cuda_under_remat():
+    """No slabs there: what lies between is as large as the result."""
+    model, shape = Network(), (64, 3, 32, 32)
+    plain, kept = (predict_memory(model, shape, max_cost=c, device_type="cuda") for c in (None, 0))
+    assert kept.forward < 0.7 * plain.forward and kept.peak < plain.peak
+    assert kept.peak > predict_memory(model, shape, max_cost=0).peak
+    assert kept.peak % 512 == 0 and kept.forward % 512 == 0
+
+
 def test_computes_nothing_and_changes_nothing():
     model = network("resnet18", {})
     before = {name: t.clone() for name, t in model.state_dict().items()}
     random = torch.get_rng_state()
-    forward, _ = predict_memory(model, (2**18, 3, 224, 224), device_type="cuda")
-    assert forward > 2**40  # a TiB, which is not here
+    for max_cost in (None, 0):
+        forward, _ = predict_memory(model, (2**18, 3, 224, 224), max_cost=max_cost, device_type="cuda")
+        assert forward > 2**40  # a TiB, which is not here
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
@@ -209,12 +291,68 @@ def test_largest_batch_where_one_image_fits_or_none():
         largest_batch(model, (3, 1, 1), 1000)
 
 
+def test_largest_batch_under_remat_and_autocast():
+    model, budget = Network(), 2**24
+    batches = {}
+    for how in ({}, {"max_cost": 0}, {"max_cost": 0, "autocast": torch.bfloat16}):
+        n = batches[len(how)] = largest_batch(model, (3, 32, 32), budget, 0, device_type="cpu", **how)
+        fits, not_any_more = (
+            predict_memory(model, (m, 3, 32, 32), **how).peak
+            + sum(t.nbytes for t in model.state_dict().values())
+            + m * 3 * 32 * 32 * 4
+            for m in (n, n + 1)
+        )
+        assert fits <= budget < not_any_more
+    assert batches[0] < batches[1] < batches[2]
+
+
+def test_max_cost_for_is_the_smallest_price():
+    """Against all whole prices, one after another."""
+    model, x = Network(4), torch.randn(8, 3, 16, 16)
+    peaks = [predict_memory(model, x, max_cost=cost).peak for cost in range(32)]
+    fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + x.nbytes
+    fixed += 2 * sum(p.nbytes for p in model.parameters())
+    assert len(set(peaks)) > 2
+    for peak in sorted(set(peaks)):
+        cost = max_cost_for(model, x, memory=fixed + peak, optimizer_copies=2, device_type="cpu")
+        assert cost == next(c for c, p in enumerate(peaks) if p <= peak)
+
+
+def test_max_cost_for_names_the_least():
+    model, shape = Network(4), (8, 3, 16, 16)
+    with pytest.raises(ValueError, match="^memory must be at least .*, got 1,000$") as error:
+        max_cost_for(model, shape, memory=1000)
+    words = str(error.value).replace(",", "").split()
+    least, cost = int(words[5]), int(next(w for w in words if w.startswith("max_cost=")).split("=")[1])
+    assert max_cost_for(model, shape, memory=least) == cost
+    with pytest.raises(ValueError, match=f"{least:,}"):
+        max_cost_for(model, shape, memory=least - 1)
+    peak = predict_memory(model, shape, device_type="cuda").peak
+    plain = peak + sum((2 * p.nbytes for p in model.parameters()), sum(b.nbytes for b in model.buffers()))
+    assert f"{plain + 8 * 3 * 16 * 16 * 4:,} in plain" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m: predict_memory(m), "inputs must have"),
         (lambda m: predict_memory(m, (2, 0)), "inputs must be a shape"),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
+        (lambda m: predict_memory(m, (2, 3), max_cost=-1), "max_cost must be a number from 0 on"),
+        (
+            lambda m: predict_memory(m, (2, 3), autocast=torch.float32),
+            "autocast must be None, torch.bfloat16",
+        ),
+        (
+            lambda m: predict_memory(m, (2, 3), autocast=torch.bfloat16, device_type="cuda"),
+            "autocast must be None for device_type='cuda'",
+        ),
+        (
+            lambda m: max_cost_for(m, (2, 3), memory=-1),
+            "memory must be a finite number of bytes above 0, got -1",
+        ),
+        (lambda m: max_cost_for(m, (2, 3), memory="16 GiB"), "memory must be a finite number"),
+        (lambda m: max_cost_for(m, memory=1e9), "inputs must have"),
         (lambda m: largest_batch(m, 3, 1e9), "image_shape must be a shape"),
         (lambda m: largest_batch(m, (3,), 1e9, -1), "optimizer_copies must be an int from 0 on, got -1"),
         (lambda m: largest_batch(m, (3,), float("inf")), "budget_bytes must be finite, got inf"),

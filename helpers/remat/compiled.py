@@ -1,0 +1,93 @@
+"""What a compiled graph keeps for backward: the same idea and the same price, by the compiler's own means.
+
+Under `torch.compile` forward and backward are one graph, and the compiler chooses the cut between its two
+halves that carries the fewest bytes. It counts few operations as cheap, though, and stops at rules that spare
+time on a GPU. Here it is told otherwise, for graphs that are compiled under `remat` alone. Its options for
+this, `activation_memory_budget` and `aggressive_recomputation`, are not used: they draw dropout's random
+numbers anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from unittest import mock
+
+import torch
+from torch._functorch import config, partitioners
+from torch.fx import Graph, Node
+
+from helpers.remat.values import MOST_MADE
+
+aten, prims = torch.ops.aten, torch.ops.prims
+NO_RULES = {
+    "ban_recompute_used_far_apart": False,
+    "ban_recompute_long_fusible_chains": False,
+    "ban_recompute_materialized_backward": False,
+}
+CHEAP = {aten.cat, aten.constant_pad_nd, aten.avg_pool2d, aten.max_pool2d_with_indices}
+CHEAP |= {getattr(prims, f"_low_memory_max_pool{d}_with_offsets", None) for d in ("", "2d")}
+
+
+def compile_by_price(context) -> None:
+    """While a graph is traced: have it compiled for the caller's ``price``, that of the innermost context."""
+    output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+    if isinstance(output.compiler_fn, ByPrice):
+        return
+    output.compiler_fn = ByPrice(output.compiler_fn, context.get_local("price").as_python_constant())
+
+
+class ByPrice:
+    """A compiler that calls ``compiler`` with the cut's rules changed."""
+
+    def __init__(self, compiler, price: str) -> None:
+        functools.update_wrapper(self, compiler)
+        self.compiler, self.price = compiler, price
+
+    def __call__(self, graph, inputs):
+        table = partitioners.get_default_op_list()
+        operations = Operations(**vars(table))
+        operations.max_cost = float(self.price)
+        tag = f"{torch.compiler.config.cache_key_tag} remat {self.price}"
+        with (
+            config.patch(NO_RULES),
+            torch.compiler.config.patch(cache_key_tag=tag),  # the rules are no part of the cache's key
+            mock.patch.object(partitioners, "get_default_op_list", lambda: operations),
+        ):
+            return self.compiler(graph, inputs)
+
+
+class Operations(partitioners.OpTypes):
+    """The compiler's table of operations; convolutions within the price may be computed again."""
+
+    max_cost = 0.0
+    graph, within = None, frozenset()
+
+    def is_recomputable(self, node: Node) -> bool:
+        if node.target is aten.convolution.default:
+            if self.graph is not node.graph:
+                self.graph, self.within = node.graph, convolutions_within(self, node.graph)
+            return node in self.within
+        return super().is_recomputable(node) or partitioners.get_aten_target(node) in CHEAP
+
+
+def convolutions_within(operations: Operations, graph: Graph) -> set[Node]:
+    """Those that cost at most `max_cost` a value, with all that is computed again on their way."""
+    within, on_the_way = set(), {}
+    for node in graph.nodes:
+        made = frozenset().union(*(on_the_way.get(p, ()) for p in node.all_input_nodes))
+        if node.target is aten.convolution.default:
+            made |= {node}
+            if not node.args[6] and affordable(node, made, operations.max_cost):
+                within.add(node)
+            else:
+                made = frozenset()
+        elif node.op != "call_function" or not operations.is_recomputable(node):
+            made = frozenset()
+        on_the_way[node] = made
+    return within
+
+
+def affordable(node: Node, made: frozenset[Node], max_cost: float) -> bool:
+    size = {n: partitioners._size_of(n) for n in made}  # bytes; of symbolic sizes too
+    price = sum(size[n] * n.args[1].meta["val"][0].numel() for n in made)
+    return price <= max_cost * size[node] and sum(size.values()) <= MOST_MADE * max(size.values())

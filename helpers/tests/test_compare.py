@@ -1,0 +1,209 @@
+"""`compare` finds what is wrong, says what is gained, and leaves everything as it was."""
+
+import dataclasses
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import compare, predict_memory
+from helpers.remat import operations
+
+
+def network(*more):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    model = nn.Sequential(*layers, *more)
+    for norm in (model[1], model[4]):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return model
+
+
+IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Model(nn.Module):
+    """A network whose forward is ``function(network, …)``."""
+
+    def __init__(self, function, *more):
+        super().__init__()
+        self.network, self.function = network(*more), function
+
+    def forward(self, *args, **kwargs):
+        return self.function(self.network, *args, **kwargs)
+
+
+def test_what_it_finds():
+    found = compare(network(), IMAGES, max_cost=0, rounds=1)
+    assert found.equal and found.reference == "float64"
+    assert found.difference < 1e-4 and 0 < found.rounding < 1e-4
+    held = tuple(predict_memory(network(), IMAGES, max_cost=c).forward for c in (None, 0))
+    assert found.held == held and held[1] < held[0]
+    assert all(p >= h for p, h in zip(found.peak, held, strict=True)) and min(found.seconds) > 0
+    dearer = compare(network(), IMAGES, max_cost=math.inf, rounds=1)
+    assert dearer.equal and dearer.held[1] < held[1] and dearer.held[0] == held[0]
+
+
+def test_what_it_prints():
+    found = compare(network(), IMAGES, max_cost=27, rounds=2)
+    found = dataclasses.replace(found, held=(2**21, 2**20), peak=(2**22, 3 * 2**20), seconds=(0.5, 0.6))
+    found = dataclasses.replace(found, difference=0.0, rounding=1.5e-7)
+    assert str(found).splitlines() == [
+        "remat(max_cost=27): forward equal to the bit",
+        "gradients apart by 0.0e+00; plain's from float64 by 1.5e-07",
+        "              plain     remat  ratio",
+        "held MiB        2.0       1.0   0.50",
+        "peak MiB        4.0       3.0   0.75",
+        "time ms       500.0     600.0   1.20",
+    ]
+    assert "forward NOT EQUAL to" in str(dataclasses.replace(found, equal=False))
+
+
+def test_a_wrong_gradient_is_seen():
+    """A remade activation that is a little off: only remat's gradients change."""
+    make = operations.Normalise.run
+    with patch.object(operations.Normalise, "run", lambda *args: make(*args).mul_(1.001)):
+        found = compare(network(), IMAGES, rounds=1)
+    assert found.equal and found.difference > 5e-4 and found.rounding < 1e-4
+
+
+def test_a_gradient_that_is_missing_is_seen():
+    backward = operations.Convolution.backward
+    without_dw = lambda *args: [backward(*args)[0], None, None]  # noqa: E731
+    with patch.object(operations.Convolution, "backward", without_dw):
+        found = compare(network(), IMAGES, rounds=1)
+    assert found.equal and 0.99 < found.difference < 1.01
+
+
+def test_another_forward_is_seen():
+    """It counts its calls: the second of a pair is another."""
+
+    def counting(net, x):
+        counting.calls += 1
+        return net(x) + counting.calls
+
+    counting.calls = 0
+    assert not compare(Model(counting), IMAGES, rounds=1).equal
+
+
+def test_running_statistics_belong_to_what_is_compared():
+    def counting(net, x):
+        counting.calls += 1
+        net[1].running_mean.add_(counting.calls)
+        return net(x)
+
+    counting.calls = 0
+    assert not compare(Model(counting), IMAGES, rounds=1).equal
+
+
+def test_random_numbers_are_the_same():
+    found = compare(network(nn.Dropout(), nn.ReLU()), IMAGES, rounds=1)
+    assert found.equal and found.reference == "a second run"
+    assert found.rounding == 0 and found.difference < 1e-5
+
+
+def test_a_model_that_knows_no_float64():
+    found = compare(Model(lambda net, x: net(x) @ torch.ones(12, 2)), IMAGES, rounds=1)
+    assert found.equal and found.reference == "a second run"
+
+
+def test_a_bias_before_a_norm_does_not_hide_the_others():
+    """Its gradient is rounding alone, so that its own relative difference would be about 1."""
+    assert compare(network(), IMAGES, rounds=1).rounding < 1e-4
+
+
+@dataclasses.dataclass
+class Result:
+    logits: torch.Tensor
+    others: dict
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: {"a": [y, y.detach()], "b": None},
+        lambda y: Result(y, {"mean": (y.mean(), 3)}),
+        lambda y: (y, Result(y + 1, {})),
+    ],
+    ids=["dict", "dataclass", "tuple"],
+)
+def test_outputs_of_any_form(wrap):
+    model = Model(lambda net, x, *, scale, more: wrap(net(x) * scale + more["y"][0]))
+    found = compare(model, IMAGES, rounds=1, scale=2.0, more={"y": (torch.ones(1, requires_grad=True), "z")})
+    assert found.equal and found.difference < 1e-5 and found.reference == "float64"
+
+
+def test_within_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compare(network(), IMAGES, rounds=1)
+    assert found.equal and found.reference == "float64" and found.rounding > 1e-4
+    held = predict_memory(network(), IMAGES, autocast=torch.bfloat16).forward
+    cached = sum(m.weight.numel() * 2 for m in network() if isinstance(m, nn.Conv2d))
+    assert abs(found.held[0] - held) <= cached  # autocast's copies of weights and biases stay until its end
+
+
+def changing(net, x):
+    """Changes a parameter and a buffer, replaces another buffer, sets eval mode, draws numbers."""
+    changing.calls += 1
+    with torch.no_grad():
+        net[0].weight.add_(torch.rand(()))
+    net[1].running_mean.mul_(0.5)
+    net[1].running_var = net[1].running_var + 1
+    if changing.calls == changing.fails:
+        raise LookupError("no more")
+    y = net(x)
+    net.eval()
+    return y
+
+
+@pytest.mark.parametrize("fails", [0, 1, 2, 3, 6])
+def test_everything_is_as_it_was(fails):
+    model = Model(changing, nn.Dropout())
+    changing.calls, changing.fails = 0, fails
+    first, second, *_ = model.parameters()
+    first.grad = grad = torch.randn_like(first)
+    model.network[4].eval()
+    x, values = IMAGES.clone().requires_grad_(), grad.clone()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    buffers, training = list(model.buffers()), [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    if fails:
+        with pytest.raises(LookupError):
+            compare(model, x, rounds=1)
+    else:
+        assert compare(model, x, rounds=1).equal
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(b is c for b, c in zip(model.buffers(), buffers, strict=True))
+    assert [m.training for m in model.modules()] == training
+    assert first.grad is grad and torch.equal(grad, values) and second.grad is None
+    assert x.grad is None and torch.equal(x, IMAGES)
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_inputs_changed_in_place_and_no_grad_around():
+    model = Model(lambda net, x: net(x.mul_(2)))
+    x = IMAGES.clone()
+    with torch.no_grad():
+        assert compare(model, x, rounds=1).equal
+    assert torch.equal(x, IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: compare(len, IMAGES), "model must be a torch.nn.Module, got <class 'builtin"),
+        (lambda: compare(network(), IMAGES, rounds=0), "rounds must be an int from 1 on, got 0"),
+        (lambda: compare(network(), IMAGES, max_cost=-1), "max_cost must be a number from 0 on"),
+        (
+            lambda: compare(nn.ReLU(), IMAGES),
+            "model must return a tensor that requires a gradient, got <class",
+        ),
+        (lambda: compare(network(), IMAGES.to("meta")), "device must keep memory statistics, got meta"),
+    ],
+)
+def test_errors_name_the_argument(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()

@@ -517,10 +517,10 @@ def check_group_norm(answer) -> str:
         return "exercise 3: dgamma is wrong; y_hat needs each image's own mean and std, group by group"
     if not torch.allclose(got[1], want[1]):
         return "exercise 3: dw is wrong; gamma differs inside a group, so it must stand inside the two sums"
-    if trace.peak - x.nbytes > dz.nbytes:
-        buffers = (trace.peak - x.nbytes) / dz.nbytes
+    if trace.tensor_peak - x.nbytes > dz.nbytes:
+        buffers = (trace.tensor_peak - x.nbytes) / dz.nbytes
         return f"exercise 3: right gradients, but beside dx it needs {buffers:.1f} buffers; go image by image"
-    return f"exercise 3: right, with {(trace.peak - x.nbytes) / dz.nbytes:.2f} buffers beside dx"
+    return f"exercise 3: right, with {(trace.tensor_peak - x.nbytes) / dz.nbytes:.2f} buffers beside dx"
 
 
 # Chapter 7 -----------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ __all__ = [
 # steps that use it; on an accelerator it must be large enough to fill the device.
 SLAB_BYTES = {"cpu": 1 << 22}
 SLAB_BYTES_ACCELERATOR = 1 << 27
-# A matrix product is as fast as the library's convolution for images of so many pixels, or small weights.
+# A matrix product is taken for images of so many pixels, or small weights: there it was at least as fast as
+# the library's convolution where it was measured.
 MATRIX_PIXELS, MATRIX_WEIGHTS = 256, 1 << 15
 MATRIX_GRADIENTS = 3 << 12  # up to so many weights, their gradient of each image is laid out and summed
 
@@ -91,7 +92,7 @@ def convolve(a: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, out: Te
     """conv(a), in ``out`` if that is given.
 
     On a CPU a pointwise convolution may be a matrix product, which writes where it is told to. One with a
-    stride is done without, on the pixels that it sees: the library's is slower.
+    stride is done without, on the pixels that it sees.
     """
     a, conv = seen(a, weight, conv)
     if bias is None and is_product(a, weight, conv, a if out is None else out):

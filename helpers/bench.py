@@ -1,12 +1,14 @@
 """`make bench`: memory and time of the layers, each beside the unfused pair, in one run.
 
-    python -m helpers.bench [DEVICE=cuda] [REPEATS=7] [QUICK=1]
+    python -m helpers.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [QUICK=1]
 
-prints a table for each workload and writes data/measurements/bench_<device>.json. Times are forward and
-backward of the network; all methods take turns, a ratio is taken within each round, and the median of
-the ratios is shown with their range. Short steps have more than REPEATS rounds. Each workload has a process
-of its own, as a training has: memory that an earlier one left to the process would speed up those that use
-the most.
+prints a table for each workload and writes data/measurements/bench_<device>.json (with ONLY, a record of its
+own name). Times are forward and backward of the network; all methods take turns, a ratio is taken within
+each round, and the median of the ratios is shown with their range. Short steps have more than REPEATS rounds.
+Each workload has a process of its own, as a training has: memory that an earlier one left to the process
+would speed up those that use the most. On Linux a tensor of over 32 MiB is fresh pages at each allocation,
+which punishes those that use the most, too: there each workload is timed a second time, in a process whose
+allocator keeps its memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import copy
 import datetime
 import functools
 import json
+import os
 import statistics
 import sys
 import time
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +38,7 @@ from helpers.fuse import fuse_conv_bn
 from helpers.fused import FusedBlock2d, FusedConvBN2d
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.mnist import Net, pick_device
+from helpers.remat import remat
 
 __all__ = ["METHODS", "NETWORKS", "TutorialConvBN2d", "chain", "compare", "print_table", "real_networks"]
 
@@ -106,8 +111,34 @@ class Checkpointed(nn.Module):
         super().__init__()
         self.module = module
 
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return checkpoint(self.module, *inputs, use_reentrant=False)
+
+
+class Remat(nn.Module):
+    """A module under `helpers.remat`."""
+
+    def __init__(self, module: nn.Module, max_cost: float) -> None:
+        super().__init__()
+        self.module, self.max_cost = module, max_cost
+
     def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.module, x, use_reentrant=False)
+        with remat(self.max_cost):
+            return self.module(x)
+
+
+def under_remat(make: Callable[[], nn.Module], *prices: float) -> dict[str, Callable[[], nn.Module]]:
+    """The network of ``make`` under `remat`, at each price."""
+    return {f"remat, {price:g}": lambda price=price: Remat(make(), price) for price in prices}
+
+
+def block_by_block(model: nn.Module) -> nn.Module:
+    """Each block of one of torchvision's networks under a checkpoint of its own."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ in BLOCKS:
+                setattr(module, name, Checkpointed(child))
+    return model
 
 
 def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
@@ -181,6 +212,8 @@ def pointwise_pairs(blocks: int, narrow: int, wide: int) -> dict[str, Callable[[
     }
 
 
+BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
+PRICES = (0, 150, 600)
 NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
 
 
@@ -206,6 +239,8 @@ def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
 
     return {
         "unfused": make,
+        **under_remat(make, *PRICES),
+        "checkpoint": lambda: block_by_block(make()),
         "fused, least memory": lambda: fuse_conv_bn(make()),
         "fused, no convolution twice": lambda: fuse_conv_bn(make(), recompute_conv=False),
     }
@@ -320,7 +355,8 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
     kinds = {"3x3, 32 channels": (32, 3), "1x1, 128 channels": (128, 1)}
 
     def of_pairs(build: Callable[[Callable], nn.Module]) -> dict[str, Callable]:
-        return {name: functools.partial(build, make) for name, make in METHODS.items()}
+        networks = {name: functools.partial(build, make) for name, make in METHODS.items()}
+        return {**networks, **under_remat(networks["unfused"], *PRICES)}
 
     works = {f"MNIST network, batch {batch}": ((batch, 1, 28, 28), of_pairs(Net))}
     for kind, (channels, kernel) in kinds.items():
@@ -330,7 +366,7 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
         networks = norm_first_chains(12, channels, kernel)
         works[f"12 blocks norm, ReLU, conv: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
     works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
-    shape = (4, 3, 64, 64) if quick else (16, 3, 128, 128) if device.type == "cpu" else (256, 3, 224, 224)
+    shape = (4, 3, 64, 64) if quick else (16, 3, 160, 160) if device.type == "cpu" else (256, 3, 224, 224)
     for name in NETWORKS:
         works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, real_networks(name))
     return works
@@ -358,8 +394,10 @@ def measure(device: torch.device, mode: str, title: str, repeats: int, quick: bo
     return compare(networks, x, repeats, amp, 0 if quick else ROUNDS_SECONDS)
 
 
-def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write: bool = True) -> dict:
-    """Measure every workload and method; print the tables; return (and write) the record."""
+def run(
+    device_name: str = "auto", repeats: int = 7, quick: bool = False, write: bool = True, only: str = ""
+) -> dict:
+    """Measure the workloads with ``only`` in their title; print the tables; return (and write) the record."""
     device, how = memory_device(pick_device(device_name))
     record = {
         "date": datetime.date.today().isoformat(),
@@ -368,15 +406,19 @@ def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write:
         "tables": {},
     }
     print(", ".join(f"{k}: {v}" for k, v in record.items() if k != "tables"))
-    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as process:
-        for mode in modes(device):
-            for title in workloads(device, quick):
-                rows = process.submit(measure, device, mode, title, repeats, quick).result()
-                record["tables"][f"{title}, {mode}"] = rows
-                print_table(f"{title}, {mode}", rows)
+    allocators = {"": {}}
+    if device.type == "cpu" and sys.platform == "linux":
+        allocators[", allocator keeps its memory"] = KEEPS_MEMORY
+    for mode in modes(device):
+        for title in workloads(device, quick):
+            for allocator, environment in allocators.items():
+                if only in title:
+                    rows = measured(environment, device, mode, title, repeats, quick)
+                    record["tables"][f"{title}, {mode}{allocator}"] = rows
+                    print_table(f"{title}, {mode}{allocator}", rows)
     if write:
         MEASUREMENTS.mkdir(exist_ok=True)
-        path = MEASUREMENTS / f"bench_{device.type}.json"
+        path = MEASUREMENTS / f"bench_{device.type}{only and '_' + only.replace(' ', '_')}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(
             f"\nwritten to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}"
@@ -384,10 +426,19 @@ def run(device_name: str = "auto", repeats: int = 7, quick: bool = False, write:
     return record
 
 
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+
+
+def measured(environment: dict[str, str], *arguments) -> list[dict]:
+    """`measure` in a process of its own, which starts with these variables."""
+    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
+
+
 def main(arguments: list[str]) -> int:
     """NAME=VALUE arguments, checked before anything runs."""
-    allowed = {"DEVICE": str, "REPEATS": int, "QUICK": int}
-    values = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0}
+    allowed = {"DEVICE": str, "REPEATS": int, "QUICK": int, "ONLY": str}
+    values = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": ""}
     try:
         for argument in arguments:
             name, _, text = argument.partition("=")
@@ -404,7 +455,7 @@ def main(arguments: list[str]) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     quick = bool(values["QUICK"])
-    run(values["DEVICE"], values["REPEATS"], quick, write=not quick)
+    run(values["DEVICE"], values["REPEATS"], quick, not quick, values["ONLY"])
     return 0
 
 

@@ -200,7 +200,11 @@ class remat:  # noqa: N801
     activations, products and poolings get a node of their own, which keeps its inputs as *recipes*: a norm,
     an activation, a concatenation or a sum is made again in backward from what is kept. Everything else runs
     as always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
-    checkpoint, other threads. Nothing in the model changes.
+    checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler gets the same
+    price.
+
+    Not seen are writes without a version (``weight.data.mul_()``) after the context, and through the older
+    ``torch.utils.dlpack.to_dlpack``: what is made again then takes the new values.
 
     Args:
         max_cost: multiplications per value that may be done a second time, a number from 0 on. A convolution

@@ -145,7 +145,7 @@ ACTIVATIONS = {
     "mish": nn.Mish,
     "hardswish": nn.Hardswish,
     "hardsigmoid": nn.Hardsigmoid,
-    "celu": lambda inplace: nn.CELU(0.8, inplace),
+    "celu": lambda inplace: nn.CELU(0.5, inplace),
     "selu": nn.SELU,
     "threshold": lambda inplace: nn.Threshold(0.1, 0.2, inplace),
     "dropout": lambda inplace: nn.Dropout(0.3, inplace),

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import dlpack
 from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
@@ -455,7 +454,6 @@ WRITES = {
     "numpy": lambda t: np.multiply(t.detach().numpy(), 0.5, out=t.detach().numpy()),
     "asarray": lambda t: np.add(np.asarray(t.detach()), 1, out=np.asarray(t.detach())),
     "dlpack": lambda t: torch.from_dlpack(t.detach()).mul_(0.5),
-    "older dlpack": lambda t: dlpack.from_dlpack(dlpack.to_dlpack(t.detach())).mul_(0.5),
     "storage": lambda t: t.untyped_storage().copy_((t.detach() + 1).untyped_storage()),
     "memory": lambda t: np.frombuffer(t.detach().numpy(), np.float64).__imul__(0.5),
 }  # fmt: skip

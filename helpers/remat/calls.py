@@ -312,6 +312,8 @@ def prelu(mode, function, input, weight):
 
 def elementwise(mode, function, p, q, **kwargs):
     operator, in_place = ELEMENTWISE[function]
+    if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
+        p, q, function = q, p, operator  # the larger one first
     fit(not kwargs and plain(p) and p.dim() > 1)
     if not isinstance(q, Tensor):
         fit(type(q) in (int, float))
@@ -538,7 +540,9 @@ HANDLERS: dict[Callable, Callable | None] = {
     **{function: activation(kind, in_place) for function, (kind, _, in_place) in ACTIVATIONS.items()},
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
-    **dict.fromkeys((F.interpolate, F.pad, F.pixel_shuffle, Tensor.contiguous), one_input("resize")),
+    **dict.fromkeys(
+        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), one_input("resize")
+    ),
     **dict.fromkeys(EXPOSING, expose),
     F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),

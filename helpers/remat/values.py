@@ -61,7 +61,14 @@ class View(NamedTuple):
         """Memory for such a tensor, or for some images of it."""
         shape = self.shape if images is None else (images, *self.shape[1:])
         how = {"dtype": self.dtype, "device": self.device}
-        return torch.empty_strided(shape, self.stride, **how) if self.dense else torch.empty(shape, **how)
+        return torch.empty_strided(shape, self.stride if self.dense else self.packed(), **how)
+
+    def packed(self) -> list[int]:
+        """Strides without gaps, dimensions in the same order: what is made from it has forward's layout."""
+        strides, step = [0] * len(self.shape), 1
+        for i in sorted(range(len(self.shape)), key=lambda i: (self.stride[i], -i)):
+            strides[i], step = step, step * self.shape[i]
+        return strides
 
     @property
     def nbytes(self) -> int:
@@ -444,6 +451,8 @@ class Task:
                 continue
             if v.recipe.price:
                 t = v.recipe.run(None, *[self.passes(self.plan(p)[0], p) for p in v.parents])
+                if v.view.dense and t.stride() != v.view.stride:  # its views are read by forward's strides
+                    t = v.view.empty().copy_(t)
             else:
                 t = self.passes(steps, v)
             stack.pop()

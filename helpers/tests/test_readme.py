@@ -4,7 +4,9 @@ import base64
 import re
 
 import pytest
+import torchvision
 
+from helpers import predict_memory
 from helpers.run import (
     NOTEBOOKS,
     ROOT,
@@ -64,6 +66,19 @@ def test_the_ratios_are_the_committed_record():
         [row] = [row for row in record["tables"][f"{title}, float32"] if row["name"] == method]
         measured = (row["peak_ratio"], row["forward_ratio"], row["time_ratio"], *row["time_range"])
         assert numbers == [f"{value:.2f}" for value in measured]
+
+
+def test_what_remat_holds_is_predicted():
+    """The rows count tensors, so they can be had again; two of the four, to save time."""
+    rows = re.findall(r"^\| (\w+) \| (.+?) \| (.+?) \| (.+?) \|$", README, re.MULTILINE)
+    rows = {name: cells for name, *cells in rows if all(re.fullmatch(r"0\.\d\d / 0\.\d\d", c) for c in cells)}
+    assert len(rows) == 4
+    for name in ("resnet50", "mobilenet_v2"):
+        model, shape = torchvision.models.get_model(name, weights=None), (16, 3, 160, 160)
+        plain = predict_memory(model, shape)
+        for cell, max_cost in zip(rows[name], (0, 150, 600), strict=True):
+            forward, peak = predict_memory(model, shape, max_cost=max_cost)
+            assert cell == f"{forward / plain.forward:.2f} / {peak / plain.peak:.2f}"
 
 
 def test_links_and_paths_lead_somewhere():

@@ -987,3 +987,23 @@ def distributed(rank, folder):
 @pytest.mark.skipif(test_distributed.pytestmark.args[0], reason="needs torch.distributed with gloo")
 def test_two_processes(tmp_path):
     assert two_processes(tmp_path, distributed) == [0, 0]
+
+
+@pytest.mark.parametrize("cost", [0, 1e9])
+def test_a_convolution_of_a_view_with_gaps(cost):
+    """What is made again has forward's strides, or its views would be read with others."""
+    torch.manual_seed(0)
+    first, conv, last = nn.Linear(4, 12), nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Linear(2, 3)
+    model, x = nn.ModuleList([first, conv, last]).double(), torch.randn(2, 5, 5, 4).double()
+
+    def forward():
+        y = conv(first(x)[..., :2].permute(0, 3, 1, 2))
+        return last(y.permute(0, 2, 3, 1))
+
+    plain = forward()
+    grad = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, list(model.parameters()), grad)
+    with remat(cost):
+        out = forward()
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(torch.autograd.grad(out, list(model.parameters()), grad), wanted)

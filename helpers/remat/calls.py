@@ -44,16 +44,20 @@ def quiet() -> bool:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary dense floating-point tensors (or None)."""
-    return all(
-        t is None
-        or (
-            type(t) in TENSORS
-            and t.layout is torch.strided
-            and t.is_floating_point()
-            and not t.is_inference()
-        )
-        for t in tensors
-    )
+    for t in tensors:
+        if t is not None and (type(t) not in TENSORS or t.layout is not torch.strided):
+            return False
+        if t is not None and (not t.is_floating_point() or t.is_inference()):
+            return False
+    return True
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether PyTorch would make a node."""
+    for t in tensors:  # a generator would cost twice as much
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 class Unfit(Exception):
@@ -120,7 +124,7 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 
 def convolution(mode: Mode, function, input, weight, arguments: dict, bias, transposed: bool):
     fit(plain(input, weight, bias) and weight.dim() == input.dim() == CONVOLUTIONS[function][0] + 2)
-    fit(any(t is not None and t.requires_grad for t in (input, weight, bias)) and input.numel() > 0)
+    fit(needs_grad(input, weight, bias) and input.numel() > 0)
     stride, padding, dilation = (hashable(arguments[k]) for k in ("stride", "padding", "dilation"))
     extra, groups = hashable(arguments.get("output_padding", 0)), arguments["groups"]
     geometry = geometry_of(weight.shape[2:], stride, padding, dilation, transposed, extra, groups)
@@ -158,7 +162,7 @@ def multiply(
 
 def linear(mode, function, input, weight, bias=None):
     fit(plain(input, weight, bias) and input.dim() > 1 and weight.dim() == 2 and input.numel() > 0)
-    fit(any(t is not None and t.requires_grad for t in (input, weight, bias)))
+    fit(needs_grad(input, weight, bias))
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
@@ -216,7 +220,7 @@ def batch_norm(
     eps=1e-5,
 ):
     fit(plain(input, weight, bias) and input.dim() >= 2 and input.numel() > 0)
-    fit(any(t is not None and t.requires_grad for t in (input, weight, bias)))
+    fit(needs_grad(input, weight, bias))
     fit(isinstance(momentum, float) and isinstance(eps, float) and all(type(t) in TENSORS for t in (input,)))
     fit((running_mean is None) == (running_var is None) and (training or running_mean is not None))
     fit(not training or input.numel() // input.shape[1] > 1)  # else PyTorch's own error

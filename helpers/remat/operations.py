@@ -25,7 +25,6 @@ class Operation:
 
     saved: tuple[int, ...] = ()  # which inputs autograd saves: parameters, whose versions it then checks
     in_place = False
-    output: Callable[[], Value | None] = staticmethod(lambda: None)  # a weak reference
 
     def forward(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError

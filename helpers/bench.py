@@ -239,8 +239,6 @@ def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
 
     return {
         "unfused": make,
-        **under_remat(make, *PRICES),
-        "checkpoint": lambda: block_by_block(make()),
         "fused, least memory": lambda: fuse_conv_bn(make()),
         "fused, no convolution twice": lambda: fuse_conv_bn(make(), recompute_conv=False),
     }
@@ -368,7 +366,10 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
     works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
     shape = (4, 3, 64, 64) if quick else (16, 3, 160, 160) if device.type == "cpu" else (256, 3, 224, 224)
     for name in NETWORKS:
-        works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, real_networks(name))
+        networks = real_networks(name)
+        make = networks["unfused"]
+        ways = {**under_remat(make, *PRICES), "checkpoint": lambda make=make: block_by_block(make())}
+        works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, {**networks, **ways})
     return works
 
 

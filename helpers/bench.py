@@ -411,12 +411,11 @@ def run(
     if device.type == "cpu" and sys.platform == "linux":
         allocators[", allocator keeps its memory"] = KEEPS_MEMORY
     for mode in modes(device):
-        for title in workloads(device, quick):
+        for title in (title for title in workloads(device, quick) if only in title):
             for allocator, environment in allocators.items():
-                if only in title:
-                    rows = measured(environment, device, mode, title, repeats, quick)
-                    record["tables"][f"{title}, {mode}{allocator}"] = rows
-                    print_table(f"{title}, {mode}{allocator}", rows)
+                rows = measured(environment, device, mode, title, repeats, quick)
+                record["tables"][f"{title}, {mode}{allocator}"] = rows
+                print_table(f"{title}, {mode}{allocator}", rows)
     if write:
         MEASUREMENTS.mkdir(exist_ok=True)
         path = MEASUREMENTS / f"bench_{device.type}{only and '_' + only.replace(' ', '_')}.json"

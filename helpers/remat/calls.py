@@ -42,12 +42,15 @@ def quiet() -> bool:
     )
 
 
+def ordinary(t) -> bool:
+    """Whether this is a tensor of no other class than PyTorch's, with a storage and a version."""
+    return type(t) in TENSORS and t.layout is torch.strided and not t.is_inference()
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary dense floating-point tensors (or None)."""
     for t in tensors:
-        if t is not None and (type(t) not in TENSORS or t.layout is not torch.strided):
-            return False
-        if t is not None and (not t.is_floating_point() or t.is_inference()):
+        if t is not None and not (ordinary(t) and t.is_floating_point()):
             return False
     return True
 
@@ -221,7 +224,7 @@ def batch_norm(
 ):
     fit(plain(input, weight, bias) and input.dim() >= 2 and input.numel() > 0)
     fit(needs_grad(input, weight, bias))
-    fit(isinstance(momentum, float) and isinstance(eps, float) and all(type(t) in TENSORS for t in (input,)))
+    fit(isinstance(momentum, float) and isinstance(eps, float))
     fit((running_mean is None) == (running_var is None) and (training or running_mean is not None))
     fit(not training or input.numel() // input.shape[1] > 1)  # else PyTorch's own error
 
@@ -337,7 +340,7 @@ def note_elementwise(mode: Mode, function, operator, in_place: bool, p: Tensor, 
     if in_place:
         mode.table.before_write(p)
     out = function(p, q)
-    if not out.requires_grad or not isinstance(out, Tensor):
+    if not out.requires_grad:
         return out
     for t, value in zip(tensors, values, strict=True):
         if value.recipe is None and value.kept is None and t is not p and t.numel() * SMALL <= out.numel():
@@ -466,7 +469,7 @@ def leave(mode: Mode, function, args, kwargs):
         target = args[0] if args else kwargs.get("input")
     if target is not None:
         for t in target if isinstance(target, (tuple, list)) else (target,):
-            if type(t) in TENSORS and t.layout is torch.strided and not t.is_inference():
+            if ordinary(t):
                 mode.table.before_write(t)
     out = function(*args, **kwargs)
     for t in out if type(out) in (tuple, list) else (out,):
@@ -488,7 +491,7 @@ def writes(function) -> tuple[bool, int | None]:
 def expose(mode: Mode, function, args, kwargs):
     """Somebody may write to a tensor without autograd's knowledge."""
     t = args[0] if args else None
-    if type(t) in TENSORS and t.layout is torch.strided and not t.is_inference():
+    if ordinary(t):
         mode.table.expose(t)
     return function(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch.utils._contextlib import context_decorator
 from helpers.remat.calls import HANDLERS, leave
 from helpers.remat.operations import Operation
 from helpers.remat.record import Record
-from helpers.remat.values import Recipe, Room, Table, Task, Value
+from helpers.remat.values import Recipe, Table, Task, Value
 
 TWICE = (
     "remat's backward cannot be differentiated again: what it makes again has no graph. Compute the part of "
@@ -139,7 +139,6 @@ class Session:
 
     def __init__(self, max_cost: float) -> None:
         self.table = Table(max_cost)
-        self.room: Room = self.table.room
         self.tasks: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
 
     def task(self) -> Task:
@@ -147,7 +146,7 @@ class Session:
         key = torch._C._current_graph_task_id()
         task = self.tasks.get(key)
         if task is None:
-            task = self.tasks[key] = Task(self.room)
+            task = self.tasks[key] = Task(self.table.room)
             # The engine holds it: until the pass ends, or breaks off.
             torch.autograd.Variable._execution_engine.queue_callback(task.end)
         return task

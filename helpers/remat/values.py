@@ -77,8 +77,12 @@ class View(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether there are no gaps between its values, and none stands for several."""
-        span = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
-        return span + 1 == self.shape.numel()
+        return span(self.shape, self.stride) + 1 == self.shape.numel()
+
+
+def span(shape, stride) -> int:
+    """How far the last value lies from the first."""
+    return sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 class Row:
@@ -165,9 +169,8 @@ class Table:
     def __init__(self, max_cost: float) -> None:
         self.max_cost, self.room, self.rows = max_cost, Room(), []
         self.plain_bytes = 0
-        self.weights: dict[
-            int, weakref.WeakSet[Recipe]
-        ] = {}  # recipes by the storage of the weight they take
+        # Recipes, by the storage of the weight that they take.
+        self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
 
     def clear(self) -> None:
@@ -224,9 +227,8 @@ class Table:
                 continue
             per_image = t.shape[0] == shape[0] and (t.stride(0) == stride[0] or shape[0] == 1)
             if per_image and t.storage_offset() >= offset and not isinstance(whole.recipe, Part):
-                end = sum((n - 1) * s for n, s in zip(shape[1:], stride[1:], strict=True))
-                mine = sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:], strict=True))
-                if t.storage_offset() - offset + mine <= end and 0 not in t.stride():
+                end = t.storage_offset() - offset + span(t.shape[1:], t.stride()[1:])
+                if end <= span(shape[1:], stride[1:]) and 0 not in t.stride():
                     return Value(t, Part(t.shape[1:], t.stride(), t.storage_offset() - offset), (whole,))
         return None
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
 
 from helpers.remat.calls import HANDLERS, leave
-from helpers.remat.operations import Operation
+from helpers.remat.operations import Operation, grown, weak
 from helpers.remat.record import Record
 from helpers.remat.values import Recipe, Table, Task, Value
 
@@ -106,15 +106,22 @@ def is_batched(dz: Tensor | None) -> bool:
 class Call:
     """One operation in one forward: what a node of the graph holds."""
 
-    __slots__ = ("operation", "output", "session", "__weakref__")
+    __slots__ = ("moment", "operation", "output", "session", "weight", "__weakref__")
 
     def __init__(self, session: Session, operation: Operation) -> None:
         self.session, self.operation, self.output = session, operation, None
+        self.moment, self.weight = 0, None
+
+    def grown(self) -> int:
+        """Bytes that backward adds to what is held: the gradient of a weight."""
+        w = self.weight and self.weight()
+        return 0 if w is None or not w.requires_grad else grown(w)
 
     def backward(self, dz: Tensor | None, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
         if is_batched(dz):
             raise RuntimeError(BATCHED)
         task = self.session.task()
+        task.moment = self.moment
         if dz is None or not any(needs):
             grads = [None] * len(needs)
         elif torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
@@ -146,7 +153,7 @@ class Session:
         key = torch._C._current_graph_task_id()
         task = self.tasks.get(key)
         if task is None:
-            task = self.tasks[key] = Task(self.table.room)
+            task = self.tasks[key] = Task(self.table)
             # The engine holds it: until the pass ends, or breaks off.
             torch.autograd.Variable._execution_engine.queue_callback(task.end)
         return task
@@ -174,7 +181,12 @@ class Mode(TorchFunctionMode):
 
     def apply(self, operation: Operation, *inputs: Tensor | None) -> tuple[Tensor, Call]:
         call = Call(self.session, operation)
-        return Node.apply(call, *inputs), call
+        out = Node.apply(call, *inputs)
+        call.moment = inputs[0].nbytes + out.nbytes  # of both, the gradient and the value or its gradient
+        if operation.saved:
+            call.weight = weak(inputs[operation.saved[0]])
+        self.table.calls.append(weakref.ref(call))
+        return out, call
 
     def made(self, call: Call | None, out: Tensor, recipe: Recipe, *parents: Value) -> Value:
         """Note how ``out`` was made: by a call, or by PyTorch's own node."""

@@ -33,6 +33,11 @@ class Operation:
         raise NotImplementedError
 
 
+def grown(w: Tensor) -> int:
+    """Bytes that a gradient of ``w`` adds to what is held: none if it is added to another."""
+    return w.nbytes if not w.is_leaf or w.grad is None else 0
+
+
 def weak(t: Tensor | None):
     return None if t is None else weakref.ref(t)
 
@@ -108,7 +113,7 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        parts = quarters(dz, self.shape, w.nbytes, task.room.nbytes)
+        parts = quarters(dz, self.shape, w.nbytes, task.room)
         if need_w:
             a, _ = task.get(self.value)
             for images in parts:
@@ -119,7 +124,7 @@ class Convolution(Operation):
                 if need_b:
                     db = db_i if db is None else db.add_(db_i)
                 del dw_i, db_i
-            task.room.nbytes -= dw.nbytes
+            task.freed.nbytes -= grown(saved[0])
             del a
         elif need_b:
             db = dz.sum([0, *range(2, dz.dim())])
@@ -184,7 +189,7 @@ class Linear(Operation):
         if need_w:
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])
-            task.room.nbytes -= dw.nbytes
+            task.freed.nbytes -= grown(saved[0])
             del a
         return [dz @ to(saved[0], self.dtype) if need_a else None, dw, rows.sum(0) if need_b else None]
 
@@ -284,7 +289,7 @@ class BatchNorm(Operation):
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         s = self.settings
-        if s.training and need_y and task.room.nbytes < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        if s.training and need_y and task.room < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)

@@ -110,13 +110,13 @@ class Value:
 
     __slots__ = (
         "before", "call", "kept", "live", "needs", "origin", "parents", "plain", "read", "recipe", "room",
-        "row", "version", "view", "waiting", "__weakref__",
+        "row", "version", "view", "waiting", "when", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
         self.kept = self.before = self.row = self.room = self.waiting = self.origin = self.call = None
-        self.needs, self.read, self.plain = 0, False, False
+        self.needs, self.when, self.read, self.plain = 0, 0, False, False
         self.live = weakref.ref(t)
         if recipe is not None:
             self.origin = recipe.parameter or parents[0].origin
@@ -151,7 +151,7 @@ class Value:
 
 
 class Room:
-    """Bytes that backward has set free so far, less those of what it has made again and holds."""
+    """Bytes that backward has set free so far, less those of what it has made and holds."""
 
     __slots__ = ("nbytes",)
 
@@ -171,6 +171,7 @@ class Table:
         self.plain_bytes = 0
         # Recipes, by the storage of the weight that they take.
         self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
+        self.calls, self.kept = [], []  # weak references to calls and kept values, in forward's order
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
 
     def clear(self) -> None:
@@ -204,6 +205,7 @@ class Table:
             value = value()
         if value is None:
             value = values[key] = self._part(values, t) or Value(t)
+            value.when = len(self.calls)
         return value
 
     def follow(self, t: Tensor) -> None:
@@ -235,6 +237,7 @@ class Table:
     def note(self, t: Tensor, recipe: Recipe, parents: tuple[Value, ...], call=None) -> Value:
         """``t`` was made by this recipe, which lives as long as the call's node, or without one, as ``t``."""
         value, values, key = Value(t, recipe, parents), self._values(t), key_of(t)
+        value.when = len(self.calls)
         if call is not None:
             call.output, value.call = value, weakref.ref(call)
             values[key] = weakref.ref(value)
@@ -330,6 +333,7 @@ class Table:
     def keep(self, value: Value, t: Tensor) -> None:
         """Hold ``t`` until backward. The table's own reference is weak from now on."""
         value.kept, value.version, value.room = t.detach(), t._version, self.room
+        self.kept.append(weakref.ref(value))
         self.row_of(value).kept = True
         value.recipe, value.parents = None, ()
         call = value.call and value.call()
@@ -339,6 +343,28 @@ class Table:
         for key, v in values.items():
             if v is value:
                 values[key] = weakref.ref(value)
+
+    def highest(self) -> int:
+        """How far backward will lie above the end of forward, in bytes, if it holds nothing that it makes.
+
+        Every gradient of a weight adds to it, every kept value leaves it with the call that made it.
+        """
+        leaves = [0] * (len(self.calls) + 1)
+        for value in self.alive():
+            leaves[value.when] += value.nbytes
+        level = highest = 0
+        for i in reversed(range(len(self.calls))):
+            level -= leaves[i + 1]
+            call = self.calls[i]()
+            if call is not None:
+                level += call.grown()
+                highest = max(highest, level + call.moment)
+        return highest
+
+    def alive(self) -> list[Value]:
+        values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]
+        self.kept = [weakref.ref(value) for value in values]
+        return values
 
     # What others write ----------------------------------------------------------------------------------
 
@@ -396,10 +422,16 @@ class Task:
     former only if backward has set free as much by then, so that the peak does not rise by it.
     """
 
-    def __init__(self, room: Room) -> None:
-        self.room, self.uses = room, {}
+    def __init__(self, table: Table) -> None:
+        self.freed, self.uses = table.room, {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # and the streams that made them
-        room.nbytes = 0
+        self.freed.nbytes = 0
+        self.highest, self.moment = table.highest(), 0
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be held now without a higher peak than that which is to come anyway."""
+        return self.freed.nbytes + self.highest - self.moment
 
     def end(self) -> None:
         """The backward pass is through; some of its nodes may not have run."""
@@ -410,11 +442,11 @@ class Task:
         """Nobody needs ``value`` any more."""
         self.uses.pop(value, None)
         if self.holding.pop(value, None) is not None:
-            self.room.nbytes += value.nbytes
+            self.freed.nbytes += value.nbytes
 
     def hold(self, value: Value, t: Tensor) -> None:
         self.holding[value] = t, stream_of(t)
-        self.room.nbytes -= value.nbytes
+        self.freed.nbytes -= value.nbytes
 
     def get(self, value: Value) -> tuple[Tensor, bool]:
         """The tensor of a value for a node that needs it, and whether it is the node's to overwrite."""
@@ -427,7 +459,7 @@ class Task:
             t = self.make(value)
         if used >= value.needs:
             self.drop(value)
-        elif value not in self.holding and self.room.nbytes >= value.nbytes:
+        elif value not in self.holding and self.room >= value.nbytes:
             self.hold(value, t)
         return t, value not in self.holding
 
@@ -488,7 +520,7 @@ class Task:
         if t is not None:
             return t
         whole: dict[int, Tensor] = {}
-        free = self.room.nbytes
+        free = self.room
         for v in steps:  # what another node needs anyway is written out if there is room
             if v is last or (v.needs and v.nbytes <= free and not isinstance(v.recipe, Part)):
                 whole[id(v)] = v.view.empty()

@@ -553,7 +553,7 @@ class MaxPool(Operation):
         self.window, self.ceil_mode, self.shape, self.offsets = window, ceil_mode, x.shape, None
 
     def forward(self, x):
-        how, y = (*self.window, [1, 1], self.ceil_mode), None
+        how, y, starts = (*self.window, [1, 1], self.ceil_mode), None, None
         for images in slabs(len(x), x):
             y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *how)
             if y is None:
@@ -561,7 +561,8 @@ class MaxPool(Operation):
                 self.offsets = torch.empty_like(y, dtype=torch.uint8)
             if y is not y_s:
                 y[images] = y_s
-            index -= self.starts(index)
+            starts = self.starts(index) if starts is None else starts
+            index -= starts
             row = index.div(self.shape[3], rounding_mode="floor")
             self.offsets[images] = index.sub_(row, alpha=self.shape[3] - self.window.kernel[1])
         return y
@@ -576,10 +577,10 @@ class MaxPool(Operation):
         how = (*self.window, [1, 1], self.ceil_mode)
         layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
-        width, k = self.shape[3], self.window.kernel[1]
+        width, k, starts = self.shape[3], self.window.kernel[1], self.starts(self.offsets)
         for images in slabs(len(dx), dx):
             index = self.offsets[images].long()
-            index.add_(index.div(k, rounding_mode="floor"), alpha=width - k).add_(self.starts(index))
+            index.add_(index.div(k, rounding_mode="floor"), alpha=width - k).add_(starts)
             dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *how, index)
         return [dx]
 

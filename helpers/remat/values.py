@@ -520,38 +520,57 @@ class Task:
         if t is not None:
             return t
         whole: dict[int, Tensor] = {}
-        free = self.room
+        room = self.room
         for v in steps:  # what another node needs anyway is written out if there is room
-            if v is last or (v.needs and v.nbytes <= free and not isinstance(v.recipe, Part)):
+            if v is last or (v.needs and v.nbytes <= room and not isinstance(v.recipe, Part)):
                 whole[id(v)] = v.view.empty()
                 if v is not last:
-                    free -= v.nbytes
+                    room -= v.nbytes
                     self.hold(v, whole[id(v)])
-        places = places_of(steps, last, whole)
-        n = last.view.shape[0] if last.view.shape else 1
+        inside = {id(v) for v in steps}
+        given = {id(p): self.there(p) for v in steps for p in v.parents if id(p) not in inside}
+        program = Program(steps, whole, given, places_of(steps, last, whole))
         result = whole[id(last)]
-        whole_batch = any(v.recipe.whole for v in steps)
-        for images in [slice(0, n)] if whole_batch else slabs(n, result):
-            self.run_steps(steps, whole, places, images, n)
+        n = result.shape[0] if result.dim() else 1
+        one = any(v.recipe.whole for v in steps)
+        for images in [slice(0, n)] if one else slabs(n, result):
+            program.run(None if images == slice(0, n) else images)
         return result
 
-    def run_steps(
-        self, steps, whole: dict[int, Tensor], places: dict[int, int], images: slice, n: int
-    ) -> None:
-        """The steps on some images."""
+
+class Program(NamedTuple):
+    """Steps, each after those that it needs: to be run on all images at once, or on some of them.
+
+    Attributes:
+        whole: memory for all images, of the steps that are wanted.
+        given: the tensors that the steps start from.
+        places: for each step, the one in whose memory it is computed.
+    """
+
+    steps: list[Value]
+    whole: dict[int, Tensor]
+    given: dict[int, Tensor]
+    places: dict[int, int]
+
+    def run(self, images: slice | None) -> None:
         made: dict[int, Tensor] = {}
-        room = {key: t[images] if t.dim() else t for key, t in whole.items()}
-        for v in steps:
-            inputs = [made[id(p)] if id(p) in made else part(self.there(p), v, images, n) for p in v.parents]
-            place = places[id(v)]
+        room: dict[int, Tensor] = {}
+        for v in self.steps:
+            key, place = id(v), self.places[id(v)]
+            inputs = [
+                made[id(p)] if id(p) in made else part(self.given[id(p)], v, images) for p in v.parents
+            ]
+            out = room.get(place)
+            if out is None and place in self.whole:
+                out = room[place] = part(self.whole[place], v, images)
             if isinstance(v.recipe, Part):
-                made[id(v)] = v.recipe.run(None, *inputs)
-                if id(v) in whole:
-                    room[id(v)].copy_(made[id(v)])
+                made[key] = v.recipe.run(None, *inputs)
+                if out is not None:
+                    out.copy_(made[key])
                 continue
-            if place not in room:
-                room[place] = v.view.empty(images.stop - images.start)
-            made[id(v)] = v.recipe.run(room[place], *inputs)
+            if out is None:
+                out = room[place] = v.view.empty(None if images is None else images.stop - images.start)
+            made[key] = v.recipe.run(out, *inputs)
 
 
 def slabs(n: int, like: Tensor) -> list[slice]:
@@ -583,7 +602,9 @@ def stream_of(t: Tensor):
     return None if t.device.type in ("cpu", "meta") else torch.accelerator.current_stream(t.device)
 
 
-def part(t: Tensor, reader: Value, images: slice, n: int) -> Tensor:
+def part(t: Tensor, reader: Value, images: slice | None) -> Tensor:
     """Those images of ``t``, unless it has none: a vector that all images share."""
+    if images is None:
+        return t
     alike = t.dim() == len(reader.view.shape) or isinstance(reader.recipe, Part)
-    return t[images] if alike and t.shape[0] == n and n > 1 else t
+    return t[images] if alike and t.shape[0] == reader.view.shape[0] else t

@@ -55,11 +55,11 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
     if y.nbytes <= SMALL_BYTES and y.dtype == dtype:
         return [(m, *torch.batch_norm_update_stats(y, None, None, 0.0))]
     # That one call adds in float64, value by value, which is several times slower than a sweep or two of
-    # float32 over pieces in the cache, about a c amid the values, the first image's mean.
+    # float32 over pieces in the cache, about a value amid the others, the first image's mean.
     about, pieces = y[0].mean((1, 2), dtype=dtype), in_pieces(y, CACHED_BYTES)
     if y.dtype == dtype and y.is_contiguous():
-        # One sweep: var = Σ y (y - c)/m - μ (μ - c), which loses digits where |μ| is many σ. Fewer with a Σ y
-        # that is summed pairwise, so not the one that `batch_norm_sums` has as well.
+        # One sweep: var = Σ y (y - about)/m - μ (μ - about), which loses digits where |μ| is many σ. Fewer
+        # with a Σ y that is summed pairwise, so not the one that `batch_norm_sums` has as well.
         mean, product = summed(
             t for piece in pieces for t in (piece.sum(CHANNELS), batch_norm_sums(piece, piece, about)[1])
         ).div_(m)
@@ -68,13 +68,13 @@ def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
         if isinstance(y, FakeTensor) or not lost.amin() < 0:  # a fake one has no digits to lose
             return [(m, mean, var)]
         about = mean.to(dtype)
-    # Two sweeps: subtract c, then var = Σ (y - c)²/m - (μ - c)², which loses none.
-    offset, square = summed(t for piece in pieces for t in sums_about(piece, about)).div_(m)
-    return [(m, about + offset, square.addcmul_(offset, offset, value=-1).clamp_min_(0))]
+    # Two sweeps: with δ = μ - about, var = Σ (y - about)²/m - δ², which loses none.
+    delta, square = summed(t for piece in pieces for t in sums_about(piece, about)).div_(m)
+    return [(m, about + delta, square.addcmul_(delta, delta, value=-1).clamp_min_(0))]
 
 
 def sums_about(y: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (y - c) and Σ (y - c)² of each channel, in the dtype of c."""
+    """Σ (y - about) and Σ (y - about)² of each channel, in the dtype of ``about``."""
     y = y.to(about.dtype)
     return batch_norm_sums(centre(y, about), y, about)
 
@@ -145,34 +145,35 @@ def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, 
 def grad_input_coefficients(
     scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-channel s, a and b with which batch norm's input gradient is dy = s dz + a (y - μ) + b.
+    """Per-channel κ_dz, κ_y and κ_0 of batch norm's input gradient, dy = κ_dz dz + κ_y (y - μ) + κ_0.
 
-    With s = γ/σ (``scale``) and σ² = var + ε (``var_eps``), a = -s Σ dz (y - μ) / (m σ²) and b = -s Σ dz / m.
+    With σ² = var + ε (``var_eps``), they are κ_dz = γ/σ (``scale``), κ_y = -κ_dz Σ dz (y - μ) / (m σ²) and
+    κ_0 = -κ_dz Σ dz / m.
     """
-    # Each is rounded once: an error of b would stand in all m values, and Σ dy would not vanish.
+    # Each is rounded once: an error of κ_0 would be in all m values, and Σ dy would not vanish.
     sum_dz, sum_dz_y = (t.to(wide_dtype(t)) for t in sums)
-    s_m = scale / -m
-    return scale, (s_m * sum_dz_y / var_eps).to(scale.dtype), (s_m * sum_dz).to(scale.dtype)
+    by_m = scale / -m
+    return scale, (by_m * sum_dz_y / var_eps).to(scale.dtype), (by_m * sum_dz).to(scale.dtype)
 
 
 def grad_input_(
     grad_out: Tensor,
     y_centred: Tensor,
-    s: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
+    kappa_dz: Tensor,
+    kappa_y: Tensor | None,
+    kappa_0: Tensor | None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dy = s dz + a (y - μ) + b, with a and b None for constant statistics.
+    """dy = κ_dz dz + κ_y (y - μ) + κ_0, with κ_y and κ_0 None for constant statistics.
 
     Overwrites ``y_centred`` = y - μ; the result lies there or in ``out``, which may be ``grad_out``.
     """
-    s = per_channel(s)
-    if a is None:
-        return torch.mul(grad_out, s, out=y_centred if out is None else out)
+    kappa_dz = per_channel(kappa_dz)
+    if kappa_y is None:
+        return torch.mul(grad_out, kappa_dz, out=y_centred if out is None else out)
     # A broadcast first argument of addcmul is slow on a CPU; these three are not.
-    y_centred.mul_(per_channel(a)).add_(per_channel(b))
-    return torch.addcmul(y_centred, grad_out, s, out=y_centred if out is None else out)
+    y_centred.mul_(per_channel(kappa_y)).add_(per_channel(kappa_0))
+    return torch.addcmul(y_centred, grad_out, kappa_dz, out=y_centred if out is None else out)
 
 
 def batch_norm_forward(
@@ -238,15 +239,15 @@ def batch_norm_backward(
     y_centred = centre(input, mean)
     sum_dz, sum_dz_centred = sums = batch_norm_sums(grad_out, input, mean)
     m = input.numel() // input.shape[1]
-    a_b = grad_input_coefficients(scale, var_eps, sums, m)[1:] if training else (None, None)
-    dy = grad_input_(grad_out, y_centred, scale, *a_b)
+    kappas = grad_input_coefficients(scale, var_eps, sums, m) if training else (scale, None, None)
+    dy = grad_input_(grad_out, y_centred, *kappas)
     return dy.to(input.dtype), sum_dz_centred * torch.rsqrt(var_eps), sum_dz
 
 
 def update_running_stats(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, m: int | Tensor, momentum: float
 ) -> None:
-    """Move the running statistics towards the batch's, in place: r ← (1 - momentum) r + momentum s.
+    """Move the running statistics in place: running ← (1 - momentum) running + momentum batch's.
 
     The running variance takes the unbiased variance, var·m/(m - 1), as ``nn.BatchNorm2d`` does, although
     the batch itself is normalised with the biased one.

@@ -421,17 +421,17 @@ def block_backward(
         for count, t in zip(counts, (x, dz), strict=True)
     )
     dx = torch.empty_like(x, memory_format=layout(x)) if need_x and many else None
-    var_1, inv_std_1, s_1 = (None, None, None) if pre is None else scales(pre)
-    var_2, inv_std_2, s = (None, None, None) if post is None else scales(post)
-    enter = Entry.of(pre, act, x, s_1)
+    var_1, inv_std_1, scale_1 = (None, None, None) if pre is None else scales(pre)
+    var_2, inv_std_2, kappa_dz = (None, None, None) if post is None else scales(post)
+    enter = Entry.of(pre, act, x, scale_1)
     if not many and slab_size == 0:  # so small a batch is entered once, a larger one in each sweep
         enter = Once(enter)
     # The bias moves y; from here on, μ₂ is the mean of the y without it.
     if post is not None and bias is not None and constant[1]:
         post = post._replace(mean=post.mean - bias)
 
-    # Sweep 1: Σ dz, Σ dz (y - μ₂), and the coefficients s, a, b of dy = s dz + a (y - μ₂) + b.
-    a = b = gram = None
+    # Sweep 1: Σ dz, Σ dz (y - μ₂), and the coefficients of dy = κ_dz dz + κ_y (y - μ₂) + κ_0.
+    kappa_y = kappa_0 = gram = None
     waiting: deque[Tensor] = deque()
     if algebra and own:
         sum_dz, *gram = sums_by_algebra(dz, x, cut, weight, enter, post, conv)
@@ -446,17 +446,18 @@ def block_backward(
         need_sum = need_beta or need_b
         sum_dz, sum_dz_y = sums_by_recomputing(dz, x, cut, weight, enter, post, conv, need_y, need_sum, keep)
     if own and need_dy:
-        s, a, b = grad_input_coefficients(s, var_2, over_group(post.group, sum_dz, sum_dz_y), m_2)
+        sums = over_group(post.group, sum_dz, sum_dz_y)
+        kappa_dz, kappa_y, kappa_0 = grad_input_coefficients(kappa_dz, var_2, sums, m_2)
 
     # Sweep 2.
     dw, sums_1 = None, None
     if gram and need_dy:
-        G, R, about, d = gram
+        G, R, about, delta = gram
         W = weight.flatten(1).to(G.dtype)
-        W_s, W_a = s[:, None] * W, a[:, None] * W
-        kernel_a = W_a.T @ W
-        dw = G.mul_(s[:, None]).addmm_(W_a, R).view(weight.shape) if need_w else None
-        kernels = [t.to(x.dtype) for t in (W_s.T, kernel_a, W.T @ b + kernel_a @ d)]
+        W_dz, W_y = kappa_dz[:, None] * W, kappa_y[:, None] * W
+        kernel_a = W_y.T @ W
+        dw = G.mul_(kappa_dz[:, None]).addmm_(W_y, R).view(weight.shape) if need_w else None
+        kernels = [t.to(x.dtype) for t in (W_dz.T, kernel_a, W.T @ kappa_0 + kernel_a @ delta)]
     direct = need_x and many and dtype == x.dtype
     for i in cut if need_a or (need_dy and not gram) else ():
         x_i, dz_i, dx_i = x[i], dz[i], dx[i] if direct else None
@@ -468,7 +469,7 @@ def block_backward(
             if post is not None:
                 y = waiting.popleft() if own else torch.empty_like(dy, dtype=dtype)
                 y = centre(y, post.mean, inplace=True) if own else y
-                dy = grad_input_(dy, y, s, a, b).to(x.dtype)
+                dy = grad_input_(dy, y, kappa_dz, kappa_y, kappa_0).to(x.dtype)
                 del y
             da, dw_i, _ = seen_grads(dy, a_i, weight, conv, (need_a, need_w, False))
             del dy
@@ -479,7 +480,7 @@ def block_backward(
         du = act.backward(da if pre is None else da.to(dtype), u, dx_i)
         if pre is not None:
             sums_1 = add_up(sums_1, batch_norm_sums(du, x_i, pre.mean))
-            du = du.mul_(per_channel(s_1)) if constant[0] else du
+            du = du.mul_(per_channel(scale_1)) if constant[0] else du
         if need_x and many and not direct:
             dx[i] = du
         elif need_x and not many:
@@ -488,7 +489,7 @@ def block_backward(
     # Sweep 3: the norm before, from du, which waits in dx.
     if need_x and pre is not None and not constant[0]:
         sums = over_group(pre.group, *sums_1)
-        coefficients = grad_input_coefficients(s_1, var_1, sums, m_1)
+        coefficients = grad_input_coefficients(scale_1, var_1, sums, m_1)
         room, mean = torch.empty_like(x[cut[0]], dtype=dtype), per_channel(pre.mean)  # the same for each slab
         for i in cut:
             dx_i, x_centred = dx[i], torch.sub(x[i], mean, out=room[: i.stop - i.start])
@@ -499,7 +500,10 @@ def block_backward(
 
     db = dgamma_1 = dbeta_1 = dgamma = dbeta = None
     if need_b:  # with batch statistics the norm after subtracts the bias again
-        db = torch.zeros_like(bias, dtype=dtype) if own else (sum_dz if s is None else s * sum_dz)
+        if own:
+            db = torch.zeros_like(bias, dtype=dtype)
+        else:
+            db = sum_dz if kappa_dz is None else kappa_dz * sum_dz
     if need_gamma_1:
         dgamma_1 = sums_1[1] * inv_std_1
     if need_beta_1:
@@ -593,13 +597,13 @@ def product(p: Tensor, q: Tensor) -> Tensor:
 
 
 def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
-    """Σ dz, G = Σ dz ãᵀ and R = Σ ã ãᵀ, where ã = a - mean(a); and c and d with ã = (a - c) + d.
+    """Σ dz, G = Σ dz ãᵀ and R = Σ ã ãᵀ, where ã = a - mean(a); ``about`` and δ with ã = (a - about) + δ.
 
     As y - μ₂ = W ã, Σ dz (y - μ₂) = rowsum(W∘G): y is not needed. The digits are kept by subtracting a value
-    amid the a before multiplying: c, the first slab's mean. What it is off by, d = c - mean(a), is known
-    once all slabs are through, and then made good: G = Σ dz (a - c)ᵀ + Σ dz dᵀ, and R likewise. The mean is
-    that of the process group's batch: then the dw of all processes together are the gradient, though not
-    each by itself.
+    amid the a before multiplying: ``about``, the first slab's mean. What it is off by, δ = about - mean(a),
+    is known once all slabs are through, and then made good: G = Σ dz (a - about)ᵀ + Σ dz δᵀ, and R likewise.
+    The mean is that of the process group's batch: then the dw of all processes together are the gradient,
+    though not each by itself.
     """
     dtype, total, about = stats_dtype(x.dtype), None, None
     for s in cut:
@@ -610,14 +614,14 @@ def sums_by_algebra(dz, x, cut, weight, enter: Entry, post: Norm, conv):
         total = of_slab if len(cut) == 1 else add_up(total, of_slab)
     G, R, sum_dz, sum_a = total
     n = dz.numel() // dz.shape[1]
-    d = sum_a / -n
+    delta = sum_a / -n
     if post.group:
-        sum_all, m = over_group(post.group, n * (about.to(wide_dtype(x)) - d), sum_a.new_tensor(n))
-        d = (about - sum_all / m).to(d.dtype)
-        R.addr_(d, sum_a + n * d)
-    G.addr_(sum_dz, d)
-    R.addr_(sum_a, d)
-    return sum_dz, G.to(dtype), R.to(dtype), about, d.to(dtype)
+        sum_all, m = over_group(post.group, n * (about.to(wide_dtype(x)) - delta), sum_a.new_tensor(n))
+        delta = (about - sum_all / m).to(delta.dtype)
+        R.addr_(delta, sum_a + n * delta)
+    G.addr_(sum_dz, delta)
+    R.addr_(sum_a, delta)
+    return sum_dz, G.to(dtype), R.to(dtype), about, delta.to(dtype)
 
 
 def algebra_grad_input(
@@ -628,7 +632,7 @@ def algebra_grad_input(
     conv: Conv,
     out: Tensor | None,
 ) -> Tensor:
-    """da = Wᵀ diag(s) dz + (Wᵀ diag(a) W) (a - c) + shift for a pointwise convolution, as two of its kind.
+    """da = Wᵀ diag(κ_dz) dz + (Wᵀ diag(κ_y) W) (a - about) + shift, as two pointwise convolutions.
 
     In ``out``, where that is given and of use.
     """

@@ -7,7 +7,6 @@ to the colour-blind: it stands on white, a method has one colour everywhere, and
 from __future__ import annotations
 
 import io
-import math
 
 import matplotlib.pyplot as plt
 import PIL.Image
@@ -19,7 +18,6 @@ __all__ = [
     "backward_over_time",
     "binary_unit",
     "box_chain",
-    "heat_map",
     "ink",
     "label_lines",
     "matrices_of_algebra",
@@ -306,7 +304,7 @@ def memory_against_time(ax, points: dict[str, tuple[float, float]], colours: dic
 
 
 def matrices_of_algebra(ax) -> None:
-    """Chapter 8: the large matrices that the algebra reads, and the small ones that stand for them."""
+    """Chapter 10: the large matrices that the algebra reads, and the small ones that it makes of them."""
     small, large, middle = "#cfe3f2", "#f0b48a", {"ha": "center", "va": "center"}
     rows = (  # bottom, height, the rows' name, what is large and what is small
         (2.1, 1.2, "$C_{out}$", "dz", "G", "G = dz x̃ᵀ"),
@@ -329,23 +327,3 @@ def matrices_of_algebra(ax) -> None:
     ax.text(2.5, 3.4, "m pixels", ha="center", va="bottom")
     ax.set(xlim=(-0.7, 9), ylim=(-0.95, 3.75))
     ax.axis("off")
-
-
-def heat_map(ax, values: list[list[float]], rows: list[int], columns: list[int], dots: list[list]) -> None:
-    """Chapter 8: ratios as colours on a logarithmic scale, white at 1; numbers, and dots where told.
-
-    Blue is below 1, red above; from 1/2.8 down and from 2.8 up the colours are as dark as they get.
-    """
-    image = ax.imshow(
-        [[math.log2(v) for v in row] for row in values], "RdBu_r", aspect="auto", vmin=-1.5, vmax=1.5
-    )
-    for i, row in enumerate(values):
-        for k, value in enumerate(row):
-            # From this luminance on, black has more contrast than white.
-            light = luminance(image.to_rgba(math.log2(value))[:3]) > 0.18
-            colour, dot = "black" if light else "white", " ●" if dots[i][k] else ""
-            ax.text(k, i, f"{value:.2f}{dot}", ha="center", va="center", fontsize=8, color=colour)
-    ax.set_xticks(range(len(columns)), columns)
-    ax.set_yticks(range(len(rows)), rows)
-    ax.set(xlabel="output channels", ylabel="input channels")
-    ax.spines[:].set_visible(False)

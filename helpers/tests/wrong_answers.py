@@ -175,37 +175,6 @@ WRONG = {
             ("da * k * (u > 0)", "da * (u > 0)", "between da and du"),
         ],
     },
-    "08": {
-        "check_first_layer_cost": [
-            ("2 + columns", "3 + columns", "is there a dx"),
-            ("columns / c_out", "2 * columns / c_out", "belongs to dx"),
-            ("c_in * k * k", "c_in", "a row for each value of a patch"),
-            ("2 + columns / c_out", "2", "R is missing"),
-        ],
-        "check_linear": [
-            ("dz.T @ x_centred", "dz.T @ x", "G made of the centred x"),
-            ("len(x), w", "x.numel(), w", "the number of rows"),
-            (" + b @ w", "", "three terms"),
-            ("dz.sum(0)", "dz.mean(0)", "the sum of dz over the rows"),
-        ],
-        "check_forward": [
-            ("F.conv2d(x_centred,", "F.conv2d(x,", "the mean is still in z"),
-            ("* w, beta)", "* w)", "beta is missing"),
-            ("sum(1) / m", "sum(1)", "divide by m"),
-            (
-                "x_mean = x.mean(OVER)",
-                "x_mean = x.mean(OVER) + 0 * F.conv2d(x, w).sum()",
-                "call F.conv2d once",
-            ),
-        ],
-        "check_instance_norm": [
-            ("X.mean(2, keepdim=True)", "X.mean((0, 2), keepdim=True)", "each image has its own mean"),
-            ("dgamma / (sigma * p)", "dgamma / (sigma * p * len(x))", "m is the pixels of one image"),
-            ("dgamma.sum(0)", "dgamma", "dgamma must have shape (16,)"),
-            (" + (b @ W)[..., None]", "", "differ from image to image"),
-            ("W, p = w", "_ = torch.zeros_like(dz); W, p = w", "a tensor of y's size was made"),
-        ],
-    },
     "09": {
         "check_owners": [
             ('"bn1": "none"', '"bn1": "conv1"', "goes to two places"),
@@ -222,6 +191,29 @@ WRONG = {
             ("(child.min_val, child.max_val) == (0, 6)", "True", "is no ReLU6"),
             ("            canonical(child)\n", "            pass\n", "is not fused"),
             ("    return model\n", "    return list(model.children())\n", "return the model"),
+        ],
+    },
+    "10": {
+        "check_forward": [
+            ("F.conv2d(x_centred,", "F.conv2d(x,", "the mean is still in z"),
+            ("* w, beta)", "* w)", "beta is missing"),
+            ("sum(1) / m", "sum(1)", "divide by m"),
+            ("centred(x)", "centred(x) + 0 * F.conv2d(x, w).sum()", "call F.conv2d once"),
+        ],
+        "check_slabs": [
+            ("x_i - per_channel(first)", "x_i - per_channel(x_i.mean(OVER))", "centred by its own mean"),
+            ("G - sum_dz[:, None] * delta", "G", "G: what was subtracted is not yet"),
+            ("R - m * delta[:, None] * delta", "R", "R: what was subtracted is not yet"),
+            ("delta = sum_x / m", "delta = -sum_x / m", "G has the right shape, but wrong values"),
+            ("first = x[:slab_size]", "first = 0 * x[:slab_size]", "loses its digits in float32"),
+            ("first = x[", "x = x.clone(); first = x[", "a tensor of x's size was made"),
+        ],
+        "check_instance_norm": [
+            ("X.mean(2, keepdim=True)", "X.mean((0, 2), keepdim=True)", "each image has its own mean"),
+            ("dgamma / (sigma * m)", "dgamma / (sigma * m * len(x))", "m is the pixels of one image"),
+            ("dgamma.sum(0)", "dgamma", "dgamma must have shape (16,)"),
+            (" + (kappa_0 @ W)[..., None]", "", "differ from image to image"),
+            ("W, m = w", "_ = torch.zeros_like(dz); W, m = w", "a tensor of y's size was made"),
         ],
     },
 }

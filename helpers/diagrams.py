@@ -152,5 +152,5 @@ def lifetimes(ax, title: str, steps: Sequence[str], buffers: dict, nodes: dict) 
     for name, (start, end) in nodes.items():
         ax.plot([start + 0.03, end - 0.03], [-0.75, -0.75], color="#333333", linewidth=3)
         ax.text((start + end) / 2, -0.95, name, ha="center", va="bottom", fontsize=9, bbox=white)
-    ax.set(title=title, xlim=(-0.02, len(steps) + 0.02), ylim=(len(buffers) + 0.7, -1.6))
+    ax.set(title=title, xlim=(-0.02, len(steps) + 0.02), ylim=(len(buffers) + 1, -1.6))
     ax.axis("off")

@@ -36,7 +36,7 @@ COLOURS = {
     "checkpoint": "#999999",
     "whole batch": "#56B4E9",
     "fused": "#0072B2",
-    "norm-act-conv": "#009E73",
+    "remat": "#009E73",
     "in-place norm": "#E69F00",
     "algebra": "#000000",
     "other": "#666666",

@@ -602,7 +602,7 @@ def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict
 
 def stream_of(t: Tensor):
     """The stream on which work on ``t`` is put now; None on a CPU."""
-    return None if t.device.type in ("cpu", "meta") else torch.accelerator.current_stream(t.device)
+    return None if t.is_cpu or t.is_meta else torch.accelerator.current_stream(t.device)
 
 
 def part(t: Tensor, reader: Value, images: slice | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._contextlib import context_decorator
 from helpers.remat.calls import HANDLERS, leave
 from helpers.remat.operations import Operation, grown, weak
 from helpers.remat.record import Record
-from helpers.remat.values import Recipe, Table, Task, Value
+from helpers.remat.values import Moment, Recipe, Table, Task, Value
 
 TWICE = (
     "remat's backward cannot be differentiated again: what it makes again has no graph. Compute the part of "
@@ -110,7 +110,7 @@ class Call:
 
     def __init__(self, session: Session, operation: Operation) -> None:
         self.session, self.operation, self.output = session, operation, None
-        self.moment, self.weight = 0, None
+        self.moment, self.weight = Moment(), None
 
     def grown(self) -> int:
         """Bytes that backward adds to what is held: the gradient of a weight."""
@@ -182,7 +182,8 @@ class Mode(TorchFunctionMode):
     def apply(self, operation: Operation, *inputs: Tensor | None) -> tuple[Tensor, Call]:
         call = Call(self.session, operation)
         out = Node.apply(call, *inputs)
-        call.moment = inputs[0].nbytes + out.nbytes  # of both, the gradient and the value or its gradient
+        both = inputs[0].nbytes + out.nbytes  # of each, the gradient or the value
+        call.moment = Moment(both, both + operation.scratch(inputs, out))
         if operation.saved:
             call.weight = weak(inputs[operation.saved[0]])
         self.table.calls.append(weakref.ref(call))

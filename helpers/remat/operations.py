@@ -33,6 +33,10 @@ class Operation:
     def backward(self, task: Task, dz: Tensor, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
         raise NotImplementedError
 
+    def scratch(self, inputs: tuple, out: Tensor) -> int:
+        """Bytes that a library takes for itself inside of backward."""
+        return 0
+
 
 def grown(w: Tensor) -> int:
     """Bytes that a gradient of ``w`` adds to what is held: none if it is added to another."""
@@ -120,8 +124,9 @@ class Convolution(Operation):
         if need_w:
             a, _ = task.get(self.value)
             if product and a.is_contiguous():
-                dw = torch.zeros_like(w)
-                dw.view(w.shape[:2]).addbmm_(dz.flatten(2), a.flatten(2).transpose(1, 2))
+                dw, seen = torch.zeros_like(w), a[self.pixels_seen()].flatten(2)
+                dw.view(w.shape[:2]).addbmm_(dz.flatten(2), seen.transpose(1, 2))
+                del seen
                 db = dz.sum([0, *range(2, dz.dim())]) if need_b else None
             else:
                 dw, db = self.grad_weight(dz, a, w, need_b, parts)
@@ -131,7 +136,11 @@ class Convolution(Operation):
             db = dz.sum([0, *range(2, dz.dim())])
         if need_a and product:
             wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
-            da = torch.bmm(wt, dz.flatten(2)).view(self.shape)
+            da = torch.bmm(wt, dz.flatten(2)).unflatten(2, dz.shape[2:])
+            if da.shape != self.shape:
+                seen, da = da, dz.new_zeros(self.shape)
+                da[self.pixels_seen()] = seen
+                del seen
         elif need_a and len(parts) == 1:
             da = self.grad_input(dz, w)
         elif need_a:
@@ -148,9 +157,21 @@ class Convolution(Operation):
         """
         g, kernel = self.geometry, w.shape[2:]
         plain = not g.transposed and g.groups == 1 and math.prod(kernel) == 1
-        plain = plain and set(g.stride) == {1} and set(g.padding) == {0}
+        plain = plain and set(g.padding) == {0}
         wide = dz.dtype in (torch.float32, torch.float64)
         return plain and wide and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
+
+    def pixels_seen(self) -> tuple[slice, ...]:
+        """Of a, by a convolution with a stride and a kernel of one pixel."""
+        return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
+
+    def scratch(self, inputs, out):
+        a, w, _ = inputs
+        if not out.is_cpu or not out.is_contiguous() or self.is_product(out, w):
+            return 0
+        copies = a.nbytes + out.nbytes
+        cut = copies >= max(WORTH_A_CUT, 3 * w.nbytes)  # see `quarters`
+        return 2 * w.nbytes + (copies // 4 if cut else copies)
 
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
         """Those of weight and bias."""

@@ -151,6 +151,13 @@ class Value:
         return f"{what} of shape {tuple(self.view.shape)}"
 
 
+class Moment(NamedTuple):
+    """Bytes that are there for a moment: those of tensors, and with what a library takes for itself."""
+
+    tensors: int = 0
+    everything: int = 0
+
+
 class Room:
     """Bytes that backward has set free so far, less those of what it has made and holds."""
 
@@ -347,22 +354,23 @@ class Table:
             if v is value:
                 values[key] = weakref.ref(value)
 
-    def highest(self) -> int:
-        """How far backward will lie above the end of forward, in bytes, if it holds nothing that it makes.
+    def highest(self) -> Moment:
+        """How far backward will lie above the end of forward if it holds nothing that it makes.
 
         Every gradient of a weight adds to it, every kept value leaves it with the call that made it.
         """
         leaves = [0] * (len(self.calls) + 1)
         for value in self.alive():
             leaves[value.when] += value.nbytes
-        level = highest = 0
+        level = tensors = everything = 0
         for i in reversed(range(len(self.calls))):
             level -= leaves[i + 1]
             call = self.calls[i]()
             if call is not None:
                 level += call.grown()
-                highest = max(highest, level + call.moment)
-        return highest
+                tensors = max(tensors, level + call.moment.tensors)
+                everything = max(everything, level + call.moment.everything)
+        return Moment(tensors, everything)
 
     def alive(self) -> list[Value]:
         values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]
@@ -429,12 +437,12 @@ class Task:
         self.freed, self.uses = table.room, {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # and the streams that made them
         self.freed.nbytes = 0
-        self.highest, self.moment = table.highest(), 0
+        self.highest, self.moment = table.highest(), Moment()
 
     @property
     def room(self) -> int:
         """Bytes that may be held now without a higher peak than that which is to come anyway."""
-        return self.freed.nbytes + self.highest - self.moment
+        return self.freed.nbytes + min(h - m for h, m in zip(self.highest, self.moment, strict=True))
 
     def end(self) -> None:
         """The backward pass is through; some of its nodes may not have run."""

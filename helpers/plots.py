@@ -19,9 +19,11 @@ __all__ = [
     "binary_unit",
     "box_chain",
     "ink",
+    "kept_at_prices",
     "label_lines",
     "matrices_of_algebra",
     "memory_against_time",
+    "memory_front",
     "memory_over_time",
     "show",
     "slab_strips",
@@ -36,7 +38,7 @@ COLOURS = {
     "checkpoint": "#999999",
     "whole batch": "#56B4E9",
     "fused": "#0072B2",
-    "norm-act-conv": "#009E73",
+    "remat": "#009E73",
     "in-place norm": "#E69F00",
     "algebra": "#000000",
     "other": "#666666",
@@ -301,6 +303,61 @@ def memory_against_time(ax, points: dict[str, tuple[float, float]], colours: dic
         ax.text(1.09, height, name, va="center", fontsize=9, fontweight="bold" if name in best else None)
     ax.set(xlabel="peak memory, ratio to unfused", ylabel="step time, ratio to unfused", xlim=(0, 1.08))
     return best
+
+
+def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str, list[str]]) -> None:
+    """Chapter 8: a row for each tensor, as high as it has channels; filled in the columns that keep it.
+
+    Args:
+        tensors: name -> channels, in the order of forward.
+        columns: heading -> names of the tensors that are kept; the first is PyTorch, without a price.
+    """
+    total, top = sum(tensors.values()), 0.0
+    for name, channels in tensors.items():
+        for i, kept in enumerate(columns.values()):
+            fill = (COLOURS["remat"] if i else COLOURS["unfused"]) if name in kept else "white"
+            look = {"facecolor": fill, "edgecolor": "#555555", "linewidth": 0.6}
+            ax.add_patch(plt.Rectangle((i + 0.05, top), 0.9, channels, **look))
+        ax.text(-0.1, top + channels / 2, name, ha="right", va="center", fontsize=8)
+        top += channels
+    for i, (heading, kept) in enumerate(columns.items()):
+        below = sum(tensors[name] for name in kept)
+        ax.text(i + 0.5, -0.015 * total, heading, ha="center", va="bottom", fontsize=8)
+        ax.text(i + 0.5, 1.015 * total, f"{below:,}", ha="center", va="top", fontsize=8, fontweight="bold")
+    ax.text(-0.1, 1.015 * total, "sum", ha="right", va="top", fontsize=8)
+    ax.set(xlim=(-0.7, len(columns)), ylim=(1.09 * total, -0.08 * total))
+    ax.set_title(title, fontsize=10)
+    ax.axis("off")
+
+
+def memory_front(ax, title: str, rows: dict[str, tuple[float, float]], published: list) -> None:
+    """Chapter 8: peak memory against step time. `remat` is a line over its prices, the others are points.
+
+    Args:
+        rows: the record's names -> (memory, time), as ratios to "unfused".
+        published: (label, memory, time) of others, on other machines: hollow.
+    """
+    line = {name.split(", ")[1]: at for name, at in rows.items() if name.startswith("remat")}
+    ax.plot(*zip(*line.values(), strict=True), "o-", color=COLOURS["remat"], markersize=4, linewidth=1)
+    least = min(line, key=line.get)
+    labels = [(price, *line[price], COLOURS["remat"]) for price in dict.fromkeys((next(iter(line)), least))]
+    ax.plot(1, 1, "s", color=COLOURS["unfused"], markersize=6)
+    labels.append(("PyTorch", 1, 1, COLOURS["unfused"]))
+    kinds = {"checkpoint, blocks": "^", "checkpoint, stages": "v"}
+    for name, at in rows.items():
+        if not name.startswith(("remat", "unfused")):
+            colour = COLOURS["checkpoint"] if name in kinds else COLOURS["tutorial"]
+            ax.plot(*at, kinds.get(name, "D"), color=colour, markersize=6)
+            labels.append((name.removeprefix("checkpoint, "), *at, colour))
+    for name, *at in published:
+        ax.plot(*at, "o", markerfacecolor="white", color=COLOURS["other"], markersize=6)
+        labels.append((name, *at, COLOURS["other"]))
+    for text, memory, time, colour in labels:
+        look = {"textcoords": "offset points", "fontsize": 8, "color": ink(colour), "ha": "center"}
+        ax.annotate(text, (memory, time), (0, 6), **look)
+    ax.axhline(1, color="#bbbbbb", linewidth=0.7, zorder=0)
+    ax.set_title(title, fontsize=10)
+    ax.set(xlim=(0, 1.12))
 
 
 def matrices_of_algebra(ax) -> None:

@@ -1,4 +1,4 @@
-"""The drawings of chapters 1 to 4 that would be long on the page: axes and a few numbers go in."""
+"""The drawings of chapters 1 to 7 that would be long on the page: axes and a few numbers go in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from torch import Tensor
 
 from helpers.plots import COLOURS, ink
 
-__all__ = ["HUES", "norm_geometry", "number_grid", "pair_diagram", "saved_bars", "taps"]
+__all__ = [
+    "HUES",
+    "lifetimes",
+    "norm_geometry",
+    "number_grid",
+    "pair_diagram",
+    "saved_bars",
+    "taps",
+    "tensor_row",
+]
 
 HUES = ("#E69F00", "#882255", "#000000")  # safe for the colour-blind too, and of none of the methods
 
@@ -129,4 +138,69 @@ def pair_diagram(ax, title: str, kept: str, steps: Sequence[str] = ("", "", "", 
         ax.plot(*zip(tail, tip, strict=True), ":", color="#333333")
         near = (tail[0] + 11 * tip[0]) / 12, (tail[1] + 11 * tip[1]) / 12
         ax.annotate("", tip, near, arrowprops=dict(line, shrinkA=0, shrinkB=0))
+    ax.axis("off")
+
+
+def lifetimes(ax, title: str, steps: Sequence[str], buffers: dict, nodes: dict) -> None:
+    """During which of ``steps`` each buffer is alive, and how many are alive at once.
+
+    Args:
+        buffers: name -> (first step, the step before which it is gone).
+        nodes: name of a node of autograd's graph -> the same of what it runs.
+    """
+    colours = ("#b5d3e7", "#f0b48a", "#7fc4a5")
+    for row, ((name, (start, end)), colour) in enumerate(zip(buffers.items(), colours, strict=True)):
+        ax.barh(row, end - start, left=start, height=0.7, color=colour, edgecolor="#333333")
+        ax.text(start + 0.08, row, name, va="center")
+    for step, text in enumerate(steps):
+        alive = sum(start <= step < end for start, end in buffers.values())
+        ax.text(step + 0.5, len(buffers) - 0.2, text, ha="center", va="center", fontsize=9)
+        ax.text(step + 0.5, len(buffers) + 0.4, f"{alive} alive", ha="center", va="center", fontweight="bold")
+        ax.axvline(step, color="#bbbbbb", linestyle=":", linewidth=1, zorder=0)
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    for name, (start, end) in nodes.items():
+        ax.plot([start + 0.03, end - 0.03], [-0.75, -0.75], color="#333333", linewidth=3)
+        ax.text((start + end) / 2, -0.95, name, ha="center", va="bottom", fontsize=9, bbox=white)
+    ax.set(title=title, xlim=(-0.02, len(steps) + 0.02), ylim=(len(buffers) + 1, -1.6))
+    ax.axis("off")
+
+
+def tensor_row(
+    ax,
+    title: str,
+    boxes: Sequence[tuple[str, str, float]],
+    kept: Iterable[str],
+    colour: str,
+    skip: tuple[str, str] | None = None,
+    given: Iterable[str] = ("x",),
+) -> None:
+    """Tensors of forward as boxes in their order; the ``kept`` ones filled, the others dashed.
+
+    Args:
+        boxes: (operation that makes it, name, channels: the width of the box).
+        given: names of boxes that were there before: grey.
+        skip: names of two boxes that a residual connection joins.
+    """
+    gap = 0.11 * sum(width for *_, width in boxes)
+    left, centre = 0.0, {}
+    for step, name, width in boxes:
+        if step:
+            line = dict(arrowstyle="-|>", color="#333333", shrinkA=0, shrinkB=0)
+            ax.annotate("", (left + gap, 0), (left, 0), arrowprops=line)
+            ax.text(left + 0.46 * gap, 0.1, step, ha="center", va="bottom", fontsize=8)
+            left += gap
+        fill = colour if name in kept else "#e4e4e4" if name in given else "white"
+        look = dict(facecolor=fill, linestyle="--" if fill == "white" else "-")
+        ax.add_patch(plt.Rectangle((left, -0.36), width, 0.72, edgecolor="#333333", **look))
+        weight = "bold" if name in kept else "normal"
+        ax.text(left + width / 2, 0, name, ha="center", va="center", fontsize=9, fontweight=weight)
+        centre[name] = left + width / 2
+        left += width
+    if skip:
+        start, end = (centre[name] for name in skip)
+        ax.plot([start, start, end], [-0.36, -0.6, -0.6], color="#333333", linewidth=1)
+        line = dict(arrowstyle="-|>", color="#333333", shrinkA=0, shrinkB=0)
+        ax.annotate("", (end, -0.36), (end, -0.61), arrowprops=line)
+    ax.set(xlim=(-0.1, left + 0.1), ylim=(-0.66 if skip else -0.4, 0.4))
+    ax.set_title(title, fontsize=10, pad=3)
     ax.axis("off")

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex, to_rgb
 
 __all__ = [
     "COLOURS",
-    "backward_over_time",
+    "backward_step_by_step",
     "binary_unit",
     "box_chain",
     "ink",
@@ -229,35 +229,36 @@ def slab_strips(ax, frames: list[tuple[str, list[str], int | None, str]]) -> Non
     ax.axis("off")
 
 
-def backward_over_time(axes, traces: dict, colours: dict, unit: int) -> None:
-    """Chapter 6: what backward holds, in units of ``unit`` bytes; our own buffers dark, the library's light.
+def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
+    """Chapter 6: what is held after each allocation and release of backward, in units of ``unit`` bytes.
+
+    Our own buffers are dark, the library's light. Changes of less than a fiftieth of a unit are left out.
 
     Args:
-        traces: title -> trace with marks "end of forward" and "end", and rows with ms, held and own.
+        traces: title -> trace whose rows have held, change, moment and own.
     """
     top = 1.25 * max(trace.peak for trace in traces.values()) / unit
-    longest = max(t.mark_times["end"] - t.mark_times["end of forward"] for t in traces.values())
-    for ax, (title, trace) in zip(axes, traces.items(), strict=True):
-        zero, colour, own = trace.mark_times["end of forward"], colours[title], []
-        times, held = zip(*[(row.ms - zero, row.held / unit) for row in trace.rows], strict=True)
+    for ax, (title, trace), colour in zip(axes, traces.items(), colours, strict=True):
+        shown, own = [], 0.0  # (held, own buffers, moment)
         for row in trace.rows:
-            own.append(row.held / unit if row.own else own[-1] if own else 0)
-        ax.fill_between(times, held, step="post", color=colour, alpha=0.25, linewidth=0)
-        ax.fill_between(times, own, step="post", color=colour, alpha=0.45, linewidth=0)
-        ax.step(times, held, where="post", color=colour, linewidth=1.2)
-        for name, start in trace.mark_times.items():
-            if name not in ("end of forward", "end"):
-                ax.axvline(start - zero, color="#444444", linestyle=":", linewidth=1)
-                beside = {"textcoords": "offset points", "fontsize": 9, "va": "top", "rotation": 90}
-                ax.annotate(name, (start - zero, 0.97 * top), (3, 0), **beside)
-        peak = max(range(len(held)), key=held.__getitem__)
-        ax.plot(times[peak], held[peak], "^", color="#222222", markersize=5)
-        beside = {"textcoords": "offset points", "bbox": BEHIND_TEXT}
-        ax.annotate(f"peak {held[peak]:.1f}", (times[peak], held[peak]), (6, 7), **beside)
-        ax.set(xlim=(0, 1.03 * longest), ylim=(0, top), ylabel="buffers")
-        ax.set_title(title, color=ink(colour), fontweight="bold")
-        ax.label_outer()
-    axes[-1].set_xlabel("time in backward, ms")
+            before, own = own, row.held / unit if row.own else own
+            large = abs(row.change) > unit / 50 or abs(own - before) > 0.02
+            if large and row.moment not in ("", "end"):
+                shown.append((row.held / unit, own, row.moment))
+        held, owns, moments = zip(*shown, strict=True)
+        steps = range(len(shown))
+        ax.fill_between(steps, held, step="post", color=colour, alpha=0.25, linewidth=0)
+        ax.fill_between(steps, owns, step="post", color=colour, alpha=0.45, linewidth=0)
+        ax.step(steps, held, where="post", color=colour, linewidth=1.2)
+        for k in steps[1:]:
+            if moments[k] != moments[k - 1]:
+                ax.axvline(k - 0.5, color="#444444", linestyle=":", linewidth=1)
+                place = {"textcoords": "offset points", "fontsize": 9, "va": "top"}
+                ax.annotate(moments[k], (k - 0.5, 0.98 * top), (3, 0), **place)
+        ax.set(xlim=(0, steps[-1]), ylim=(0, top), ylabel="buffers", xticks=[])
+        peaks = f"{title}: peak {max(held):.1f}, of our own buffers {max(owns):.1f}"
+        ax.set_title(peaks, color=ink(colour), fontweight="bold", fontsize=10)
+    axes[-1].set_xlabel("allocations and releases of backward, one after the other")
 
 
 def box_chain(ax, title: str, names: list[str], steps: list[str], kept: str, brackets: list, colour) -> None:

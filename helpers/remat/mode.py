@@ -85,10 +85,10 @@ def once(ctx, dz: Tensor | None, grads: list) -> list:
 
 def wanted(ctx) -> list[bool]:
     """Which inputs' gradients this backward pass wants: it may be one of some inputs alone."""
-    needs, edges = list(ctx.needs_input_grad[1:]), ctx.next_functions  # an edge for each tensor
-    if len(edges) > 1:
+    needs = list(ctx.needs_input_grad[1:])
+    if ctx.call.operation.prunes:
         places = [i for i, there in enumerate(ctx.tensors) if there]
-        for i, (node, _) in zip(places, edges, strict=True):
+        for i, (node, _) in zip(places, ctx.next_functions, strict=True):  # an edge for each tensor
             if node is not None:
                 try:
                     needs[i] = torch._C._will_engine_execute_node(node)

@@ -24,6 +24,7 @@ class Operation:
     """``forward(*inputs)``, and ``backward(task, dz, needs, saved)``: the inputs' gradients where needed."""
 
     saved: tuple[int, ...] = ()  # which inputs autograd saves: parameters, whose versions it then checks
+    prunes = False  # whether a gradient that this backward pass does not want is worth leaving out
     in_place = False
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ class Convolve(Recipe):
 class Convolution(Operation):
     """dw needs a, and is computed first; da does not, and so takes its memory."""
 
-    saved = (1,)
+    saved, prunes = (1,), True
 
     def __init__(
         self, function, arguments: dict, geometry: Geometry, a: Tensor, value: Value | None, dtype
@@ -113,28 +114,54 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        parts = quarters(dz, self.shape, w.nbytes, task.room)
+        product = self.is_product(dz, w)
+        whole = [slice(0, len(dz))]
+        parts = whole if product else quarters(dz, self.shape, w.nbytes, task.room)
         if need_w:
             a, _ = task.get(self.value)
-            for images in parts:
-                mask = [False, True, need_b]
-                how = (w, [dz.shape[1]], *self.geometry, mask)
-                _, dw_i, db_i = aten.convolution_backward(dz[images], a[images], *how)
-                dw = dw_i if dw is None else dw.add_(dw_i)
-                if need_b:
-                    db = db_i if db is None else db.add_(db_i)
-                del dw_i, db_i
+            if product and a.is_contiguous():
+                dw = torch.zeros_like(w)
+                dw.view(w.shape[:2]).addbmm_(dz.flatten(2), a.flatten(2).transpose(1, 2))
+                db = dz.sum([0, *range(2, dz.dim())]) if need_b else None
+            else:
+                dw, db = self.grad_weight(dz, a, w, need_b, parts)
             task.freed.nbytes -= grown(saved[0])
             del a
         elif need_b:
             db = dz.sum([0, *range(2, dz.dim())])
-        if need_a and len(parts) == 1:
+        if need_a and product:
+            wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
+            da = torch.bmm(wt, dz.flatten(2)).view(self.shape)
+        elif need_a and len(parts) == 1:
             da = self.grad_input(dz, w)
         elif need_a:
             da = dz.new_empty(self.shape)
             for images in parts:
                 da[images] = self.grad_input(dz[images], w)
         return [da, dw, db]
+
+    def is_product(self, dz: Tensor, w: Tensor) -> bool:
+        """Whether both gradients are products of matrices, image by image: those of a 1x1 convolution.
+
+        A CPU's BLAS takes the tensors as they lie; the library's convolution copies them into a layout of its
+        own first. With few pixels in an image that is the faster way, though.
+        """
+        g, kernel = self.geometry, w.shape[2:]
+        plain = not g.transposed and g.groups == 1 and math.prod(kernel) == 1
+        plain = plain and set(g.stride) == {1} and set(g.padding) == {0}
+        wide = dz.dtype in (torch.float32, torch.float64)
+        return plain and wide and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
+
+    def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
+        """Those of weight and bias."""
+        dw = db = None
+        for images in parts:
+            how = (w, [dz.shape[1]], *self.geometry, [False, True, bias])
+            _, dw_i, db_i = aten.convolution_backward(dz[images], a[images], *how)
+            dw = dw_i if dw is None else dw.add_(dw_i)
+            if bias:
+                db = db_i if db is None else db.add_(db_i)
+        return dw, db
 
     def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
         """The convolution the other way round, without a: the library's backward would want its memory."""
@@ -153,6 +180,7 @@ class Convolution(Operation):
         return da
 
 
+FEW_PIXELS = 64
 WORTH_A_CUT = 1 << 24  # bytes of such copies
 
 
@@ -173,7 +201,7 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
 class Linear(Operation):
     """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da in its memory."""
 
-    saved = (1,)
+    saved, prunes = (1,), True
 
     def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
         self.input, self.value, self.dtype = a, value, dtype
@@ -211,7 +239,7 @@ class Normalise(Recipe):
         self.parameter = weak(gamma)
         gamma, beta = (None if t is None else t.detach() for t in (gamma, beta))
         self.beta = None if beta is None else beta.clone()
-        self.mean, self.eps = mean, 0.0
+        self.mean, self.eps, self.rest = mean, 0.0, None
         if y.device.type in ("cpu", "meta"):
             self.gamma, self.var = invstd if gamma is None else invstd * gamma, None
         else:
@@ -221,7 +249,7 @@ class Normalise(Recipe):
     def constant(cls, gamma, beta, mean, var, eps: float) -> Normalise:
         """With running statistics: the call of forward, with copies of all that may change."""
         recipe = cls.__new__(cls)
-        recipe.parameter, recipe.eps = weak(gamma), eps
+        recipe.parameter, recipe.eps, recipe.rest = weak(gamma), eps, None
         copies = (None if t is None else t.detach().clone() for t in (gamma, beta, mean, var))
         recipe.gamma, recipe.beta, recipe.mean, recipe.var = copies
         return recipe
@@ -229,13 +257,15 @@ class Normalise(Recipe):
     def run(self, out, y):
         if not self.eps and y.device.type not in ("cpu", "meta"):
             return torch.batch_norm_elemt(y, self.gamma, self.beta, self.mean, self.var, 0.0, out=out)
-        var = torch.ones_like(self.mean) if self.var is None else self.var
+        if self.rest is None:  # a variance, and what the kernel would write statistics to
+            var = torch.ones_like(self.mean) if self.var is None else self.var
+            self.rest = var, self.mean.new_empty(0), self.mean.new_empty(0)
+        var, *empty = self.rest
         how = (y, self.gamma, self.beta, self.mean, var, False, 0.0, self.eps)
         if out is None or out.device.type != "cpu":
             z = torch.batch_norm(*how, False)
             return z if out is None else out.copy_(z)
-        none = self.mean.new_empty(0)
-        return aten.native_batch_norm.out(*how, out=out, save_mean=none, save_invstd=none.clone())[0]
+        return aten.native_batch_norm.out(*how, out=out, save_mean=empty[0], save_invstd=empty[1])[0]
 
 
 class Again(Recipe):
@@ -484,6 +514,8 @@ class PReLU(Operation):
 
 class Product(Operation):
     """x = p q, where both have gradients: squeeze-and-excite, gates."""
+
+    prunes = True
 
     def __init__(self, function, p: Value, q: Value) -> None:
         self.function, self.values, self.shapes = function, (p, q), (p.view.shape, q.view.shape)

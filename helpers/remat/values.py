@@ -7,6 +7,7 @@ which makes values again in one backward.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from typing import NamedTuple
 
@@ -60,15 +61,9 @@ class View(NamedTuple):
     def empty(self, images: int | None = None) -> Tensor:
         """Memory for such a tensor, or for some images of it."""
         shape = self.shape if images is None else (images, *self.shape[1:])
-        how = {"dtype": self.dtype, "device": self.device}
-        return torch.empty_strided(shape, self.stride if self.dense else self.packed(), **how)
-
-    def packed(self) -> list[int]:
-        """Strides without gaps, dimensions in the same order: what is made from it has forward's layout."""
-        strides, step = [0] * len(self.shape), 1
-        for i in sorted(range(len(self.shape)), key=lambda i: (self.stride[i], -i)):
-            strides[i], step = step, step * self.shape[i]
-        return strides
+        return torch.empty_strided(
+            shape, packed(self.shape, self.stride), dtype=self.dtype, device=self.device
+        )
 
     @property
     def nbytes(self) -> int:
@@ -76,8 +71,17 @@ class View(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether there are no gaps between its values, and none stands for several."""
+        """Whether there are no gaps between its values, and none is in several places."""
         return span(self.shape, self.stride) + 1 == self.shape.numel()
+
+
+@functools.lru_cache(maxsize=4096)
+def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides without gaps, dimensions in the same order: what is made with them has forward's layout."""
+    strides, step = [0] * len(shape), 1
+    for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
+        strides[i], step = step, step * shape[i]
+    return stride if span(shape, stride) + 1 == step else tuple(strides)
 
 
 def span(shape, stride) -> int:
@@ -109,12 +113,13 @@ class Value:
     """
 
     __slots__ = (
-        "before", "call", "kept", "live", "needs", "origin", "parents", "plain", "read", "recipe", "room",
-        "row", "version", "view", "waiting", "when", "__weakref__",
+        "before", "call", "kept", "live", "nbytes", "needs", "origin", "parents", "plain", "read", "recipe",
+        "room", "row", "size", "version", "view", "waiting", "when", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
+        self.size, self.nbytes = t.numel(), t.nbytes
         self.kept = self.before = self.row = self.room = self.waiting = self.origin = self.call = None
         self.needs, self.when, self.read, self.plain = 0, 0, False, False
         self.live = weakref.ref(t)
@@ -125,11 +130,7 @@ class Value:
 
     def __del__(self) -> None:
         if self.kept is not None and self.room is not None:
-            self.room.nbytes += self.view.nbytes
-
-    @property
-    def nbytes(self) -> int:
-        return self.view.nbytes
+            self.room.nbytes += self.nbytes
 
     def held(self) -> Tensor | None:
         """The kept tensor, as forward left it.
@@ -270,9 +271,11 @@ class Table:
 
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
         """Whether making ``value`` from what is kept (and ``also``) costs at most `max_cost` a value."""
-        size = value.view.shape.numel()
+        size = value.size
         most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
-        if value.recipe is not None and value.recipe.price:  # leave some for what is made of it
+        if value.recipe is None:
+            return value.kept is not None
+        if value.recipe.price:  # leave some for what is made of it
             most_passes, most_made = most_passes - 4 * size, most_made - 0.5
         else:  # as squeeze-and-excite's small convolutions
             most_price *= 17 / 16
@@ -285,7 +288,7 @@ class Table:
                 continue
             if v.recipe is None:
                 return False
-            n = v.view.shape.numel()
+            n = v.size
             price, passes = price + v.recipe.price * n, passes + v.recipe.passes * n
             if price > most_price or passes > most_passes:
                 return False
@@ -556,10 +559,10 @@ class Program(NamedTuple):
         made: dict[int, Tensor] = {}
         room: dict[int, Tensor] = {}
         for v in self.steps:
-            key, place = id(v), self.places[id(v)]
-            inputs = [
-                made[id(p)] if id(p) in made else part(self.given[id(p)], v, images) for p in v.parents
-            ]
+            key, place, inputs = id(v), self.places[id(v)], []
+            for p in v.parents:
+                t = made.get(id(p))
+                inputs.append(part(self.given[id(p)], v, images) if t is None else t)
             out = room.get(place)
             if out is None and place in self.whole:
                 out = room[place] = part(self.whole[place], v, images)
@@ -599,7 +602,7 @@ def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict
 
 def stream_of(t: Tensor):
     """The stream on which work on ``t`` is put now; None on a CPU."""
-    return None if t.device.type in ("cpu", "meta") else torch.accelerator.current_stream(t.device)
+    return None if t.is_cpu or t.is_meta else torch.accelerator.current_stream(t.device)
 
 
 def part(t: Tensor, reader: Value, images: slice | None) -> Tensor:

@@ -1,8 +1,9 @@
 """The exercises: a worked solution passes its checker, and a wrong answer is told what is wrong with it.
 
 A page's exercise is a code cell that ends in ``print(check_NAME(GAP))``. GAP is the reader's to fill, and the
-folded solution, the one python block of the first <details> behind it, defines GAP anew. `wrong_answers.py`
-makes mistakes in that solution on purpose, and says which words the checker must find for each.
+folded solution, the one python block of the first <details> behind it that is no hint, defines GAP anew.
+`wrong_answers.py` makes mistakes in that solution on purpose, and says which words the checker must find for
+each.
 """
 
 import functools
@@ -18,7 +19,7 @@ from helpers.tests.wrong_answers import WRONG
 
 PAGES = {path.name[:2]: path for path in find_notebooks()}
 CALL = re.compile(r"^print\((check_\w+)\((\w+)\)\)\s*\Z", re.MULTILINE)
-FOLDED = re.compile(r"<details>\s*<summary>.*?</summary>(.*?)</details>", re.DOTALL)
+FOLDED = re.compile(r"<details>\s*<summary>Solution.*?</summary>(.*?)</details>", re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 RIGHT = re.compile(r"exercise \d: right([,;] .*)?")
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held
-from helpers.remat import values
+from helpers.remat import operations, values
 from helpers.tests.rounding import apart, rounding
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
@@ -195,6 +195,42 @@ def test_convolutions(data):
         return nn.Sequential(convolve, norm(c_out), EVERY_ACTIVATION[activation](), last).train(training)
 
     check(make, image(draw(st.integers(1, 3)), c_in, *(draw(st.integers(6, 7)) for _ in range(n))))
+
+
+def frozen(module):
+    return module.requires_grad_(False)
+
+
+# 64 pixels or more: on a CPU their gradients are products of matrices.
+POINTWISE = {
+    "conv1d": (lambda: nn.Conv1d(3, 5, 1), (2, 3, 70)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 1, bias=False), (2, 3, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 5, 1), (2, 3, 4, 5, 4)),
+    "one channel": (lambda: nn.Conv2d(3, 1, 1, bias=False), (2, 3, 9, 8)),
+    "one image": (lambda: nn.Conv2d(3, 5, 1), (1, 3, 9, 8)),
+    "frozen": (lambda: frozen(nn.Conv2d(3, 5, 1)), (2, 3, 9, 8)),
+    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (2, 4, 9, 8)),
+    "stride": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
+    "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1), (2, 3, 9, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1), (2, 3, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_convolutions(name, layout, dtype):
+    make, shape = POINTWISE[name]
+    exact = step(make, [image(*shape)], None)
+    if layout is torch.channels_last and len(shape) != 4:
+        layout = torch.contiguous_format
+    found, wanted = (step(make, [image(*shape)], cost, dtype, layout) for cost in (0, None))
+    assert_same_forward(found, wanted)
+    for key, gradient in exact.gradients.items():
+        assert (found.gradients[key] is None) == (gradient is None)
+        if gradient is not None:
+            assert found.gradients[key].stride() == wanted.gradients[key].stride()
+            assert apart(found.gradients[key], gradient) <= rounding(dtype, terms=2 * math.prod(shape[2:]))
 
 
 @pytest.mark.parametrize("name", EVERY_ACTIVATION)
@@ -700,6 +736,30 @@ def test_held_and_peak_of_a_chain(depth, activation):
         out.backward(dz)
     assert forward <= (depth + 1) * BLOCK + depth * VECTORS
     assert held.peak <= forward + 2 * BLOCK + WEIGHT + VECTORS
+
+
+def test_a_value_is_held_where_the_peak_is_still_to_come(monkeypatch):
+    """The last layer's gradient is larger than all that backward makes again: each norm runs once.
+
+    Without it there is no room, and a block's output is made from all those before it.
+    """
+    norms = Counter()
+
+    def counted(self, out, y):
+        norms[id(self)] += 1
+        return run(self, out, y)
+
+    run = operations.Normalise.run
+    monkeypatch.setattr(operations.Normalise, "run", counted)
+    for columns, often in ((4096, False), (1, True)):
+        norms.clear()
+        blocks = [CHAINS["residual"]() for _ in range(6)]
+        model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(8 * 64, columns))
+        with remat():
+            out = model(image(2, 8, 8, 8, dtype=torch.float32))
+        out.sum().backward()
+        assert len(norms) == 6
+        assert (max(norms.values()) > 2) == often
 
 
 class Convolutions(TorchDispatchMode):

@@ -115,6 +115,8 @@ class Checkpointed(nn.Module):
         self.module = module
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        # A dense block appends to the list that it hands in: backward must find the list as it was.
+        inputs = [list(i) if isinstance(i, list) else i for i in inputs]
         return checkpoint(self.module, *inputs, use_reentrant=False)
 
 

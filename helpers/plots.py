@@ -21,6 +21,7 @@ __all__ = [
     "ink",
     "kept_at_prices",
     "label_lines",
+    "label_points",
     "matrices_of_algebra",
     "memory_against_time",
     "memory_front",
@@ -313,14 +314,16 @@ def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str,
         tensors: name -> channels, in the order of forward.
         columns: heading -> names of the tensors that are kept; the first is PyTorch, without a price.
     """
-    total, top = sum(tensors.values()), 0.0
+    total, top, centres = sum(tensors.values()), 0.0, []
     for name, channels in tensors.items():
         for i, kept in enumerate(columns.values()):
             fill = (COLOURS["remat"] if i else COLOURS["unfused"]) if name in kept else "white"
             look = {"facecolor": fill, "edgecolor": "#555555", "linewidth": 0.6}
             ax.add_patch(plt.Rectangle((i + 0.05, top), 0.9, channels, **look))
-        ax.text(-0.1, top + channels / 2, name, ha="right", va="center", fontsize=8)
+        centres.append(top + channels / 2)
         top += channels
+    for name, height in zip(tensors, spread(centres, 0.04 * total), strict=True):
+        ax.text(-0.1, height, name, ha="right", va="center", fontsize=8)
     for i, (heading, kept) in enumerate(columns.items()):
         below = sum(tensors[name] for name in kept)
         ax.text(i + 0.5, -0.015 * total, heading, ha="center", va="bottom", fontsize=8)
@@ -331,34 +334,62 @@ def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str,
     ax.axis("off")
 
 
-def memory_front(ax, title: str, rows: dict[str, tuple[float, float]], published: list) -> None:
+def memory_front(ax, title: str, rows: list[dict], published: list[tuple[str, float, float]]) -> None:
     """Chapter 8: peak memory against step time. `remat` is a line over its prices, the others are points.
 
     Args:
-        rows: the record's names -> (memory, time), as ratios to "unfused".
+        rows: of a record of bench, the unfused network first; a thin bar is the range of the rounds' ratios.
         published: (label, memory, time) of others, on other machines: hollow.
     """
-    line = {name.split(", ")[1]: at for name, at in rows.items() if name.startswith("remat")}
-    ax.plot(*zip(*line.values(), strict=True), "o-", color=COLOURS["remat"], markersize=4, linewidth=1)
-    least = min(line, key=line.get)
-    labels = [(price, *line[price], COLOURS["remat"]) for price in dict.fromkeys((next(iter(line)), least))]
-    ax.plot(1, 1, "s", color=COLOURS["unfused"], markersize=6)
-    labels.append(("PyTorch", 1, 1, COLOURS["unfused"]))
-    kinds = {"checkpoint, blocks": "^", "checkpoint, stages": "v"}
-    for name, at in rows.items():
-        if not name.startswith(("remat", "unfused")):
-            colour = COLOURS["checkpoint"] if name in kinds else COLOURS["tutorial"]
-            ax.plot(*at, kinds.get(name, "D"), color=colour, markersize=6)
-            labels.append((name.removeprefix("checkpoint, "), *at, colour))
-    for name, *at in published:
-        ax.plot(*at, "o", markerfacecolor="white", color=COLOURS["other"], markersize=6)
-        labels.append((name, *at, COLOURS["other"]))
-    for text, memory, time, colour in labels:
-        look = {"textcoords": "offset points", "fontsize": 8, "color": ink(colour), "ha": "center"}
-        ax.annotate(text, (memory, time), (0, 6), **look)
+    looks = {"unfused": ("s", "unfused"), "remat": ("o", "remat")}
+    looks |= {"checkpoint": ("^", "checkpoint"), "compile": ("D", "tutorial")}
+    labels, line = [], []
+    for row in rows:
+        kind, _, price = row["name"].partition(", ")
+        marker, colour = looks[kind]
+        memory, time = row["tensor_peak"] / rows[0]["tensor_peak"], row["time_ratio"]
+        ax.plot([memory] * 2, row["time_range"], color=COLOURS[colour], linewidth=0.8, alpha=0.5)
+        ax.plot(memory, time, marker, color=COLOURS[colour], markersize=5)
+        if kind == "remat":
+            line.append((memory, time, price))
+        else:
+            labels.append((row["name"].replace("unfused", "PyTorch"), memory, time, colour))
+    ax.plot(*zip(*[at[:2] for at in line], strict=True), color=COLOURS["remat"], linewidth=1)
+    ends = dict.fromkeys((line[0], min(line), line[-1]))
+    labels = [(price, memory, time, "remat") for memory, time, price in ends] + labels
+    for name, memory, time in published:
+        ax.plot(memory, time, "o", markerfacecolor="white", color=COLOURS["other"], markersize=6)
+        labels.append((name, memory, time, "other"))
     ax.axhline(1, color="#bbbbbb", linewidth=0.7, zorder=0)
     ax.set_title(title, fontsize=10)
     ax.set(xlim=(0, 1.12))
+    ax.margins(y=0.12)
+    label_points(ax, labels)
+
+
+def label_points(ax, labels: list[tuple[str, float, float, str]]) -> None:
+    """Write each (text, x, y, method) next to its point, where there is most room. Call it last."""
+    ax.figure.draw_without_rendering()
+    taken = [ax.transData.transform(at) for line in ax.get_lines() for at in line.get_xydata()]
+    boxes, level = [], ax.transData.transform((1, 1))[1]  # of the line at a ratio of 1
+    ways = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center")]
+    ways += [(dx, dy, side) for dy in (9, -9) for dx, side in ((8, "left"), (-8, "right"))]
+    ways += [(0, 18, "center"), (0, -18, "center")]
+    for text, x, y, method in labels:
+        best = None
+        for dx, dy, side in ways:
+            look = {"textcoords": "offset points", "fontsize": 8, "color": ink(COLOURS[method])}
+            drawn = ax.annotate(text, (x, y), (dx, dy), ha=side, va="center", **look)
+            box = drawn.get_window_extent()
+            hits = sum(box.overlaps(other) for other in boxes) + 0.2 * sum(box.contains(*p) for p in taken)
+            hits += 2 * (box.x0 < ax.bbox.x0 or box.x1 > ax.bbox.x1) + 0.3 * (box.y0 < level < box.y1)
+            if best is None or hits < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = hits, drawn, box
+            else:
+                drawn.remove()
+        boxes.append(best[2])
 
 
 def matrices_of_algebra(ax) -> None:

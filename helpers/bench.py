@@ -1,14 +1,17 @@
 """`make bench`: memory and time of the layers, each beside the unfused pair, in one run.
 
-    python -m helpers.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [QUICK=1]
+    python -m helpers.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [QUICK=1] [FRONT=1]
 
 prints a table for each workload and writes data/measurements/bench_<device>.json (with ONLY, a record of its
-own name). Times are forward and backward of the network; all methods take turns, a ratio is taken within
-each round, and the median of the ratios is shown with their range. Short steps have more than REPEATS rounds.
-Each workload has a process of its own, as a training has: memory that an earlier one left to the process
-would speed up those that use the most. On Linux a tensor of over 32 MiB is fresh pages at each allocation,
-which punishes those that use the most, too: there each workload is timed a second time, in a process whose
-allocator keeps its memory.
+own name). With FRONT=1 the workloads are four networks, under `remat` at eight prices, with checkpoints and
+compiled, and the record is front_<device>.json: chapter 8 draws it.
+
+Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
+and the median of the ratios is shown with their range. Short steps have more than REPEATS rounds. Each
+workload has a process of its own, as a training has: memory that an earlier one left to the process would
+speed up those that use the most. On Linux a tensor of over 32 MiB is fresh pages at each allocation, which
+punishes those that use the most, too: there each workload is timed a second time (and of the front, only
+so), in a process whose allocator keeps its memory.
 """
 
 from __future__ import annotations
@@ -112,6 +115,8 @@ class Checkpointed(nn.Module):
         self.module = module
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        # A dense block appends to the list that it hands in: backward must find the list as it was.
+        inputs = [list(i) if isinstance(i, list) else i for i in inputs]
         return checkpoint(self.module, *inputs, use_reentrant=False)
 
 
@@ -139,6 +144,38 @@ def block_by_block(model: nn.Module) -> nn.Module:
             if type(child).__name__ in BLOCKS:
                 setattr(module, name, Checkpointed(child))
     return model
+
+
+def stage_by_stage(model: nn.Module) -> nn.Module:
+    """Each stage of one of torchvision's networks, its blocks of one width, under a checkpoint of its own."""
+    if isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
+        stages: list[list[nn.Module]] = []
+        for block in model.features:
+            if not getattr(block, "use_res_connect", False):  # the first of its width
+                stages.append([])
+            stages[-1].append(block)
+        model.features = nn.Sequential(*[nn.Sequential(*stage) for stage in stages])
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            blocks = isinstance(child, nn.Sequential) and {type(block).__name__ for block in child}
+            if (blocks and blocks <= {*BLOCKS}) or type(child).__name__ == "_DenseBlock":
+                setattr(module, name, Checkpointed(child))
+    return model
+
+
+def compiled(model: nn.Module, budget: float) -> nn.Module:
+    """``model`` under torch.compile; with a ``budget`` below 1 the compiler keeps about that share of memory.
+
+    The model must draw no random numbers: with a budget the compiler draws a dropout's mask anew in backward,
+    and the gradients are wrong (seen in torch 2.14.1).
+    """
+    inductor = torch._dynamo.lookup_backend("inductor")
+
+    def backend(graph, inputs):
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            return inductor(graph, inputs)
+
+    return torch.compile(model, backend=backend, dynamic=False)
 
 
 def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
@@ -214,6 +251,9 @@ def pointwise_pairs(blocks: int, narrow: int, wide: int) -> dict[str, Callable[[
 
 BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
 PRICES = (0, 150, 600)
+FRONT = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
+FRONT_PRICES = (0, 9, 32, 64, 150, 300, 600, 1200)
+BUDGETS = {"resnet50": (0.4,)}  # compiling takes minutes on a CPU
 NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
 
 
@@ -241,6 +281,18 @@ def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
         "unfused": make,
         "fused, least memory": lambda: fuse_conv_bn(make()),
         "fused, no convolution twice": lambda: fuse_conv_bn(make(), recompute_conv=False),
+    }
+
+
+def front_of(name: str) -> dict[str, Callable[[], nn.Module]]:
+    """The ways to train torchvision's network ``name`` in less memory, unfused first."""
+    make = real_networks(name)["unfused"]
+    return {
+        "unfused": make,
+        **under_remat(make, *FRONT_PRICES),
+        "checkpoint, blocks": lambda: block_by_block(make()),
+        "checkpoint, stages": lambda: stage_by_stage(make()),
+        **{f"compile, {b:g}": lambda b=b: compiled(make(), b) for b in BUDGETS.get(name, ())},
     }
 
 
@@ -364,13 +416,24 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
         networks = norm_first_chains(12, channels, kernel)
         works[f"12 blocks norm, ReLU, conv: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
     works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
-    shape = (4, 3, 64, 64) if quick else (16, 3, 160, 160) if device.type == "cpu" else (256, 3, 224, 224)
+    shape = image_shape(device, quick)
     for name in NETWORKS:
         networks = real_networks(name)
         make = networks["unfused"]
         ways = {**under_remat(make, *PRICES), "checkpoint": lambda make=make: block_by_block(make())}
         works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, {**networks, **ways})
     return works
+
+
+def fronts(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, ...], dict[str, Callable]]]:
+    """The same for memory against time."""
+    shape = image_shape(device, quick)
+    return {f"{name}, {'x'.join(map(str, shape))}": (shape, front_of(name)) for name in FRONT}
+
+
+def image_shape(device: torch.device, quick: bool) -> tuple[int, ...]:
+    """Of the batch that a whole network gets."""
+    return (4, 3, 64, 64) if quick else (16, 3, 160, 160) if device.type == "cpu" else (256, 3, 224, 224)
 
 
 def modes(device: torch.device) -> dict[str, tuple[torch.dtype | None, torch.memory_format]]:
@@ -383,12 +446,14 @@ def modes(device: torch.device) -> dict[str, tuple[torch.dtype | None, torch.mem
     }
 
 
-def measure(device: torch.device, mode: str, title: str, repeats: int, quick: bool) -> list[dict]:
-    """`compare`'s rows of one workload, on a device as `compare` takes it."""
+def measure(
+    works: Callable, device: torch.device, mode: str, title: str, repeats: int, quick: bool
+) -> list[dict]:
+    """`compare`'s rows of one of ``works``, `workloads` or `fronts`, on a device as `compare` takes it."""
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     amp, memory_format = modes(device)[mode]
-    shape, makers = workloads(device, quick)[title]
+    shape, makers = works(device, quick)[title]
     torch.manual_seed(0)
     networks = {n: make().to(device).to(memory_format=memory_format) for n, make in makers.items()}
     x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
@@ -396,10 +461,16 @@ def measure(device: torch.device, mode: str, title: str, repeats: int, quick: bo
 
 
 def run(
-    device_name: str = "auto", repeats: int = 7, quick: bool = False, write: bool = True, only: str = ""
+    device_name: str = "auto",
+    repeats: int = 7,
+    quick: bool = False,
+    write: bool = True,
+    only: str = "",
+    front: bool = False,
 ) -> dict:
     """Measure the workloads with ``only`` in their title; print the tables; return (and write) the record."""
     device, how = memory_device(pick_device(device_name))
+    works, name = (fronts, "front") if front else (workloads, "bench")
     record = {
         "date": datetime.date.today().isoformat(),
         **describe_device(device),
@@ -409,16 +480,17 @@ def run(
     print(", ".join(f"{k}: {v}" for k, v in record.items() if k != "tables"))
     allocators = {"": {}}
     if device.type == "cpu" and sys.platform == "linux":
-        allocators[", allocator keeps its memory"] = KEEPS_MEMORY
+        held_still = {", allocator keeps its memory": KEEPS_MEMORY}
+        allocators = held_still if front else allocators | held_still
     for mode in modes(device):
-        for title in (title for title in workloads(device, quick) if only in title):
+        for title in (title for title in works(device, quick) if only in title):
             for allocator, environment in allocators.items():
-                rows = measured(environment, device, mode, title, repeats, quick)
+                rows = measured(environment, works, device, mode, title, repeats, quick)
                 record["tables"][f"{title}, {mode}{allocator}"] = rows
                 print_table(f"{title}, {mode}{allocator}", rows)
     if write:
         MEASUREMENTS.mkdir(exist_ok=True)
-        path = MEASUREMENTS / f"bench_{device.type}{only and '_' + only.replace(' ', '_')}.json"
+        path = MEASUREMENTS / f"{name}_{device.type}{only and '_' + only.replace(' ', '_')}.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(
             f"\nwritten to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}"
@@ -437,8 +509,8 @@ def measured(environment: dict[str, str], *arguments) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     """NAME=VALUE arguments, checked before anything runs."""
-    allowed = {"DEVICE": str, "REPEATS": int, "QUICK": int, "ONLY": str}
-    values = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": ""}
+    allowed = {"DEVICE": str, "REPEATS": int, "QUICK": int, "ONLY": str, "FRONT": int}
+    values = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": "", "FRONT": 0}
     try:
         for argument in arguments:
             name, _, text = argument.partition("=")
@@ -455,7 +527,7 @@ def main(arguments: list[str]) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     quick = bool(values["QUICK"])
-    run(values["DEVICE"], values["REPEATS"], quick, not quick, values["ONLY"])
+    run(values["DEVICE"], values["REPEATS"], quick, not quick, values["ONLY"], bool(values["FRONT"]))
     return 0
 
 

@@ -19,9 +19,12 @@ __all__ = [
     "binary_unit",
     "box_chain",
     "ink",
+    "kept_at_prices",
     "label_lines",
+    "label_points",
     "matrices_of_algebra",
     "memory_against_time",
+    "memory_front",
     "memory_over_time",
     "show",
     "slab_strips",
@@ -302,6 +305,91 @@ def memory_against_time(ax, points: dict[str, tuple[float, float]], colours: dic
         ax.text(1.09, height, name, va="center", fontsize=9, fontweight="bold" if name in best else None)
     ax.set(xlabel="peak memory, ratio to unfused", ylabel="step time, ratio to unfused", xlim=(0, 1.08))
     return best
+
+
+def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str, list[str]]) -> None:
+    """Chapter 8: a row for each tensor, as high as it has channels; filled in the columns that keep it.
+
+    Args:
+        tensors: name -> channels, in the order of forward.
+        columns: heading -> names of the tensors that are kept; the first is PyTorch, without a price.
+    """
+    total, top, centres = sum(tensors.values()), 0.0, []
+    for name, channels in tensors.items():
+        for i, kept in enumerate(columns.values()):
+            fill = (COLOURS["remat"] if i else COLOURS["unfused"]) if name in kept else "white"
+            look = {"facecolor": fill, "edgecolor": "#555555", "linewidth": 0.6}
+            ax.add_patch(plt.Rectangle((i + 0.05, top), 0.9, channels, **look))
+        centres.append(top + channels / 2)
+        top += channels
+    for name, height in zip(tensors, spread(centres, 0.04 * total), strict=True):
+        ax.text(-0.1, height, name, ha="right", va="center", fontsize=8)
+    for i, (heading, kept) in enumerate(columns.items()):
+        below = sum(tensors[name] for name in kept)
+        ax.text(i + 0.5, -0.015 * total, heading, ha="center", va="bottom", fontsize=8)
+        ax.text(i + 0.5, 1.015 * total, f"{below:,}", ha="center", va="top", fontsize=8, fontweight="bold")
+    ax.text(-0.1, 1.015 * total, "sum", ha="right", va="top", fontsize=8)
+    ax.set(xlim=(-0.7, len(columns)), ylim=(1.09 * total, -0.08 * total))
+    ax.set_title(title, fontsize=10)
+    ax.axis("off")
+
+
+def memory_front(ax, title: str, rows: list[dict], published: list[tuple[str, float, float]]) -> None:
+    """Chapter 8: peak memory against step time. `remat` is a line over its prices, the others are points.
+
+    Args:
+        rows: of a record of bench, the unfused network first; a thin bar is the range of the rounds' ratios.
+        published: (label, memory, time) of others, on other machines: hollow.
+    """
+    looks = {"unfused": ("s", "unfused"), "remat": ("o", "remat")}
+    looks |= {"checkpoint": ("^", "checkpoint"), "compile": ("D", "tutorial")}
+    labels, line = [], []
+    for row in rows:
+        kind, _, price = row["name"].partition(", ")
+        marker, colour = looks[kind]
+        memory, time = row["tensor_peak"] / rows[0]["tensor_peak"], row["time_ratio"]
+        ax.plot([memory] * 2, row["time_range"], color=COLOURS[colour], linewidth=0.8, alpha=0.5)
+        ax.plot(memory, time, marker, color=COLOURS[colour], markersize=5)
+        if kind == "remat":
+            line.append((memory, time, price))
+        else:
+            labels.append((row["name"].replace("unfused", "PyTorch"), memory, time, colour))
+    ax.plot(*zip(*[at[:2] for at in line], strict=True), color=COLOURS["remat"], linewidth=1)
+    ends = dict.fromkeys((line[0], min(line), line[-1]))
+    labels = [(price, memory, time, "remat") for memory, time, price in ends] + labels
+    for name, memory, time in published:
+        ax.plot(memory, time, "o", markerfacecolor="white", color=COLOURS["other"], markersize=6)
+        labels.append((name, memory, time, "other"))
+    ax.axhline(1, color="#bbbbbb", linewidth=0.7, zorder=0)
+    ax.set_title(title, fontsize=10)
+    ax.set(xlim=(0, 1.12))
+    ax.margins(y=0.12)
+    label_points(ax, labels)
+
+
+def label_points(ax, labels: list[tuple[str, float, float, str]]) -> None:
+    """Write each (text, x, y, method) next to its point, where there is most room. Call it last."""
+    ax.figure.draw_without_rendering()
+    taken = [ax.transData.transform(at) for line in ax.get_lines() for at in line.get_xydata()]
+    boxes, level = [], ax.transData.transform((1, 1))[1]  # of the line at a ratio of 1
+    ways = [(7, 0, "left"), (-7, 0, "right"), (0, 9, "center"), (0, -9, "center")]
+    ways += [(dx, dy, side) for dy in (9, -9) for dx, side in ((8, "left"), (-8, "right"))]
+    ways += [(0, 18, "center"), (0, -18, "center")]
+    for text, x, y, method in labels:
+        best = None
+        for dx, dy, side in ways:
+            look = {"textcoords": "offset points", "fontsize": 8, "color": ink(COLOURS[method])}
+            drawn = ax.annotate(text, (x, y), (dx, dy), ha=side, va="center", **look)
+            box = drawn.get_window_extent()
+            hits = sum(box.overlaps(other) for other in boxes) + 0.2 * sum(box.contains(*p) for p in taken)
+            hits += 2 * (box.x0 < ax.bbox.x0 or box.x1 > ax.bbox.x1) + 0.3 * (box.y0 < level < box.y1)
+            if best is None or hits < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = hits, drawn, box
+            else:
+                drawn.remove()
+        boxes.append(best[2])
 
 
 def matrices_of_algebra(ax) -> None:

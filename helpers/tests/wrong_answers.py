@@ -205,6 +205,32 @@ WRONG = {
             ("return dout * mask(dout, ctx.p, ctx.seed)", "return dout", "multiply dout by it"),
         ],
     },
+    "08": {
+        "check_transposed": [
+            (" / stride**2", "", "that is an ordinary convolution's"),
+            (" / stride**2", " / stride", "in height and in width"),
+            (" / stride**2", " * stride**2", "not more"),
+            ("c_in / groups", "c_in", "of its own group alone"),
+        ],
+        "check_chain": [
+            ("since, kept = 0, kept + [i]", "kept = kept + [i]", "the way ends at what is kept"),
+            ("since += price", "since = price", "must be paid for, too"),
+            ("since > max_cost", "since >= max_cost", "just max_cost can be paid"),
+            ("enumerate(prices, 1)", "enumerate(prices)", "count from 1"),
+        ],
+        "check_only_input": [
+            ("stride**2 * y1", "y1", "y1 has stride² times as many values"),
+            (" + stride**2 * y1", "", "begins at the input"),
+            ("max(y1, y2, y3)", "y2", "where it is narrow"),
+            ("max(y1, y2, y3)", "y1 + y2 + y3", "neither is it at a lower price"),
+        ],
+        "check_fooled": [
+            ("[memory] + 7 *", "[2 * memory] + 7 *", "no price fits"),
+            ("+ 7 * [2 * memory]", "+ 7 * [memory]", "the smallest that fits"),
+            ("+ 7 * [2 * memory]", "+ 4 * [2 * memory] + 3 * [memory]", "find none although one fits"),
+            ("[memory] + 7 *", "[memory] + 6 *", "eight peaks"),
+        ],
+    },
     "09": {
         "check_owners": [
             ('"bn1": "none"', '"bn1": "conv1"', "goes to two places"),

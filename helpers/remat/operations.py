@@ -260,7 +260,7 @@ class Normalise(Recipe):
         self.parameter = weak(gamma)
         gamma, beta = (None if t is None else t.detach() for t in (gamma, beta))
         self.beta = None if beta is None else beta.clone()
-        self.mean, self.eps, self.rest = mean, 0.0, None
+        self.mean, self.eps = mean, 0.0
         if y.device.type in ("cpu", "meta"):
             self.gamma, self.var = invstd if gamma is None else invstd * gamma, None
         else:
@@ -270,7 +270,7 @@ class Normalise(Recipe):
     def constant(cls, gamma, beta, mean, var, eps: float) -> Normalise:
         """With running statistics: the call of forward, with copies of all that may change."""
         recipe = cls.__new__(cls)
-        recipe.parameter, recipe.eps, recipe.rest = weak(gamma), eps, None
+        recipe.parameter, recipe.eps = weak(gamma), eps
         copies = (None if t is None else t.detach().clone() for t in (gamma, beta, mean, var))
         recipe.gamma, recipe.beta, recipe.mean, recipe.var = copies
         return recipe
@@ -278,15 +278,13 @@ class Normalise(Recipe):
     def run(self, out, y):
         if not self.eps and y.device.type not in ("cpu", "meta"):
             return torch.batch_norm_elemt(y, self.gamma, self.beta, self.mean, self.var, 0.0, out=out)
-        if self.rest is None:  # a variance, and what the kernel would write statistics to
-            var = torch.ones_like(self.mean) if self.var is None else self.var
-            self.rest = var, self.mean.new_empty(0), self.mean.new_empty(0)
-        var, *empty = self.rest
+        var = torch.ones_like(self.mean) if self.var is None else self.var
         how = (y, self.gamma, self.beta, self.mean, var, False, 0.0, self.eps)
         if out is None or out.device.type != "cpu":
             z = torch.batch_norm(*how, False)
             return z if out is None else out.copy_(z)
-        return aten.native_batch_norm.out(*how, out=out, save_mean=empty[0], save_invstd=empty[1])[0]
+        none = self.mean.new_empty(0), self.mean.new_empty(0)  # the kernel keeps constant statistics
+        return aten.native_batch_norm.out(*how, out=out, save_mean=none[0], save_invstd=none[1])[0]
 
 
 class Again(Recipe):

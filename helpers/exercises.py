@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.batch_norm import batch_stats, per_channel
-from helpers.fuse import find_groups, fuse_conv_bn, trace
 from helpers.fused import FusedConvBN2d
 from helpers.memory import MemoryTrace, saved_by, saved_tensors, storage_address
 from helpers.mnist import Net, pair
+from helpers.predict import predict_memory
 from helpers.remat import remat
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
@@ -854,98 +854,148 @@ def check_fooled(answer) -> str:
 # Chapter 9 -----------------------------------------------------------------------------------------------
 
 
-class Preactivation(nn.Module):
-    """A block with norms before its convolutions, and a shortcut that starts behind the first activation."""
+def small_network() -> nn.Sequential:
+    """As the price rises, its peak falls at first, and then is higher than at 0."""
+    wide, depthwise = nn.Conv2d(12, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+    layers = [
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.BatchNorm2d(12),
+        nn.SiLU(),
+        wide,
+        nn.BatchNorm2d(48),
+        nn.SiLU(),
+    ]
+    layers += [depthwise, nn.BatchNorm2d(48), nn.SiLU(), nn.Conv2d(48, 12, 1), nn.BatchNorm2d(12), nn.SiLU()]
+    return nn.Sequential(*layers)
 
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__()
-        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(channels) for _ in range(3))
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = F.relu(self.bn1(x))
-        y = self.conv1(shortcut)
-        y = self.conv2(F.relu(self.bn2(y)))
-        return self.bn3(y) + shortcut
+def parts_and_price(model, image_shape, batch, memory, prices, rounded=math.ceil, what="peak", there=True):
+    """The plan that `check_plan` wants, or with a mistake in it."""
+    for parts in range(1, batch + 1):
+        images = max(1, rounded(batch / parts))
+        gradients = sum(p.nbytes for p in model.parameters()) if there and parts > 1 else 0
+        for price in prices:
+            step = predict_memory(model, (images, *image_shape), max_cost=price)
+            if gradients + getattr(step, what) <= memory:
+                return parts, price
+    return None
 
 
-def check_owners(owners) -> str:
-    """Chapter 9: for each norm of `Preactivation`, the convolution that takes it in, or "none"."""
-    where = "exercise 1: "
-    if not isinstance(owners, dict) or set(owners) != {"bn1", "bn2", "bn3"}:
-        return where + f"give a dict with bn1, bn2 and bn3, got {owners!r}"
-    if None in owners.values():
+def check_plan(answer) -> str:
+    """Chapter 9: (parts, price) from (model, image_shape, batch, memory, prices)."""
+    model, shape, prices, where = small_network().float(), (3, 12, 12), (40, 0, 12), "exercise 1: "
+    step = {(n, p): predict_memory(model, (n, *shape), max_cost=p) for n in (3, 4, 10) for p in prices}
+    gradients = sum(p.nbytes for p in model.parameters())
+    for batch, memory in ((10, step[10, 0].peak), (10, step[10, 12].peak), (10, gradients + step[4, 12].peak),
+                          (10, step[4, 12].peak), (10, step[10, 40].forward)):  # fmt: skip
+        case = model, shape, batch, memory, prices
+        got, want = answer(*case), parts_and_price(*case[:4], sorted(prices))
+        if got is None:
+            return where + "not attempted yet"
+        if not isinstance(got, tuple) or len(got) != 2:
+            return where + f"return a tuple, (parts, price), got {got!r}"
+        if got == want:
+            continue
+        mistakes = {
+            "the largest part has more images: round up": {"rounded": math.floor},
+            "at the end of forward it fits, but the peak must": {"what": "forward"},
+            "the gradients of the parts before are there, too": {"there": False},
+        }
+        for words, how in mistakes.items():
+            if got == parts_and_price(*case[:4], sorted(prices), **how):
+                return where + words
+        said = "" if got[0] != want[0] else ": there is a lower price that fits"
+        return where + f"a batch of {batch} in {memory:,} bytes: it is {want}, got {got}{said}"
+    return where + "right"
+
+
+def gradients_and_memory(forward: Callable[[], Tensor], model: nn.Module) -> tuple[list[Tensor], int, int]:
+    """Gradients of the sum of what ``forward`` returns; bytes held at the end of it, and at the peak."""
+    model.zero_grad()
+    with MemoryTrace() as trace:
+        out = forward()
+        trace.mark("held")
+        out.sum().backward()
+    return [p.grad for p in model.parameters()], trace.marks["held"], trace.tensor_peak
+
+
+def check_lean(lean) -> str:
+    """Chapter 9: a subclass that computes what its base does, and saves little under `remat`."""
+    where, (base, *_), x = "exercise 2: ", lean.__bases__, torch.randn(6, 3, 16, 16)
+    model = base()
+    ours = lean()
+    ours.load_state_dict(model.state_dict())
+    if ours(x) is None:
         return where + "not attempted yet"
-    groups, _ = find_groups(trace(Preactivation())[0], Preactivation())
-    found = {norm: g.conv for g in groups for norm in (g.before, g.after) if norm}
-    why = {
-        "bn1": "its activation goes to two places, the convolution and the addition",
-        "bn2": "behind it stand an activation and conv2, and nothing else takes their results",
-        "bn3": "behind it is an addition; before it is a convolution whose result goes nowhere else",
+    want, got = model(x), ours(x)
+    if not isinstance(got, Tensor) or got.shape != want.shape or not torch.allclose(got, want, atol=1e-5):
+        return where + "forward returns other values than before"
+    grads, plain, _ = gradients_and_memory(lambda: model(x), model)
+    with remat() as record:
+        mine, held, _ = gradients_and_memory(lambda: ours(x), ours)
+    if not all(torch.allclose(g, h, rtol=1e-3, atol=1e-4) for g, h in zip(mine, grads, strict=True)):
+        return where + "forward is right, but its gradients are others; is something detached?"
+    if held > 0.6 * plain:
+        large = sum(row.recipe == "given" and row.nbytes > x.nbytes for row in record.rows)
+        why = (
+            "a large value is still given: look up whose it is"
+            if large
+            else "no large value is given any more"
+        )
+        return where + f"{held / plain:.2f} of plain PyTorch's bytes are held; {why}"
+    return where + "right"
+
+
+def accumulated(model, images, labels, parts: int, weighted: bool = True, context=nullcontext) -> None:
+    """Gradients of the mean over all images, part by part; or of the parts' means."""
+    model.zero_grad()
+    for x, wanted in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        share = len(x) / len(images) if weighted else 1 / parts
+        with context():
+            loss = F.cross_entropy(model(x), wanted) * share
+        loss.backward()
+
+
+def check_accumulate(answer) -> str:
+    """Chapter 9: gradients over parts, each under `remat`, from (model, images, labels, parts, max_cost)."""
+    where, parts, batch = "exercise 3: ", 3, 10
+    layers = [m for c in (3, 8, 8, 8) for m in (nn.Conv2d(c, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    images, labels = torch.randn(batch, 3, 16, 16).double(), torch.randint(8, (batch,))
+    peaks, grads = {}, {}
+    ways = {
+        "answer": lambda: answer(model, images, labels, parts, 100),
+        "plain": lambda: accumulated(model, images, labels, parts),
+        "unweighted": lambda: accumulated(model, images, labels, parts, weighted=False),
+        "remat": lambda: accumulated(model, images, labels, parts, context=lambda: remat(100)),
     }
-    for norm, owner in owners.items():
-        if owner not in ("conv1", "conv2", "none"):
-            return where + f'{norm} must be "conv1", "conv2" or "none", got {owner!r}'
-        if owner != found.get(norm, "none"):
-            return where + f"{norm} does not go there: {why[norm]}"
-    return where + "right"
+    for name, way in ways.items():
+        model.zero_grad()
+        with MemoryTrace() as trace:
+            way()
+        peaks[name], grads[name] = trace.tensor_peak, [p.grad for p in model.parameters()]
+        if None in grads[name]:
+            return where + "not attempted yet"
+        moved = model[1].num_batches_tracked.item()
+        model[1].num_batches_tracked.zero_()
+        if moved != parts:
+            return where + f"forward ran {moved} times, and there are {parts} parts"
 
+    def apart(other: str) -> float:
+        pairs = zip(grads["answer"], grads[other], strict=True)
+        return max(((g - h).norm() / h.norm().clamp_min(1e-3)).item() for g, h in pairs)
 
-def check_held(held) -> str:
-    """Chapter 9: ``held(blocks, recompute_conv)``, tensors that a fused chain of 3x3 blocks keeps."""
-    where = "exercise 2: "
-    if held(3, True) is None:
-        return where + "not attempted yet"
-    for blocks, recompute_conv in itertools.product((2, 5, 1), (True, False)):
-        layers = [(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(blocks)]
-        chain = fuse_conv_bn(nn.Sequential(*itertools.chain(*layers)), recompute_conv)
-        x = torch.randn(2, 4, 5, 5)
-        _, saved = saved_by(chain, x)
-        storages = {storage_address(t) for t in saved if t.shape == x.shape} - {storage_address(x)}
-        got = held(blocks, recompute_conv)
-        if got != len(storages):
-            hint_for = {
-                2 * len(storages): "you have counted two tensors a block, as unfused",
-                len(storages) - 1: "one is missing: look at the chain's end",
-                len(storages) + 1: "one too many: which norm's input is kept, and is x among them?",
-            }
-            say = hint_for.get(got, "list them from the end of the chain")
-            return where + f"held({blocks}, {recompute_conv}) is {got}, measured are {len(storages)}; {say}"
-    return where + "right"
-
-
-class Synonyms(nn.Module):
-    """A stack with activations that the kernel has, under names that it does not know."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        inner = nn.Sequential(nn.BatchNorm2d(4), nn.Threshold(0.0, 0.0), nn.Conv2d(4, 4, 1))
-        self.stack = nn.Sequential(nn.BatchNorm2d(4), nn.Hardtanh(0.0, 6.0), nn.Conv2d(4, 4, 3), inner)
-        self.last = nn.Sequential(nn.BatchNorm2d(4), nn.Hardtanh(-0.5, 0.5), nn.Conv2d(4, 4, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.stack(x))
-
-
-def check_canonical(canonical) -> str:
-    """Chapter 9: ``canonical(model)`` renames activations, so that `fuse_conv_bn` finds two groups more."""
-    where = "exercise 3: "
-    model, x = Synonyms().double(), 3 * torch.randn(3, 4, 6, 6, dtype=torch.float64)
-    keys, want = list(model.state_dict()), model(x)
-    got = canonical(model)
-    if got is None:
-        return where + "not attempted yet"
-    if not isinstance(got, nn.Module):
-        return where + f"return the model, got {type(got).__name__}"
-    if list(got.state_dict()) != keys:
-        return where + "the keys of the state_dict have changed"
-    if not torch.allclose(got(x), want):
-        return where + "the model computes something else; Hardtanh(-0.5, 0.5) is no ReLU6"
-    before = [g.act.name for _, g in fuse_conv_bn(got).fusion_report.groups if g.before]
-    missing = {"relu6": "Hardtanh(0, 6)", "relu": "Threshold(0, 0), which is inside another Sequential"}
-    for name, module in missing.items():
-        if name not in before:
-            return where + f"the norm before {module} is not fused with the convolution behind it"
+    if apart("unweighted") < 1e-8:
+        return (
+            where + "the mean of the parts' means is not the mean over all images: the last part is smaller"
+        )
+    if apart("plain") > 1e-8:
+        factor = (grads["answer"][0].norm() / grads["plain"][0].norm()).item()
+        return where + f"the gradients are wrong, {factor:.2f} times as long as they should be"
+    if peaks["answer"] > 1.05 * peaks["remat"]:
+        if abs(peaks["answer"] - peaks["plain"]) < 0.02 * peaks["plain"]:
+            return where + "right gradients, but as much is held as in plain PyTorch; is forward under remat?"
+        return where + "right gradients, but more than one part is held; call backward for each"
     return where + "right"
 
 

@@ -17,13 +17,12 @@ __all__ = [
     "COLOURS",
     "backward_step_by_step",
     "binary_unit",
-    "box_chain",
     "ink",
     "kept_at_prices",
     "label_lines",
     "label_points",
     "matrices_of_algebra",
-    "memory_against_time",
+    "memory_by_stage",
     "memory_front",
     "memory_over_time",
     "show",
@@ -262,51 +261,6 @@ def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
     axes[-1].set_xlabel("allocations and releases of backward, one after the other")
 
 
-def box_chain(ax, title: str, names: list[str], steps: list[str], kept: str, brackets: list, colour) -> None:
-    """Chapter 7: tensors as boxes, operations as arrows; those ``kept`` are shaded, functions bracketed."""
-    ax.set(xlim=(-0.6, len(names) - 0.4), ylim=(-0.75, 0.6))
-    ax.set_title(title, fontsize=10)
-    ax.axis("off")
-    for i, name in enumerate(names):
-        fill = "#f0b48a" if name in kept else "white"
-        look = {"boxstyle": "square,pad=0.35", "facecolor": fill, "edgecolor": "#333333"}
-        ax.text(i, 0, name, ha="center", va="center", bbox=look)
-    for i, step in enumerate(steps):
-        ax.annotate("", (i + 0.78, 0), (i + 0.22, 0), arrowprops={"arrowstyle": "-|>", "color": "#333333"})
-        ax.text(i + 0.5, 0.12, step, ha="center", va="bottom", fontsize=8)
-    for start, end in brackets:
-        ax.plot([start, start, end, end], [-0.45, -0.55, -0.55, -0.45], color=colour, linewidth=2)
-
-
-def memory_against_time(ax, points: dict[str, tuple[float, float]], colours: dict) -> list[str]:
-    """Chapter 7: each method as a point, with its name beside it; the frontier dashed, its names bold.
-
-    Args:
-        points: name -> (memory, time), both as ratios.
-
-    Returns:
-        The names on the frontier: no other method has less memory and less time at once.
-    """
-    best = sorted(
-        (
-            name
-            for name, (m, t) in points.items()
-            if not any(a <= m and b <= t and (a, b) != (m, t) for a, b in points.values())
-        ),
-        key=points.__getitem__,
-    )
-    line = zip(*(points[name] for name in best), strict=True)
-    ax.plot(*line, color="#333333", linewidth=1, linestyle="--", zorder=1)
-    times = [time for _, time in points.values()]
-    heights = spread(times, (max(times) - min(times)) / 16)
-    for (name, (memory, time)), height in zip(points.items(), heights, strict=True):
-        ax.plot(memory, time, "o", markersize=8, color=colours[name])
-        ax.plot([memory, 1.06, 1.08], [time, height, height], color="#bbbbbb", linewidth=0.6, zorder=0)
-        ax.text(1.09, height, name, va="center", fontsize=9, fontweight="bold" if name in best else None)
-    ax.set(xlabel="peak memory, ratio to unfused", ylabel="step time, ratio to unfused", xlim=(0, 1.08))
-    return best
-
-
 def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str, list[str]]) -> None:
     """Chapter 8: a row for each tensor, as high as it has channels; filled in the columns that keep it.
 
@@ -390,6 +344,65 @@ def label_points(ax, labels: list[tuple[str, float, float, str]]) -> None:
             else:
                 drawn.remove()
         boxes.append(best[2])
+
+
+def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -> dict[str, dict[str, int]]:
+    """Chapter 9: what one training step holds, stacked by name; one panel a step, all on one scale.
+
+    Each name is written once, in the first panel or, of backward's own tensors, in the last, unless it is
+    next to nothing there.
+
+    Args:
+        steps: title -> (the bytes that come and go, in order, each with its name; where backward starts).
+
+    Returns:
+        title -> name -> bytes at the moment of the peak.
+    """
+    names = dict.fromkeys(name for log, _ in steps.values() for name, _ in log)
+    last = [name for name in ("vectors", "weight gradients", "backward") if name in names]
+    names = [name for name in names if name not in last] + last
+    shades = plt.get_cmap("viridis")([0.9 - 0.75 * i / max(1, len(names) - 4) for i in range(len(names))])
+    own = {"vectors": "#999999", "weight gradients": "#444444", "backward": COLOURS["unfused"]}
+    colours = [own.get(name, to_hex(shade)) for name, shade in zip(names, shades, strict=True)]
+    curves, at_peak = {}, {}
+    for title, (log, _) in steps.items():
+        held, rows = dict.fromkeys(names, 0), []
+        for name, nbytes in log:
+            held[name] += nbytes
+            rows.append(tuple(held.values()))
+        top = max(rows, key=sum)
+        at_peak[title] = {name: b for name, b in zip(names, top, strict=True) if b}
+        curves[title] = [[b / 2**20 for b in column] for column in zip(*rows, strict=True)], rows.index(top)
+    top = max(sum(parts.values()) for parts in at_peak.values()) / 2**20
+    for ax, (title, (columns, peak)) in zip(axes, curves.items(), strict=True):
+        ax.stackplot(range(len(columns[0])), columns, colors=colours, step="post", linewidth=0)
+        height, start = sum(column[peak] for column in columns), steps[title][1]
+        ax.axvline(start, color="#666666", linestyle=":", linewidth=1)
+        ax.text(start, 1.45 * top, "forward ", ha="right", va="top", fontsize=9)
+        ax.text(start, 1.45 * top, " backward", va="top", fontsize=9)
+        ax.plot(peak, height, "v", color="#222222", markersize=5)
+        note = {"textcoords": "offset points", "fontweight": "bold", "ha": "center"}
+        ax.annotate(f"peak {height:,.0f} MiB", (peak, height), (0, 8), **note)
+        ax.set(title=title, ylabel="MiB", xlim=(0, len(columns[0])), ylim=(0, 1.45 * top))
+    axes[-1].set_xlabel("allocations and releases in the order of the step")
+    for i, name in enumerate(names):  # once
+        place = -1 if name == "backward" else 0
+        ax, (columns, _) = axes[place], list(curves.values())[place]
+        wide = [at for at, b in enumerate(columns[i]) if b > 0.97 * max(columns[i])]
+        at = wide[len(wide) // 2]
+        middle = sum(column[at] for column in columns[:i]) + columns[i][at] / 2
+        if columns[i][at] > 0.08 * top and len(wide) > 0.1 * len(columns[i]):
+            dark = luminance(colours[i]) < 0.3
+            ax.text(
+                at, middle, name, ha="center", va="center", fontsize=9, color="white" if dark else "black"
+            )
+        elif columns[i][at] > 0.01 * top:
+            ha, offset = ("center", (0, 40)) if name == "weight gradients" else ("right", (-80, 24))
+            note = {"textcoords": "offset points", "ha": ha, "fontsize": 9}
+            ax.annotate(
+                name, (at, middle), offset, arrowprops={"arrowstyle": "-", "color": "#333333"}, **note
+            )
+    return at_peak
 
 
 def matrices_of_algebra(ax) -> None:

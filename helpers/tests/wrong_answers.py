@@ -232,21 +232,29 @@ WRONG = {
         ],
     },
     "09": {
-        "check_owners": [
-            ('"bn1": "none"', '"bn1": "conv1"', "goes to two places"),
-            ('"bn3": "conv2"', '"bn3": "none"', "before it is a convolution"),
-            ('"bn2": "conv2"', '"bn2": "conv1"', "nothing else takes their results"),
-            ('"bn2": "conv2"', '"bn2": "conv3"', 'must be "conv1", "conv2" or "none"'),
+        "check_plan": [
+            ("-(-batch // parts)", "batch // parts", "the largest part has more images"),
+            (".peak\n", ".forward\n", "the peak must"),
+            ("if parts > 1 else 0", "* 0", "the gradients of the parts before"),
+            ("sorted(prices)", "prices", "there is a lower price"),
+            ("sorted(prices)", "[max(prices)]", "it is (1, 0), got (2, 40)"),
+            ("return parts, price", "return parts", "return a tuple"),
         ],
-        "check_held": [
-            ("blocks - 1", "2 * blocks - 1", "as unfused"),
-            ("+ relu", "", "one is missing"),
-            ("+ relu", "+ relu + 1", "one too many"),
+        "check_lean": [
+            ("F.leaky_relu(z, 0.1)", "torch.where(z > 0, z, 0.1 * z)", "still given"),
+            ("F.leaky_relu(z, 0.1)", "F.leaky_relu(z)", "other values"),
+            ("F.leaky_relu(z, 0.1)", "F.leaky_relu(z.detach(), 0.1)", "is something detached"),
         ],
-        "check_canonical": [
-            ("(child.min_val, child.max_val) == (0, 6)", "True", "is no ReLU6"),
-            ("            canonical(child)\n", "            pass\n", "is not fused"),
-            ("    return model\n", "    return list(model.children())\n", "return the model"),
+        "check_accumulate": [
+            (', reduction="sum") / len(images)', ") / parts", "the last part is smaller"),
+            (', reduction="sum") / len(images)', ")", "times as long"),
+            ("with remat(max_cost):", "if True:", "as much is held as in plain"),
+            ("loss = F", "model(x); loss = F", "forward ran 6 times"),
+            (
+                "loss.backward()",
+                "loss.backward(retain_graph=True); model.__dict__.setdefault('kept', []).append(loss)",
+                "more than one part is held",
+            ),
         ],
     },
     "10": {

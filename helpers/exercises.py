@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.batch_norm import batch_stats, per_channel
-from helpers.fuse import find_groups, fuse_conv_bn, trace
 from helpers.fused import FusedConvBN2d
 from helpers.memory import MemoryTrace, saved_by, saved_tensors, storage_address
 from helpers.mnist import Net, pair

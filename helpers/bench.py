@@ -13,7 +13,6 @@ allocator keeps its memory.
 
 from __future__ import annotations
 
-import copy
 import datetime
 import functools
 import json
@@ -34,8 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from helpers.fuse import fuse_conv_bn
-from helpers.fused import FusedBlock2d, FusedConvBN2d
+from helpers.fused import FusedConvBN2d
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.mnist import Net, pick_device
 from helpers.remat import remat
@@ -163,62 +161,13 @@ def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: in
     return nn.Sequential(*block)
 
 
-def norm_first_chains(blocks: int, channels: int, kernel: int) -> dict[str, Callable[[], nn.Module]]:
-    """The same ``blocks`` of batch norm, ReLU, conv, fused in each way that there is."""
-
-    def modules() -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        norm, conv = (
-            nn.BatchNorm2d(channels),
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False),
-        )
-        return [(copy.deepcopy(norm), copy.deepcopy(conv)) for _ in range(blocks)]
-
-    def plain() -> list[nn.Module]:
-        return [nn.Sequential(norm, nn.ReLU(), conv) for norm, conv in modules()]
-
-    def after() -> nn.Sequential:
-        pairs = modules()
-        convs, norms = [conv for _, conv in pairs], [norm for norm, _ in pairs]
-        fused = [FusedConvBN2d.from_pair(*pair) for pair in zip(convs, norms[1:], strict=False)]
-        layers = [norms[0], *(layer for f in fused for layer in (nn.ReLU(), f)), nn.ReLU(), convs[-1]]
-        return nn.Sequential(*layers)
-
-    return {
-        "unfused": lambda: nn.Sequential(*plain()),
-        "checkpoint": lambda: nn.Sequential(*[Checkpointed(block) for block in plain()]),
-        "conv with the norm behind it": after,
-        "norm, ReLU with the conv behind": lambda: nn.Sequential(
-            *[FusedBlock2d(conv, norm, nn.ReLU()) for norm, conv in modules()]
-        ),
-    }
-
-
-def pointwise_pairs(blocks: int, narrow: int, wide: int) -> dict[str, Callable[[], nn.Module]]:
-    """``blocks`` times: 1x1 conv to more channels, batch norm, ReLU, and an average back to narrow."""
-
-    def network(pair: Callable[[nn.Conv2d, nn.BatchNorm2d], nn.Module]) -> nn.Sequential:
-        layers = []
-        for _ in range(blocks):
-            layers += [pair(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide)), Narrow(narrow)]
-        return nn.Sequential(*layers)
-
-    return {
-        "unfused": lambda: network(nn.Sequential),
-        "checkpoint": lambda: network(lambda *pair: Checkpointed(nn.Sequential(*pair))),
-        "fused, y recomputed": lambda: network(
-            lambda c, b: FusedBlock2d(c, norm_after=b, backward="recompute")
-        ),
-        "fused, by algebra": lambda: network(lambda c, b: FusedBlock2d(c, norm_after=b, backward="algebra")),
-    }
-
-
 BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
 PRICES = (0, 150, 600)
 NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
 
 
 def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """torchvision's network ``name``, unfused and fused, all with the same weights and without dropout.
+    """torchvision's network ``name``, always with the same weights and without dropout.
 
     Raises:
         ValueError: torchvision has no such network.
@@ -237,22 +186,7 @@ def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
                 module.p = 0.0
         return model
 
-    return {
-        "unfused": make,
-        "fused, least memory": lambda: fuse_conv_bn(make()),
-        "fused, no convolution twice": lambda: fuse_conv_bn(make(), recompute_conv=False),
-    }
-
-
-class Narrow(nn.Module):
-    """The mean of every wide / narrow channels: cheap, and saves nothing."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.channels, -1)).mean(2)
+    return {"unfused": make}
 
 
 def compare(
@@ -360,10 +294,6 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
     for kind, (channels, kernel) in kinds.items():
         networks = of_pairs(lambda make, c=channels, k=kernel: chain(make, 12, c, k))
         works[f"12 blocks conv, norm, ReLU: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
-    for kind, (channels, kernel) in kinds.items():
-        networks = norm_first_chains(12, channels, kernel)
-        works[f"12 blocks norm, ReLU, conv: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
-    works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
     shape = (4, 3, 64, 64) if quick else (16, 3, 160, 160) if device.type == "cpu" else (256, 3, 224, 224)
     for name in NETWORKS:
         networks = real_networks(name)

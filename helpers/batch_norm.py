@@ -6,19 +6,16 @@ per-channel vectors have shape (C,). Statistics and sums are float32 at least, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
-SMALL_BYTES = 1 << 19  # up to which one call of the library takes statistics faster than sweeps of ours
-CACHED_BYTES = 1 << 22  # what a CPU keeps at hand between two sweeps
-ONE_SWEEP_SIGMAS = 4  # so far may μ be from 0, in σ, for a variance by one sweep: it loses μ²/σ² of an ulp
-WIDENED_BYTES = 1 << 26  # what an accelerator widens to float32 at once
+# Bytes to work on at once. On a CPU they should stay in a core's cache between the steps that use them; an
+# accelerator needs more to do, or it is not busy.
+PIECE_BYTES = {"cpu": 1 << 22}
+PIECE_BYTES_ACCELERATOR = 1 << 27
 
 
 def per_channel(vector: Tensor) -> Tensor:
@@ -34,87 +31,42 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel: μ = Σ y / m, var = Σ (y - μ)² / m.
 
+    With c a value amid the channel's others, here the first image's mean, and δ = μ - c::
+
+        δ = Σ (y - c) / m        μ = c + δ        var = Σ (y - c)² / m - δ²
+
+    Both sums need one pass over y, a piece at a time, and lose no digits where μ is far from 0.
+
     Args:
         y: (N, C, H, W), floating point, at least one value in a channel.
 
     Returns:
         ``(mean, var)``, each (C,), float32 or, for float64 input, float64.
     """
-    return merge_stats(partial_stats(y), stats_dtype(y.dtype))
-
-
-def partial_stats(y: Tensor) -> list[tuple[int, Tensor, Tensor]]:
-    """(values in a channel, mean, variance) of y, or of pieces of it, for `merge_stats`."""
     dtype, m = stats_dtype(y.dtype), y.numel() // y.shape[1]
-    if not y.is_cpu:
-        stats = []
-        for piece in in_pieces(y, y.nbytes if y.dtype == dtype else WIDENED_BYTES):
-            var, mean = torch.var_mean(piece.to(dtype), CHANNELS, correction=0)
-            stats.append((piece.numel() // piece.shape[1], mean, var))
-        return stats
-    if y.nbytes <= SMALL_BYTES and y.dtype == dtype:
-        return [(m, *torch.batch_norm_update_stats(y, None, None, 0.0))]
-    # That one call adds in float64, value by value, which is several times slower than a sweep or two of
-    # float32 over pieces in the cache, about a value amid the others, the first image's mean.
-    about, pieces = y[0].mean((1, 2), dtype=dtype), in_pieces(y, CACHED_BYTES)
-    if y.dtype == dtype and y.is_contiguous():
-        # One sweep: var = Σ y (y - about)/m - μ (μ - about), which loses digits where |μ| is many σ. Fewer
-        # with a Σ y that is summed pairwise, so not the one that `batch_norm_sums` has as well.
-        mean, product = summed(
-            t for piece in pieces for t in (piece.sum(CHANNELS), batch_norm_sums(piece, piece, about)[1])
-        ).div_(m)
-        var = torch.addcmul(product, mean, about - mean).clamp_min_(0)
-        lost = torch.addcmul(ONE_SWEEP_SIGMAS**2 * var, mean, mean, value=-1)
-        if isinstance(y, FakeTensor) or not lost.amin() < 0:  # a fake one has no digits to lose
-            return [(m, mean, var)]
-        about = mean.to(dtype)
-    # Two sweeps: with δ = μ - about, var = Σ (y - about)²/m - δ², which loses none.
-    delta, square = summed(t for piece in pieces for t in sums_about(piece, about)).div_(m)
-    return [(m, about + delta, square.addcmul_(delta, delta, value=-1).clamp_min_(0))]
+    c, zero = y[0].mean((1, 2), dtype=dtype), torch.zeros(y.shape[1], dtype=dtype, device=y.device)
+    sums = None
+    for piece in y.split(max(1, piece_bytes(y) * len(y) // y.nbytes)):
+        centred = centre(piece, c)
+        sums = add_up(sums, batch_norm_sums(centred, centred, zero))
+    delta, square = (total / m for total in sums)
+    return (c + delta).to(dtype), (square - delta**2).clamp_min(0).to(dtype)
 
 
-def sums_about(y: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ (y - about) and Σ (y - about)² of each channel, in the dtype of ``about``."""
-    y = y.to(about.dtype)
-    return batch_norm_sums(centre(y, about), y, about)
-
-
-def in_pieces(y: Tensor, nbytes: int) -> list[Tensor] | tuple[Tensor, ...]:
-    """Views of some images each, of at most so many bytes where one image is no more than that."""
-    return [y] if y.nbytes <= nbytes else y.split(max(1, nbytes // (y.nbytes // y.shape[0])))
-
-
-def summed(parts: Iterable[Tensor]) -> Tensor:
-    """The per-channel sums of pieces, two vectors of each in turn: (2, C) in `wide_dtype`."""
-    rows = torch.stack(list(parts))
-    return rows.view(-1, 2, rows.shape[1]).sum(0, dtype=wide_dtype(rows))
+def piece_bytes(t: Tensor) -> int:
+    """How much of ``t`` to work on at once."""
+    return PIECE_BYTES.get(t.device.type, PIECE_BYTES_ACCELERATOR)
 
 
 def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """Per-channel sums over the slabs, in `wide_dtype`."""
+    """Per-channel sums over pieces of a batch, in `wide_dtype`."""
     if total is None:
         return [t.to(wide_dtype(t)) for t in parts]
     return [t.add_(part) for t, part in zip(total, parts, strict=True)]
 
 
-def merge_stats(stats: list[tuple[int, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the whole from (size, mean, variance) of its parts (Chan, Golub & LeVeque 1983).
-
-    μ = Σ n_s μ_s / n and var = Σ n_s (var_s + (μ_s - μ)²) / n, where n = Σ n_s; rounded to ``dtype`` last.
-    """
-    if len(stats) == 1:
-        return stats[0][1].to(dtype), stats[0][2].to(dtype)
-    sizes, means, variances = zip(*stats, strict=True)
-    means, variances = torch.stack(means), torch.stack(variances)
-    sizes = torch.as_tensor(sizes, dtype=wide_dtype(means), device=means.device)
-    share = (sizes / sizes.sum())[:, None]
-    mean = (share * means).sum(0)
-    var = (share * (variances + (means - mean) ** 2)).sum(0)
-    return mean.to(dtype), var.to(dtype)
-
-
 def wide_dtype(t: Tensor) -> torch.dtype:
-    """float64, in which the few sums of slabs are summed, where the device has it."""
+    """float64, in which the sums of pieces are added up, where the device has it."""
     return t.dtype if t.device.type == "mps" else torch.float64
 
 
@@ -143,7 +95,7 @@ def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, 
 
 
 def grad_input_coefficients(
-    scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int | Tensor
+    scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-channel κ_dz, κ_y and κ_0 of batch norm's input gradient, dy = κ_dz dz + κ_y (y - μ) + κ_0.
 
@@ -157,23 +109,18 @@ def grad_input_coefficients(
 
 
 def grad_input_(
-    grad_out: Tensor,
-    y_centred: Tensor,
-    kappa_dz: Tensor,
-    kappa_y: Tensor | None,
-    kappa_0: Tensor | None,
-    out: Tensor | None = None,
+    grad_out: Tensor, y_centred: Tensor, kappa_dz: Tensor, kappa_y: Tensor | None, kappa_0: Tensor | None
 ) -> Tensor:
-    """dy = κ_dz dz + κ_y (y - μ) + κ_0, with κ_y and κ_0 None for constant statistics.
+    """dy = κ_dz dz + κ_y (y - μ) + κ_0, in the memory of ``y_centred`` = y - μ.
 
-    Overwrites ``y_centred`` = y - μ; the result lies there or in ``out``, which may be ``grad_out``.
+    κ_y and κ_0 are None for constant statistics.
     """
     kappa_dz = per_channel(kappa_dz)
     if kappa_y is None:
-        return torch.mul(grad_out, kappa_dz, out=y_centred if out is None else out)
+        return torch.mul(grad_out, kappa_dz, out=y_centred)
     # A broadcast first argument of addcmul is slow on a CPU; these three are not.
     y_centred.mul_(per_channel(kappa_y)).add_(per_channel(kappa_0))
-    return torch.addcmul(y_centred, grad_out, kappa_dz, out=y_centred if out is None else out)
+    return y_centred.addcmul_(grad_out, kappa_dz)
 
 
 def batch_norm_forward(
@@ -245,7 +192,7 @@ def batch_norm_backward(
 
 
 def update_running_stats(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, m: int | Tensor, momentum: float
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, m: int, momentum: float | Tensor
 ) -> None:
     """Move the running statistics in place: running ← (1 - momentum) running + momentum batch's.
 
@@ -253,5 +200,4 @@ def update_running_stats(
     the batch itself is normalised with the biased one.
     """
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    unbiased = m / (m - 1) if isinstance(m, Tensor) else m / max(m - 1, 1)
-    running_var.lerp_((var * unbiased).to(running_var.dtype), momentum)
+    running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)

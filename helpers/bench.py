@@ -16,7 +16,6 @@ so), in a process whose allocator keeps its memory.
 
 from __future__ import annotations
 
-import copy
 import datetime
 import functools
 import json
@@ -37,16 +36,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from helpers.fuse import fuse_conv_bn
-from helpers.fused import FusedBlock2d, FusedConvBN2d
+from helpers.fused import FusedConvBN2d
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.mnist import Net, pick_device
 from helpers.remat import remat
 
-__all__ = ["METHODS", "NETWORKS", "TutorialConvBN2d", "chain", "compare", "print_table", "real_networks"]
+__all__ = ["METHODS", "NETWORKS", "TutorialConvBN2d", "chain", "compare", "print_table", "real_network"]
 
 MIB = 2**20
 ROUNDS_SECONDS = 20  # at least, for each workload, whatever REPEATS says
+PARAMETERS = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": "", "FRONT": 0}
 MEASUREMENTS = Path(__file__).resolve().parents[1] / "data" / "measurements"
 
 
@@ -200,55 +199,6 @@ def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: in
     return nn.Sequential(*block)
 
 
-def norm_first_chains(blocks: int, channels: int, kernel: int) -> dict[str, Callable[[], nn.Module]]:
-    """The same ``blocks`` of batch norm, ReLU, conv, fused in each way that there is."""
-
-    def modules() -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        norm, conv = (
-            nn.BatchNorm2d(channels),
-            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False),
-        )
-        return [(copy.deepcopy(norm), copy.deepcopy(conv)) for _ in range(blocks)]
-
-    def plain() -> list[nn.Module]:
-        return [nn.Sequential(norm, nn.ReLU(), conv) for norm, conv in modules()]
-
-    def after() -> nn.Sequential:
-        pairs = modules()
-        convs, norms = [conv for _, conv in pairs], [norm for norm, _ in pairs]
-        fused = [FusedConvBN2d.from_pair(*pair) for pair in zip(convs, norms[1:], strict=False)]
-        layers = [norms[0], *(layer for f in fused for layer in (nn.ReLU(), f)), nn.ReLU(), convs[-1]]
-        return nn.Sequential(*layers)
-
-    return {
-        "unfused": lambda: nn.Sequential(*plain()),
-        "checkpoint": lambda: nn.Sequential(*[Checkpointed(block) for block in plain()]),
-        "conv with the norm behind it": after,
-        "norm, ReLU with the conv behind": lambda: nn.Sequential(
-            *[FusedBlock2d(conv, norm, nn.ReLU()) for norm, conv in modules()]
-        ),
-    }
-
-
-def pointwise_pairs(blocks: int, narrow: int, wide: int) -> dict[str, Callable[[], nn.Module]]:
-    """``blocks`` times: 1x1 conv to more channels, batch norm, ReLU, and an average back to narrow."""
-
-    def network(pair: Callable[[nn.Conv2d, nn.BatchNorm2d], nn.Module]) -> nn.Sequential:
-        layers = []
-        for _ in range(blocks):
-            layers += [pair(nn.Conv2d(narrow, wide, 1, bias=False), nn.BatchNorm2d(wide)), Narrow(narrow)]
-        return nn.Sequential(*layers)
-
-    return {
-        "unfused": lambda: network(nn.Sequential),
-        "checkpoint": lambda: network(lambda *pair: Checkpointed(nn.Sequential(*pair))),
-        "fused, y recomputed": lambda: network(
-            lambda c, b: FusedBlock2d(c, norm_after=b, backward="recompute")
-        ),
-        "fused, by algebra": lambda: network(lambda c, b: FusedBlock2d(c, norm_after=b, backward="algebra")),
-    }
-
-
 BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
 PRICES = (0, 150, 600)
 FRONT = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
@@ -257,8 +207,8 @@ BUDGETS = {"resnet50": (0.4,)}  # compiling takes minutes on a CPU
 NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
 
 
-def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """torchvision's network ``name``, unfused and fused, all with the same weights and without dropout.
+def real_network(name: str) -> nn.Module:
+    """torchvision's network ``name``, always with the same weights and without dropout.
 
     Raises:
         ValueError: torchvision has no such network.
@@ -267,44 +217,33 @@ def real_networks(name: str) -> dict[str, Callable[[], nn.Module]]:
         raise ValueError(
             f"name must be a network of torchvision, such as {', '.join(NETWORKS)}; got {name!r}"
         )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name, weights=None)
+    for module in model.modules():  # what is dropped would differ from method to method
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
+            module.p = 0.0
+    return model
 
-    def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = torchvision.models.get_model(name, weights=None)
-        for module in model.modules():  # what is dropped would differ from method to method
-            if isinstance(module, (nn.Dropout, StochasticDepth)):
-                module.p = 0.0
-        return model
 
+def ways(name: str, prices: tuple[float, ...]) -> dict[str, Callable[[], nn.Module]]:
+    """The ways to train torchvision's network ``name`` in less memory, unfused first."""
+    make = functools.partial(real_network, name)
     return {
         "unfused": make,
-        "fused, least memory": lambda: fuse_conv_bn(make()),
-        "fused, no convolution twice": lambda: fuse_conv_bn(make(), recompute_conv=False),
+        **under_remat(make, *prices),
+        "checkpoint, blocks": lambda: block_by_block(make()),
     }
 
 
 def front_of(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """The ways to train torchvision's network ``name`` in less memory, unfused first."""
-    make = real_networks(name)["unfused"]
+    """More of them, for chapter 8's figure."""
+    make = functools.partial(real_network, name)
     return {
-        "unfused": make,
-        **under_remat(make, *FRONT_PRICES),
-        "checkpoint, blocks": lambda: block_by_block(make()),
+        **ways(name, FRONT_PRICES),
         "checkpoint, stages": lambda: stage_by_stage(make()),
         **{f"compile, {b:g}": lambda b=b: compiled(make(), b) for b in BUDGETS.get(name, ())},
     }
-
-
-class Narrow(nn.Module):
-    """The mean of every wide / narrow channels: cheap, and saves nothing."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.channels = channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (self.channels, -1)).mean(2)
 
 
 def compare(
@@ -412,16 +351,9 @@ def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, .
     for kind, (channels, kernel) in kinds.items():
         networks = of_pairs(lambda make, c=channels, k=kernel: chain(make, 12, c, k))
         works[f"12 blocks conv, norm, ReLU: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
-    for kind, (channels, kernel) in kinds.items():
-        networks = norm_first_chains(12, channels, kernel)
-        works[f"12 blocks norm, ReLU, conv: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
-    works[f"4 blocks 1x1 conv 64 to 256, norm: {n}x56x56"] = ((n, 64, 56, 56), pointwise_pairs(4, 64, 256))
     shape = image_shape(device, quick)
     for name in NETWORKS:
-        networks = real_networks(name)
-        make = networks["unfused"]
-        ways = {**under_remat(make, *PRICES), "checkpoint": lambda make=make: block_by_block(make())}
-        works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, {**networks, **ways})
+        works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, ways(name, PRICES))
     return works
 
 
@@ -509,17 +441,17 @@ def measured(environment: dict[str, str], *arguments) -> list[dict]:
 
 def main(arguments: list[str]) -> int:
     """NAME=VALUE arguments, checked before anything runs."""
-    allowed = {"DEVICE": str, "REPEATS": int, "QUICK": int, "ONLY": str, "FRONT": int}
-    values = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": "", "FRONT": 0}
+    values = dict(PARAMETERS)
     try:
         for argument in arguments:
             name, _, text = argument.partition("=")
-            if name not in allowed:
-                raise ValueError(f"{name} is no parameter of bench; there are {', '.join(allowed)}")
+            if name not in values:
+                raise ValueError(f"{name} is no parameter of bench; there are {', '.join(values)}")
+            kind = type(PARAMETERS[name])
             try:
-                values[name] = allowed[name](text)
+                values[name] = kind(text)
             except ValueError:
-                raise ValueError(f"{name} must be of type {allowed[name].__name__}, got {text!r}") from None
+                raise ValueError(f"{name} must be of type {kind.__name__}, got {text!r}") from None
         if values["REPEATS"] < 1:
             raise ValueError(f"REPEATS must be at least 1, got {values['REPEATS']}")
         pick_device(values["DEVICE"])

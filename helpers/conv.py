@@ -22,6 +22,65 @@ def pair_of_ints(name: str, value, low: int) -> list[int]:
     return pair
 
 
+def explicit_padding(input: Tensor, weight: Tensor, padding, dilation, stride):
+    """Padding as two ints; "same" with an even kernel pads ``input`` by one more on the far side first."""
+    if padding == "valid":
+        return input, [0, 0]
+    if padding != "same":
+        return input, pair_of_ints("padding", padding, 0)
+    if stride != [1, 1]:
+        raise ValueError(f'padding="same" needs stride 1, got stride {stride}')
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    if any(t % 2 for t in total):
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, [t // 2 for t in total]
+
+
+def output_size(input: Tensor, weight: Tensor, stride, padding, dilation) -> list[int]:
+    """Height and width of conv(input, weight)."""
+    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    if min(size) < 1:
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} (dilation {dilation}) is larger than the padded input "
+            f"of shape {tuple(input.shape)} (padding {padding})"
+        )
+    return size
+
+
+def check_fit(input: Tensor, weight: Tensor, groups: int) -> None:
+    """Raise a ValueError that says why there is no conv(input, weight)."""
+    if input.dim() != 4:
+        hint = " (an image alone is input[None])" if input.dim() == 3 else ""
+        raise ValueError(f"input must be (N, C, H, W), got shape {tuple(input.shape)}{hint}")
+    if not input.is_floating_point():
+        raise ValueError(f"input must be floating point, got {input.dtype}")
+    if weight.dim() != 4 or groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight must be (C_out, C_in / groups, kH, kW) with C_out divisible by groups={groups}, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if input.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input must have {weight.shape[1] * groups} channels to fit weight {tuple(weight.shape)} with "
+            f"groups={groups}, got {input.shape[1]}"
+        )
+
+
+def layout(*tensors: Tensor) -> torch.memory_format:
+    """channels_last if one of the tensors is, as F.conv2d chooses for its output."""
+    last = torch.channels_last
+    if any(t.is_contiguous(memory_format=last) and not t.is_contiguous() for t in tensors):
+        return last
+    return torch.contiguous_format
+
+
+def empty_output(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
+    """Uninitialised memory for conv(input, weight)."""
+    size = (len(input), weight.shape[0], *output_size(input, weight, stride, padding, dilation))
+    return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout(input, weight))
+
+
 def conv2d_backward(
     grad_out: Tensor,
     input: Tensor,
@@ -60,28 +119,13 @@ def conv2d_backward(
     """
     stride, dilation = pair_of_ints("stride", stride, 1), pair_of_ints("dilation", dilation, 1)
     padding = pair_of_ints("padding", padding, 0)
-    for name, t in (("grad_out", grad_out), ("input", input), ("weight", weight)):
-        if t.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(t.shape)}")
+    check_fit(input, weight, groups)
+    for name, t in (("grad_out", grad_out), ("weight", weight)):
         if t.dtype != input.dtype or t.device != input.device:
             raise ValueError(
                 f"{name} must be {input.dtype} on {input.device} like input, got {t.dtype} on {t.device}"
             )
-    if groups < 1 or weight.shape[0] % groups or input.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"weight must have shape (C_out, {input.shape[1]} / groups, kH, kW) with C_out divisible by "
-            f"groups={groups}, got {tuple(weight.shape)} for an input of shape {tuple(input.shape)}"
-        )
-    out_size = [
-        (input.shape[i] + 2 * padding[i - 2] - dilation[i - 2] * (weight.shape[i] - 1) - 1) // stride[i - 2]
-        + 1
-        for i in (2, 3)
-    ]
-    if min(out_size) < 1:
-        raise ValueError(
-            f"weight of shape {tuple(weight.shape)} (dilation {dilation}) is larger than the padded input "
-            f"of shape {tuple(input.shape)} (padding {padding})"
-        )
+    out_size = output_size(input, weight, stride, padding, dilation)
     expected = (input.shape[0], weight.shape[0], *out_size)
     if tuple(grad_out.shape) != expected:
         raise ValueError(f"grad_out must have the output's shape {expected}, got {tuple(grad_out.shape)}")

@@ -29,8 +29,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers import fused
-from helpers.batch_norm import CACHED_BYTES, WIDENED_BYTES, stats_dtype
 from helpers.remat import remat
 from helpers.remat.values import Table
 
@@ -40,7 +38,6 @@ __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 PLAYED_BY = {"cpu": "cpu", "cuda": "meta"}
 BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # to whose multiple an allocator rounds
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
-FEW = 5  # slabs of a fused call that are run where it has more than twice as many
 
 
 class Prediction(NamedTuple):
@@ -147,7 +144,7 @@ def predict_memory(
     parameters are. Nothing is computed, and nothing in ``model`` changes.
 
     Args:
-        model: as it stands: plain or fused, in training or eval mode, on any device ("meta" too).
+        model: as it stands, in training or eval mode, on any device ("meta" too).
         inputs: tensors, whose shape and dtype matter alone, or shapes in the dtype of the parameters.
         max_cost: if given, forward runs under ``remat(max_cost)``.
         autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
@@ -178,7 +175,7 @@ def step(
     def fake(t: Tensor) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad, **to)
 
-    with mode, few_slabs(held):
+    with mode:
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         args = [fake(t) for t in as_tensors(model, inputs)]
         held.ignore(*state.values(), *args)
@@ -226,43 +223,6 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
 def parameter_dtype(model: nn.Module) -> torch.dtype:
     """That of the first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
-@contextlib.contextmanager
-def few_slabs(held: Held):
-    """Meanwhile a call of the fused kernel with many slabs works through a few, and counts for all.
-
-    All slabs but the last are equal, so from some number on each one more adds the same to the call's peak,
-    which follows from its peaks with `FEW` - 1 slabs and with `FEW`: more of them if they are smaller than
-    the pieces that statistics are taken in.
-    """
-
-    def shortened(run: Callable, batches: int) -> Callable:
-        def call(*args):
-            x, weight, n, before = args[batches - 1], args[batches], len(args[0]), held.peak
-            size = fused.output_size(x, weight, *args[-5:-2])
-            image_bytes = max(x[:1].nbytes, weight.shape[0] * math.prod(size) * x.element_size())
-            cut = fused.slabs(n, image_bytes, weight, args[-1])
-            pieces = CACHED_BYTES if x.is_cpu else WIDENED_BYTES if x.dtype != stats_dtype(x.dtype) else 0
-            few = max(FEW, math.ceil(3 * pieces / x[cut[0]].nbytes))
-            if len(cut) <= 2 * few:
-                return run(*args)
-            start, peaks = held.held, []
-            for slabs in (few - 1, few):
-                large = small = None  # free the results of the round before
-                held.peak, m = start, n - cut[len(cut) - slabs].start
-                large, *small = run(*(t[:m] for t in args[:batches]), *args[batches:])
-                peaks.append(held.peak)
-            if large is not None:
-                large = large.new_empty_strided((n, *large.shape[1:]), large.stride())
-            held.peak = max(before, peaks[1] + (len(cut) - few) * (peaks[1] - peaks[0]))
-            return large, *small
-
-        return call
-
-    forward, backward = shortened(fused._forward, 1), shortened(fused._backward, 2)
-    with patch.multiple(fused, _forward=forward, _backward=backward):
-        yield
 
 
 def standing(model: nn.Module, optimizer_copies: int) -> int:

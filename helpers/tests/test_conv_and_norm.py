@@ -16,7 +16,7 @@ from helpers import (
     conv2d_backward,
     update_running_stats,
 )
-from helpers.batch_norm import CACHED_BYTES, SMALL_BYTES
+from helpers.batch_norm import PIECE_BYTES
 from helpers.conv import depthwise_grad_weight, is_large_depthwise, pair_of_ints
 from helpers.tests.rounding import apart, rounding
 
@@ -121,10 +121,11 @@ def test_depthwise_gradients_of_an_empty_batch():
     [
         ({"stride": 0}, "stride must be .* at least 1; got 0"),
         ({"padding": (1, 2, 3)}, "padding must be"),
-        ({"groups": 2}, r"weight must have shape \(C_out, 2 / groups"),
+        ({"groups": 2}, "weight must be .* with C_out divisible by groups=2"),
+        ({"weight": randn(3, 1, 3, 3)}, "input must have 1 channels to fit weight"),
         ({"dilation": 4}, "larger than the padded input"),
         ({"grad_out": randn(1, 3, 4, 3)}, r"grad_out must have the output's shape \(1, 3, 3, 3\)"),
-        ({"input": randn(2, 5, 5)}, "input must have 4 dimensions"),
+        ({"input": randn(2, 5, 5)}, r"input must be \(N, C, H, W\), got shape \(2, 5, 5\)"),
         (
             {"weight": randn(3, 2, 3, 3).float()},
             "weight must be torch.float64 on cpu like input, got torch.float32",
@@ -203,13 +204,13 @@ def test_batch_stats_of_a_channel_far_from_zero():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("offset", [0, 1, 3.9, 4.1, 100, 1000])
+@pytest.mark.parametrize("offset", [0, 1, 100, 1000])
 def test_batch_stats_of_a_batch_of_many_bytes(offset, layout):
-    """One sweep up to a mean of 4 σ in every channel, two beyond; with a last piece that is smaller."""
+    """In pieces, the last of them smaller; near 0 or far from it, and constant."""
     y = torch.randn(37, 16, 48, 48).contiguous(memory_format=layout)
     y[:, 3] = 0.01 * y[:, 3] + 0.01 * offset
     y[:, 5] = 0
-    assert y.nbytes > CACHED_BYTES > SMALL_BYTES
+    assert y.nbytes > PIECE_BYTES["cpu"]
     check_stats(y)
 
 

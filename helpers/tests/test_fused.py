@@ -425,6 +425,19 @@ def test_the_slab_is_the_knob_and_whole_batches_need_one_buffer_more():
     assert extra < (1 + 1 / 32) * output  # y, which becomes dy
 
 
+def test_no_output_is_kept_for_gamma_and_beta_alone():
+    fused, x, dz = (
+        FusedConvBN2d(16, 16, 1, slab_size=1),
+        torch.randn(32, 16, 24, 24),
+        torch.randn(32, 16, 24, 24),
+    )
+    fused.conv.requires_grad_(False)
+    z = fused(x)
+    with MemoryTrace() as trace:
+        z.backward(dz)
+    assert trace.tensor_peak < 3 / 32 * dz.nbytes
+
+
 def test_forward_normalises_in_place():
     fused, x = FusedConvBN2d(8, 8, 3, padding=1, slab_size=1), torch.randn(128, 8, 48, 48)
     with torch.no_grad(), MemoryTrace() as trace:

@@ -883,11 +883,12 @@ def parts_and_price(model, image_shape, batch, memory, prices, rounded=math.ceil
 
 def check_plan(answer) -> str:
     """Chapter 9: (parts, price) from (model, image_shape, batch, memory, prices)."""
-    model, shape, prices, where = small_network().float(), (3, 12, 12), (40, 0, 12), "exercise 1: "
+    model, shape, prices, where = small_network().float(), (3, 12, 12), (40, 27, 0, 12), "exercise 1: "
     step = {(n, p): predict_memory(model, (n, *shape), max_cost=p) for n in (3, 4, 10) for p in prices}
     gradients = sum(p.nbytes for p in model.parameters())
-    for batch, memory in ((10, step[10, 0].peak), (10, step[10, 12].peak), (10, gradients + step[4, 12].peak),
-                          (10, step[4, 12].peak), (10, step[10, 40].forward)):  # fmt: skip
+    for batch, memory in ((10, step[10, 0].peak), (10, step[10, 12].peak), (10, step[10, 27].peak),
+                          (10, gradients + step[4, 12].peak), (10, step[4, 12].peak),
+                          (10, step[10, 40].forward)):  # fmt: skip
         case = model, shape, batch, memory, prices
         got, want = answer(*case), parts_and_price(*case[:4], sorted(prices))
         if got is None:

@@ -135,16 +135,16 @@ def label_lines(ax, fontsize: float = 9) -> None:
         )
 
 
-BEHIND_TEXT = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
-
-
 def binary_unit(nbytes: float) -> tuple[str, int, int]:
     """Name, bytes and decimals of the unit in which ``nbytes`` reads well: MiB, or GiB from 1 GiB on."""
     return ("GiB", 2**30, 2) if nbytes >= 2**30 else ("MiB", 2**20, 1)
 
 
 def memory_over_time(axes, traces: dict, colours: dict, reference: tuple[str, float] | None = None) -> None:
-    """Draw a `helpers.memory.MemoryTrace` in each of ``axes``, all on one scale, with labels on the curves.
+    """Draw a `helpers.memory.MemoryTrace` in each of ``axes``, all on one scale.
+
+    The two numbers are above the curve and the dashed line's label to its right, so no label hides a curve.
+    Each step has the width of its panel: this is a picture of memory, and time depends on the machine.
 
     Args:
         axes: as many axes as traces, one above the other.
@@ -161,47 +161,34 @@ def memory_over_time(axes, traces: dict, colours: dict, reference: tuple[str, fl
             raise ValueError(f'traces: {title!r} needs a timeline and a mark "end of forward"')
     highest = max(traces, key=lambda title: traces[title].peak)
     top = max(traces[highest].peak, reference[1] if reference else 0)
-    duration = max(trace.timeline[-1][0] for trace in traces.values())
     unit, size, digits = binary_unit(top)
     for ax, (title, trace) in zip(axes, traces.items(), strict=True):
         times, held = zip(*trace.timeline, strict=True)
+        percent = 100 / times[-1]
+        times = [percent * time for time in times]
         held = [b / size for b in held]
         ax.fill_between(times, held, step="post", color=colours[title], alpha=0.3, linewidth=0)
         ax.step(times, held, where="post", color=colours[title], linewidth=1.4)
-        at, forward = trace.mark_times["end of forward"], trace.marks["end of forward"] / size
+        at, forward = percent * trace.mark_times["end of forward"], trace.marks["end of forward"] / size
         ax.axvline(at, color="#666666", linestyle=":", linewidth=1)
-        ax.text(at, 1.33 * top / size, "forward ", ha="right", va="top", fontsize=9, color="#444444")
-        ax.text(at, 1.33 * top / size, " backward", ha="left", va="top", fontsize=9, color="#444444")
+        ax.text(at, 1.36 * top / size, "forward ", ha="right", va="top", fontsize=9, color="#444444")
+        ax.text(at, 1.36 * top / size, " backward", ha="left", va="top", fontsize=9, color="#444444")
         ax.plot(at, forward, "o", color="#222222", markersize=4)
-        ax.annotate(
-            f"{forward:.{digits}f} {unit}",
-            (at, forward),
-            (-5, 5) if at > 0.2 * duration else (5, -12),
-            textcoords="offset points",
-            ha="right" if at > 0.2 * duration else "left",
-            bbox=BEHIND_TEXT,
-        )
         peak = trace.peak / size
         when = times[max(range(len(held)), key=held.__getitem__)]
-        ax.plot(when, peak, "^", color="#222222", markersize=4)
-        ax.annotate(
-            f"peak {peak:.{digits}f} {unit}",
-            (when, peak),
-            (4, 5),
-            textcoords="offset points",
-            fontweight="bold",
-            bbox=BEHIND_TEXT,
-        )
+        ax.plot(when, peak, "^", color="#222222", markersize=5)
+        numbers = f"● end of forward {forward:,.{digits}f} {unit}   ▲ peak {peak:,.{digits}f} {unit}"
+        ax.set_title(numbers, loc="right", fontsize=9, color="#222222")
         if reference or title != highest:
-            label, level = reference or (f"peak, {highest}", traces[highest].peak)
-            level /= size
-            ax.axhline(level, color="#666666", linestyle="--", linewidth=1)
-            ax.annotate(label, (duration, level), (0, 3), textcoords="offset points", ha="right", fontsize=9)
+            label, level = reference or (f"peak,\n{highest}", traces[highest].peak)
+            ax.axhline(level / size, color="#666666", linestyle="--", linewidth=1)
+            place = {"xycoords": ax.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 9}
+            ax.annotate(label, (1, level / size), (4, 0), va="center", annotation_clip=False, **place)
         ax.set_title(title, color=ink(colours[title]), fontweight="bold")
-        ax.set(ylabel=unit, xlim=(0, 1.02 * duration), ylim=(0, 1.35 * top / size))
-        ax.xaxis.set_major_formatter("{x:,.0f}")
+        ax.set(ylabel=unit, xlim=(0, 100), ylim=(0, 1.4 * top / size))
+        ax.yaxis.set_major_formatter("{x:,.10g}")
         ax.label_outer()
-    axes[-1].set_xlabel("time in the step, ms")
+    axes[-1].set_xlabel("time, % of the step")
 
 
 # Drawings and charts of single pages: what they show matters to a reader, how they are drawn does not -------

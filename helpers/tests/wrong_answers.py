@@ -105,10 +105,10 @@ WRONG = {
             ("numbers += y1 + y2", "pass", "one pair of outputs is missing"),
             ("4 * numbers", "numbers", "measured"),
         ],
-        "check_first_win": [
-            ("a - b + 1", "a - b", "it must be lower"),
-            ("max(1, a - b + 1)", "a - b + 1", "at least 1 block"),
-            ("a - b + 1", "a - b + 2", "find the first win"),
+        "check_lower_peak": [
+            ("self.conv_bn2(x), inplace=True", "self.conv_bn2(x)", "the peak is where it was"),
+            ("F.relu(self.conv_bn1(x), inplace=True)", "self.conv_bn1(x)", "the output must be that of Net"),
+            ("self.conv_bn2(x), inplace", "self.conv_bn2(x.detach()), inplace", "a gradient is not"),
         ],
         "check_pool": [
             ("position.to(torch.uint8)", "position", "more than a byte a value is kept"),

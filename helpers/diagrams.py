@@ -183,9 +183,9 @@ def tensor_row(
     """
     gap = 0.11 * sum(width for *_, width in boxes)
     left, centre = 0.0, {}
+    line = dict(arrowstyle="-|>", color="#333333", shrinkA=0, shrinkB=0)
     for step, name, width in boxes:
         if step:
-            line = dict(arrowstyle="-|>", color="#333333", shrinkA=0, shrinkB=0)
             ax.annotate("", (left + gap, 0), (left, 0), arrowprops=line)
             ax.text(left + 0.46 * gap, 0.1, step, ha="center", va="bottom", fontsize=8)
             left += gap
@@ -199,7 +199,6 @@ def tensor_row(
     if skip:
         start, end = (centre[name] for name in skip)
         ax.plot([start, start, end], [-0.36, -0.6, -0.6], color="#333333", linewidth=1)
-        line = dict(arrowstyle="-|>", color="#333333", shrinkA=0, shrinkB=0)
         ax.annotate("", (end, -0.36), (end, -0.61), arrowprops=line)
     ax.set(xlim=(-0.1, left + 0.1), ylim=(-0.66 if skip else -0.4, 0.4))
     ax.set_title(title, fontsize=10, pad=3)

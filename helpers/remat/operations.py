@@ -18,6 +18,7 @@ from torch import Tensor
 from helpers.remat.values import Recipe, Task, Value, View, slabs
 
 aten = torch.ops.aten
+WIDE = (torch.float32, torch.float64)  # wide enough for sums in parts, and for statistics as they are
 
 
 class Operation:
@@ -119,20 +120,18 @@ class Convolution(Operation):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
         product = self.is_product(dz, w)
-        whole = [slice(0, len(dz))]
-        parts = whole if product else quarters(dz, self.shape, w.nbytes, task.room)
+        parts = [] if product else quarters(dz, self.shape, w.nbytes, task.room)
         if need_w:
             a, _ = task.get(self.value)
             if product and a.is_contiguous():
                 dw, seen = torch.zeros_like(w), a[self.pixels_seen()].flatten(2)
                 dw.view(w.shape[:2]).addbmm_(dz.flatten(2), seen.transpose(1, 2))
                 del seen
-                db = dz.sum([0, *range(2, dz.dim())]) if need_b else None
             else:
-                dw, db = self.grad_weight(dz, a, w, need_b, parts)
+                dw, db = self.grad_weight(dz, a, w, need_b, parts or [slice(None)])
             task.freed.nbytes -= grown(saved[0])
             del a
-        elif need_b:
+        if need_b and db is None:
             db = dz.sum([0, *range(2, dz.dim())])
         if need_a and product:
             wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
@@ -157,9 +156,8 @@ class Convolution(Operation):
         """
         g, kernel = self.geometry, w.shape[2:]
         plain = not g.transposed and g.groups == 1 and math.prod(kernel) == 1
-        plain = plain and set(g.padding) == {0}
-        wide = dz.dtype in (torch.float32, torch.float64)
-        return plain and wide and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
+        plain = plain and set(g.padding) == {0} and dz.dtype in WIDE
+        return plain and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
 
     def pixels_seen(self) -> tuple[slice, ...]:
         """Of a, by a convolution with a stride and a kernel of one pixel."""
@@ -170,8 +168,7 @@ class Convolution(Operation):
         if not out.is_cpu or not out.is_contiguous() or self.is_product(out, w):
             return 0
         copies = a.nbytes + out.nbytes
-        cut = copies >= max(WORTH_A_CUT, 3 * w.nbytes)  # see `quarters`
-        return 2 * w.nbytes + (copies // 4 if cut else copies)
+        return 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
 
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
         """Those of weight and bias."""
@@ -202,7 +199,11 @@ class Convolution(Operation):
 
 
 FEW_PIXELS = 64
-WORTH_A_CUT = 1 << 24  # bytes of such copies
+
+
+def worth_a_cut(weight_bytes: int) -> int:
+    """From how many bytes of copies on a batch is cut: each part has a weight's gradient of its own."""
+    return max(1 << 24, 3 * weight_bytes)
 
 
 def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
@@ -212,9 +213,8 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
     weights, and would lose digits in half precision.
     """
     n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
-    wide = dz.dtype in (torch.float32, torch.float64)
-    pays = copies >= max(room, WORTH_A_CUT, 3 * weight_bytes)
-    if not (pays and wide and dz.is_cpu and dz.is_contiguous() and n >= 4):
+    pays = copies >= max(room, worth_a_cut(weight_bytes))
+    if not (pays and dz.dtype in WIDE and dz.is_cpu and dz.is_contiguous() and n >= 4):
         return [slice(0, n)]
     return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
 
@@ -320,8 +320,8 @@ class BatchNorm(Operation):
             self.running = s.running_mean.clone(), s.running_var.clone()
             return Normalise.constant(gamma, beta, *self.running, s.eps)
         self.running = None, None
-        wide = self.invstd.dtype in (torch.float32, torch.float64)
-        if wide and all(t is None or t.dtype == self.invstd.dtype for t in (gamma, beta)):
+        dtype = self.invstd.dtype
+        if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
             return Normalise(y, gamma, beta, self.mean, self.invstd)
         # A norm all in half precision: its scale is rounded in ways that only the kernel knows.
         values = [None if t is None else t.detach().clone() for t in (gamma, beta)]

@@ -430,7 +430,7 @@ class Task:
     """Makes values again in one backward pass.
 
     A value that several nodes need, or that costs a convolution, stays from its first use to its last. The
-    former only if backward has set free as much by then, so that the peak does not rise by it.
+    former only if there is room for it: so that the peak does not rise above the one that is to come anyway.
     """
 
     def __init__(self, table: Table) -> None:

@@ -55,26 +55,26 @@ help:
 	@echo 'PYTHON=...      the interpreter for .venv/, 3.10 or later; python3 by default'
 
 run: check .venv/.installed
-	@$(PY) helpers/run.py run $(if $(filter-out 0,$(QUICK)),--quick) $(PARAMETERS)
+	@$(PY) helpers/book/run.py run $(if $(filter-out 0,$(QUICK)),--quick) $(PARAMETERS)
 
 test: .venv/.installed
 	@$(PY) -m ruff check .
 	@$(PY) -m pytest -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
 
 data: .venv/.installed
-	@$(PY) -m helpers.mnist download
+	@$(PY) -m helpers.book.data download
 
 notebooks: .venv/.installed
-	@$(PY) helpers/run.py refresh
+	@$(PY) helpers/book/run.py refresh
 
 html: .venv/.installed
-	@$(PY) helpers/run.py html $(if $(filter-out 0,$(EXECUTED)),--executed)
+	@$(PY) helpers/book/run.py html $(if $(filter-out 0,$(EXECUTED)),--executed)
 
 lab: .venv/.installed
 	@$(PY) -m jupyterlab
 
 bench: .venv/.installed
-	@$(PY) -m helpers.bench $(PARAMETERS)
+	@$(PY) -m helpers.book.bench $(PARAMETERS)
 
 clean:
 	rm -rf build .venv
@@ -89,7 +89,7 @@ python:
 
 # Before anything is installed: a wrong parameter must not cost an installation.
 check: python
-	@$(PYTHON) helpers/run.py check $(PARAMETERS)
+	@$(PYTHON) helpers/book/run.py check $(PARAMETERS)
 
 # The stamp is made last, so that an installation that broke off is taken up again.
 .venv/.installed: requirements.txt | python

@@ -14,7 +14,7 @@ from pathlib import Path
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))
 
-from helpers.mnist import read_folder
+from helpers.book.data import read_folder
 
 SEED = 0
 SIZES = {"train": 8192, "t10k": 2048}

@@ -1,0 +1,1 @@
+"""How a page of the collection is run, drawn, checked and exported. The kernels do not need it."""

@@ -1,0 +1,226 @@
+"""helpers.conv and helpers.batch_norm against PyTorch's own operators and against finite differences."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+from torch.autograd.function import once_differentiable
+
+from helpers import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_stats,
+    conv,
+    conv2d_backward,
+    update_running_stats,
+)
+from helpers.batch_norm import PIECE_BYTES
+from helpers.conv import depthwise_grad_weight, is_large_depthwise, pair_of_ints
+from helpers.tests.kernels.rounding import apart, rounding
+
+GEOMETRIES = [
+    {"stride": s, "padding": p, "dilation": d, "groups": g}
+    for s, p, d, g in itertools.product((1, 2, (2, 1)), (0, (1, 2)), (1, (1, 2)), (1, 2))
+]
+
+
+def randn(*shape, **kwargs):
+    return torch.randn(*shape, dtype=torch.float64, **kwargs)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_conv2d_backward_equals_autograd(geometry):
+    x, b = randn(2, 4, 7, 9, requires_grad=True), randn(6, requires_grad=True)
+    w = randn(6, 4 // geometry["groups"], 3, 2, requires_grad=True)
+    y = F.conv2d(x, w, b, **geometry)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, w, b), dy)
+    found = conv2d_backward(dy, x.detach(), w.detach(), **geometry, needs=(True, True, True))
+    torch.testing.assert_close(found, expected)
+
+
+class Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return F.conv2d(x, w, stride=2, padding=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return conv2d_backward(dy, *ctx.saved_tensors, stride=2, padding=1)[:2]
+
+
+def test_conv2d_backward_gradcheck():
+    assert gradcheck(
+        Conv2d.apply,
+        (randn(2, 3, 5, 4, requires_grad=True), randn(2, 3, 3, 2, requires_grad=True)),
+        fast_mode=False,
+    )
+
+
+def test_conv2d_backward_computes_only_what_is_needed():
+    x, w = randn(1, 2, 5, 5), randn(3, 2, 3, 3)
+    dx, dw, db = conv2d_backward(randn(1, 3, 3, 3), x, w, needs=(False, True, False))
+    assert dx is None and db is None and dw.shape == w.shape
+
+
+GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1))  # and their defaults
+DEPTHWISE = [
+    ((5, 5), {}),
+    ((5, 5), {"stride": 2, "padding": 2}),
+    ((4, 3), {"stride": (3, 1), "padding": (1, 2), "dilation": (1, 2)}),
+    ((1, 10), {"stride": (2, 1), "padding": (0, 3), "dilation": (2, 1)}),
+]
+
+
+@pytest.mark.parametrize(("kernel", "geometry"), DEPTHWISE, ids=str)
+def test_depthwise_weight_gradient_as_a_convolution(kernel, geometry, monkeypatch):
+    x, w = randn(3, 4, 15, 17), randn(4, 1, *kernel, requires_grad=True)
+    y = F.conv2d(x, w, None, **geometry, groups=4)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, w, dy)[0]
+    how = [pair_of_ints(name, geometry.get(name, low), 0) for name, low in GEOMETRY]
+    torch.testing.assert_close(depthwise_grad_weight(dy, x, w.detach(), *how), expected)
+    # In float32 it is what `conv2d_backward` takes, beside the library's dx and db; or the library's own.
+    others = conv2d_backward(dy, x, w.detach(), **geometry, groups=4, needs=(True, False, True))
+    exact = (others[0], expected, others[2])
+    for many_groups in (True, False):
+        monkeypatch.setattr(conv, "MANY_GROUPS", many_groups)
+        assert is_large_depthwise(dy.float(), x.float(), w, 4) == many_groups
+        found = conv2d_backward(
+            dy.float(), x.float(), w.detach().float(), **geometry, groups=4, needs=(True, True, True)
+        )
+        for f, e in zip(found, exact, strict=True):
+            assert apart(f, e) <= rounding(torch.float32, dy.numel() // 4)
+
+
+def test_depthwise_weight_gradient_as_a_convolution_is_taken_where_it_pays(monkeypatch):
+    monkeypatch.setattr(conv, "MANY_GROUPS", True)
+
+    def taken(kernel=5, n=2, size=9, groups=4, dtype=torch.float32, layout=torch.contiguous_format):
+        x = torch.randn(n, 4, size, size, dtype=dtype).contiguous(memory_format=layout)
+        w = torch.randn(4, 4 // groups, kernel, kernel, dtype=dtype)
+        return is_large_depthwise(F.conv2d(x, w, groups=groups), x, w, groups)
+
+    assert taken() and taken(kernel=4)
+    assert not taken(kernel=3) and not taken(groups=2) and not taken(dtype=torch.float64)
+    assert not taken(layout=torch.channels_last) and not taken(size=80) and not taken(n=0)
+
+
+def test_depthwise_gradients_of_an_empty_batch():
+    x, w = torch.randn(0, 4, 9, 9), torch.randn(4, 1, 5, 5)
+    dx, dw, _ = conv2d_backward(torch.randn(0, 4, 5, 5), x, w, groups=4)
+    assert dx.shape == x.shape and torch.equal(dw, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stride": 0}, "stride must be .* at least 1; got 0"),
+        ({"padding": (1, 2, 3)}, "padding must be"),
+        ({"groups": 2}, "weight must be .* with C_out divisible by groups=2"),
+        ({"weight": randn(3, 1, 3, 3)}, "input must have 1 channels to fit weight"),
+        ({"dilation": 4}, "larger than the padded input"),
+        ({"grad_out": randn(1, 3, 4, 3)}, r"grad_out must have the output's shape \(1, 3, 3, 3\)"),
+        ({"input": randn(2, 5, 5)}, r"input must be \(N, C, H, W\), got shape \(2, 5, 5\)"),
+        (
+            {"weight": randn(3, 2, 3, 3).float()},
+            "weight must be torch.float64 on cpu like input, got torch.float32",
+        ),
+    ],
+)
+def test_conv2d_backward_names_the_bad_argument(change, message):
+    arguments = {"grad_out": randn(1, 3, 3, 3), "input": randn(1, 2, 5, 5), "weight": randn(3, 2, 3, 3)}
+    with pytest.raises(ValueError, match=message):
+        conv2d_backward(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_equals_pytorch(training, affine):
+    y = (3 * randn(4, 5, 3, 7) + 2).requires_grad_()
+    gamma, beta = (randn(5, requires_grad=True), randn(5, requires_grad=True)) if affine else (None, None)
+    running = [randn(5), torch.rand(5, dtype=torch.float64) + 0.5]
+    ours = [r.clone() for r in running]
+    mean, var = batch_stats(y.detach()) if training else ours
+    z = F.batch_norm(y, *running, gamma, beta, training, momentum=0.3, eps=1e-3)
+    dz = torch.randn_like(z)
+    found = batch_norm_forward(y, gamma, beta, mean, var, 1e-3)
+    torch.testing.assert_close(found, z)
+    found = batch_norm_backward(
+        dz, y.detach(), None if gamma is None else gamma.detach(), mean, var, 1e-3, training
+    )
+    inputs = (y, gamma, beta) if affine else (y,)
+    torch.testing.assert_close(found[: len(inputs)], torch.autograd.grad(z, inputs, dz))
+    if training:
+        update_running_stats(*ours, mean, var, y.numel() // 5, momentum=0.3)
+        torch.testing.assert_close(ours, running)
+
+
+class BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, gamma, beta):
+        stats = batch_stats(y)
+        ctx.save_for_backward(y, gamma, *stats)
+        return batch_norm_forward(y, gamma, beta, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        return batch_norm_backward(dz, *ctx.saved_tensors)
+
+
+def test_batch_norm_gradcheck():
+    inputs = [
+        randn(s, requires_grad=True) if isinstance(s, int) else randn(*s, requires_grad=True)
+        for s in ((3, 2, 3, 1), 2, 2)
+    ]
+    assert gradcheck(BatchNorm.apply, inputs, fast_mode=False)
+
+
+def test_batch_norm_backward_never_writes_to_its_arguments():
+    dz, y = randn(1, 3, 1, 1).expand(2, 3, 4, 4), randn(2, 3, 4, 4)
+    before = y.clone(), dz.clone()
+    batch_norm_backward(dz, y, None, *batch_stats(y))
+    assert torch.equal(y, before[0]) and torch.equal(dz, before[1])
+
+
+def check_stats(y):
+    """Mean and variance lose no more than the rounding of the values' deviations, and of the mean itself."""
+    exact, terms = y.double(), y.numel() // y.shape[1]
+    mean, var = batch_stats(y)
+    exact_var, exact_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
+    allowed = rounding(torch.float32, terms)
+    assert ((var - exact_var).abs() <= allowed * exact_var).all()
+    eps = torch.finfo(torch.float32).eps
+    assert ((mean - exact_mean).abs() <= allowed * exact_var.sqrt() + eps * exact_mean.abs()).all()
+
+
+def test_batch_stats_of_a_channel_far_from_zero():
+    check_stats(torch.randn(8, 3, 16, 16) + 1000)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("offset", [0, 1, 100, 1000])
+def test_batch_stats_of_a_batch_of_many_bytes(offset, layout):
+    """In pieces, the last of them smaller; near 0 or far from it, and constant."""
+    y = torch.randn(37, 16, 48, 48).contiguous(memory_format=layout)
+    y[:, 3] = 0.01 * y[:, 3] + 0.01 * offset
+    y[:, 5] = 0
+    assert y.nbytes > PIECE_BYTES["cpu"]
+    check_stats(y)
+
+
+def test_batch_stats_of_half_precision_are_float32():
+    mean, var = batch_stats(torch.randn(4, 3, 5, 5).bfloat16())
+    assert mean.dtype == var.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "weight"])
+def test_batch_norm_backward_names_the_bad_argument(name):
+    arguments = {"weight": None, "mean": torch.zeros(3), "var": torch.ones(3), name: torch.ones(4)}
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\), got \(4,\)"):
+        batch_norm_backward(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), **arguments)

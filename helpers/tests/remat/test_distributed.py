@@ -1,0 +1,100 @@
+"""FusedConvBN2d in two processes trains as the pair does there: each with its own batch, and one gradient."""
+
+import datetime
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parents[3]
+if str(ROOT) not in sys.path:  # a process that is started here has not read conftest.py
+    sys.path.insert(0, str(ROOT))
+
+from helpers import FusedConvBN2d  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
+)
+
+TIMEOUT = 300  # seconds until a process that hangs is given up: no machine is as slow
+
+
+def start(rank, folder, work):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=TIMEOUT)
+    method = (Path(folder) / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=timeout)
+    work(rank, Path(folder))
+    dist.destroy_process_group()
+
+
+def two_processes(folder, work):
+    """Run ``work`` in two processes, and kill what has not ended in time; returns their exit codes."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=start, args=(rank, str(folder), work)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def network(fused):
+    """The same parameters in each process, fused or not."""
+    torch.manual_seed(0)
+    layers = []
+    for channels in ((3, 4), (4, 5)):
+        pair = nn.Conv2d(*channels, 3, padding=1), nn.BatchNorm2d(channels[1])
+        layers += [FusedConvBN2d.from_pair(*pair, slab_size=2) if fused else nn.Sequential(*pair), nn.ReLU()]
+    return nn.Sequential(*layers).double()
+
+
+def sharded(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model[::2]:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WAYS = {"DDP": DistributedDataParallel, "FSDP2": sharded}
+
+
+def train(way, fused, rank):
+    """The model's tensors after three steps; the second step has a gradient accumulated before it."""
+    model = WAYS[way](network(fused))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(1 + rank)
+    for images in (5, 3, 4):
+        x, dz = (torch.randn(images, c, 6, 7, dtype=torch.float64, generator=generator) for c in (3, 5))
+        if images == 3 and way == "DDP":
+            with model.no_sync():
+                model(x).backward(dz)
+        model(x).backward(dz)
+        optimizer.step()
+        optimizer.zero_grad()
+    tensors = model.state_dict().values()
+    return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+
+
+def trains_as_the_pair(rank, folder, way):
+    ours, wanted = (train(way, fused, rank) for fused in (True, False))
+    start = network(True).state_dict().values()
+    # A bias in front of the norm has the gradient 0; the pair's is rounding.
+    torch.testing.assert_close(ours, wanted)
+    assert not any(torch.equal(t, s) for t, s in zip(ours, start, strict=True) if t.dim() == 4)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trains_as_the_pair_does_in_two_processes(tmp_path, way):
+    assert two_processes(tmp_path, functools.partial(trains_as_the_pair, way=way)) == [0, 0]

@@ -1,0 +1,827 @@
+"""`remat` computes what PyTorch computes: forward to the bit, gradients to rounding, in less memory."""
+
+import contextlib
+import copy
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from helpers import remat
+from helpers.predict import Held
+from helpers.remat import operations, values
+from helpers.tests.kernels.rounding import apart, rounding
+
+COSTS = (0, 64, 1e9)  # no convolution twice, some, all
+
+
+class Step(NamedTuple):
+    """What one forward and backward leave behind."""
+
+    outputs: list[Tensor]
+    buffers: dict[str, Tensor]
+    gradients: dict[str, Tensor | None]
+
+
+class Net(nn.Module):
+    """``forward`` is the function given, which gets the module first; its parts have names."""
+
+    def __init__(self, forward, **parts):
+        super().__init__()
+        self.run = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args, **kwargs):
+        return self.run(self, *args, **kwargs)
+
+
+def under(cost):
+    """`remat` with this price; PyTorch alone for None."""
+    return contextlib.nullcontext() if cost is None else remat(max_cost=cost)
+
+
+def randomised(model):
+    """Vectors are not ones and zeros, no variance is 1."""
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            if t.dim() <= 1 and t.is_floating_point():
+                t.normal_()
+        for name, t in model.named_buffers():
+            if name.endswith("running_var"):
+                t.uniform_(0.5, 2)
+    return model
+
+
+def tensors(out):
+    """All tensors in nested lists, tuples and dicts."""
+    if isinstance(out, Tensor):
+        return [out]
+    parts = out.values() if isinstance(out, dict) else out if isinstance(out, (list, tuple)) else ()
+    return [t for part in parts for t in tensors(part)]
+
+
+def step(make, inputs, cost, dtype=torch.float64, layout=torch.contiguous_format, autocast=None):
+    """A forward under `remat` and a backward from random gradients, on copies of model and inputs."""
+    torch.manual_seed(0)
+    model = randomised(make()).to(dtype=dtype, memory_format=layout)
+    xs = [x.to(dtype, copy=True).requires_grad_() if isinstance(x, Tensor) else x for x in inputs]
+    xs = [
+        x.detach().to(memory_format=layout).requires_grad_() if isinstance(x, Tensor) and x.dim() == 4 else x
+        for x in xs
+    ]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None), under(cost):
+        outputs = tensors(model(*xs))
+    torch.manual_seed(2)
+    differentiable = [t for t in outputs if t.requires_grad]
+    torch.autograd.backward(differentiable, [torch.randn(t.shape).to(t) for t in differentiable])
+    gradients = {f"input {i}": x.grad for i, x in enumerate(xs) if isinstance(x, Tensor)}
+    gradients |= {name: p.grad for name, p in model.named_parameters()}
+    return Step(outputs, dict(model.named_buffers()), gradients)
+
+
+def assert_same_forward(found, wanted):
+    for f, w in zip(found.outputs, wanted.outputs, strict=True):
+        assert torch.equal(f, w) and f.dtype == w.dtype and f.stride() == w.stride()
+        assert f.requires_grad == w.requires_grad and not vars(f)
+    for name, buffer in wanted.buffers.items():
+        assert torch.equal(found.buffers[name], buffer), name
+
+
+def assert_close(found, wanted, message=""):
+    """Gradients by name, in float64. What is 0 but for rounding is measured by the others."""
+    scale = max((w.abs().max().item() for w in wanted.values() if w is not None and w.numel()), default=0.0)
+    for name, w in wanted.items():
+        assert (found[name] is None) == (w is None), f"{message} {name}"
+        if w is not None:
+            torch.testing.assert_close(
+                found[name], w, rtol=1e-9, atol=1e-10 * scale, msg=lambda m, n=name: f"{message} {n}: {m}"
+            )
+
+
+def check(make, *inputs, costs=COSTS):
+    """Forward, buffers and gradients in float64 are PyTorch's, at each price."""
+    wanted = step(make, inputs, None)
+    for cost in costs:
+        found = step(make, inputs, cost)
+        assert_same_forward(found, wanted)
+        assert_close(found.gradients, wanted.gradients, f"max_cost {cost},")
+
+
+def image(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def block(c_in=3, c_out=8, activation=nn.ReLU, **options):
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, **{"padding": 1, "bias": False, **options}),
+        nn.BatchNorm2d(c_out),
+        activation(),
+    )
+
+
+X = image(4, 3, 10, 9)
+
+# Options of single operations --------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "hardtanh": lambda inplace: nn.Hardtanh(-0.5, 0.7, inplace=inplace),
+    "leaky_relu": lambda inplace: nn.LeakyReLU(0.1, inplace),
+    "elu": lambda inplace: nn.ELU(0.8, inplace),
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "celu": lambda inplace: nn.CELU(0.5, inplace),
+    "selu": nn.SELU,
+    "threshold": lambda inplace: nn.Threshold(0.1, 0.2, inplace),
+    "dropout": lambda inplace: nn.Dropout(0.3, inplace),
+}
+OUT_OF_PLACE = {
+    "gelu": nn.GELU,
+    "gelu tanh": lambda: nn.GELU("tanh"),
+    "sigmoid": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "prelu": nn.PReLU,
+    "prelu by channel": lambda: nn.PReLU(8),
+}
+EVERY_ACTIVATION = {
+    **{f"{name}{'_' * inplace}": lambda f=f, i=inplace: f(inplace=i)
+       for name, f in ACTIVATIONS.items() for inplace in (False, True)},
+    **OUT_OF_PLACE,
+}  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_convolutions(data):
+    """In one to three dimensions, transposed or not, with a norm and an activation behind."""
+    draw = data.draw
+    n, transposed, groups = draw(st.integers(1, 3)), draw(st.booleans()), draw(st.integers(1, 2))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in range(n))
+    stride, dilation = draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    options = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    if transposed:
+        options["padding"] = draw(st.integers(0, 1))
+        options["output_padding"] = draw(st.integers(0, max(stride, dilation) - 1))
+    else:
+        paddings = [0, 1, 2, "valid", *(["same"] if stride == 1 else [])]
+        options["padding"] = draw(st.sampled_from(paddings))
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "zeros", "replicate"]))
+    c_in, c_out = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 2))
+    activation = draw(st.sampled_from(["relu", "relu_", "silu", "leaky_relu_", "gelu", "sigmoid"]))
+    training = draw(st.booleans())
+    family = nn.modules.conv
+    kind = getattr(family, f"ConvTranspose{n}d" if transposed else f"Conv{n}d")
+    norm = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[n]
+
+    def make():
+        convolve = kind(c_in, c_out, kernel, **options)
+        last = getattr(family, f"Conv{n}d")(c_out, 2, 1)
+        return nn.Sequential(convolve, norm(c_out), EVERY_ACTIVATION[activation](), last).train(training)
+
+    check(make, image(draw(st.integers(1, 3)), c_in, *(draw(st.integers(6, 7)) for _ in range(n))))
+
+
+def frozen(module):
+    return module.requires_grad_(False)
+
+
+# 64 pixels or more: on a CPU their gradients are products of matrices.
+POINTWISE = {
+    "conv1d": (lambda: nn.Conv1d(3, 5, 1), (2, 3, 70)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 1, bias=False), (2, 3, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 5, 1), (2, 3, 4, 5, 4)),
+    "one channel": (lambda: nn.Conv2d(3, 1, 1, bias=False), (2, 3, 9, 8)),
+    "one image": (lambda: nn.Conv2d(3, 5, 1), (1, 3, 9, 8)),
+    "frozen": (lambda: frozen(nn.Conv2d(3, 5, 1)), (2, 3, 9, 8)),
+    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (2, 4, 9, 8)),
+    "stride": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
+    "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1), (2, 3, 9, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1), (2, 3, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", POINTWISE)
+def test_pointwise_convolutions(name, layout, dtype):
+    make, shape = POINTWISE[name]
+    exact = step(make, [image(*shape)], None)
+    if layout is torch.channels_last and len(shape) != 4:
+        layout = torch.contiguous_format
+    found, wanted = (step(make, [image(*shape)], cost, dtype, layout) for cost in (0, None))
+    assert_same_forward(found, wanted)
+    for key, gradient in exact.gradients.items():
+        assert (found.gradients[key] is None) == (gradient is None)
+        if gradient is not None:
+            assert found.gradients[key].stride() == wanted.gradients[key].stride()
+            assert apart(found.gradients[key], gradient) <= rounding(dtype, terms=2 * math.prod(shape[2:]))
+
+
+@pytest.mark.parametrize("name", EVERY_ACTIVATION)
+def test_activations(name):
+    make = EVERY_ACTIVATION[name]
+    check(lambda: nn.Sequential(block(activation=make), block(8, 8, make), nn.Conv2d(8, 2, 1)), X)
+
+
+NORMS = {
+    "training": lambda: nn.BatchNorm2d(8),
+    "eval": lambda: nn.BatchNorm2d(8).eval(),
+    "no affine": lambda: nn.BatchNorm2d(8, affine=False),
+    "no affine, eval": lambda: nn.BatchNorm2d(8, affine=False).eval(),
+    "no running statistics": lambda: nn.BatchNorm2d(8, track_running_stats=False),
+    "momentum None": lambda: nn.BatchNorm2d(8, momentum=None),
+    "momentum 1, large eps": lambda: nn.BatchNorm2d(8, momentum=1, eps=0.5),
+    "frozen": lambda: nn.BatchNorm2d(8).eval().requires_grad_(False),
+    "frozen scale": lambda: only(nn.BatchNorm2d(8), "bias"),
+    "frozen shift": lambda: only(nn.BatchNorm2d(8), "weight"),
+    "one group": lambda: nn.GroupNorm(1, 8),
+    "two groups": lambda: nn.GroupNorm(2, 8),
+    "groups without affine": lambda: nn.GroupNorm(4, 8, affine=False),
+    "layer": lambda: nn.LayerNorm([8, 10, 9]),
+    "layer over pixels": lambda: nn.LayerNorm([10, 9], elementwise_affine=False),
+    "instance": lambda: nn.InstanceNorm2d(8, affine=True),
+}
+
+
+def only(module, name):
+    """``module`` of which one parameter is trained."""
+    for n, p in module.named_parameters():
+        p.requires_grad_(n == name)
+    return module
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name):
+    """Behind a convolution and before one, whose input's gradient and weight's gradient need it."""
+    check(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[name](), nn.SiLU(), nn.Conv2d(8, 2, 3)), X
+    )
+
+
+def test_batch_norm_of_vectors():
+    check(lambda: nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)), image(6, 5))
+
+
+POOLS = {
+    "max": lambda: nn.MaxPool2d(2),
+    "max 3 stride 2 padding 1": lambda: nn.MaxPool2d(3, 2, 1),
+    "max ceil_mode": lambda: nn.MaxPool2d((2, 3), 2, ceil_mode=True),
+    "max stride None": lambda: Net(lambda self, x: F.max_pool2d(x, 3, None, 1)),
+    "max overlapping": lambda: nn.MaxPool2d((5, 9), 1, (2, 4)),
+    "max dilated": lambda: nn.MaxPool2d(2, 1, dilation=2),
+    "max of one value": lambda: Net(lambda self, x: F.max_pool2d(x.clamp(max=0), 2)),
+    "max with indices": lambda: Net(
+        lambda self, x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2, output_size=x.shape)),
+    "mean": lambda: nn.AvgPool2d(2),
+    "mean 3 stride 1 padding 1": lambda: nn.AvgPool2d(3, 1, 1),
+    "mean ceil_mode": lambda: nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "mean divisor": lambda: nn.AvgPool2d((2, 3), divisor_override=5),
+    "adaptive": lambda: nn.AdaptiveAvgPool2d(3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", POOLS)
+def test_poolings(name, layout):
+    def make():
+        return nn.Sequential(block(), POOLS[name](), nn.Conv2d(8, 4, 1), nn.ReLU())
+
+    wanted = step(make, [X], None, layout=layout)
+    for cost in COSTS:
+        found = step(make, [X], cost, layout=layout)
+        assert_same_forward(found, wanted)
+        assert_close(found.gradients, wanted.gradients)
+
+
+# What networks are made of -----------------------------------------------------------------------
+
+
+class Swish(torch.autograd.Function):
+    """A user's own."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x.sigmoid()
+
+    @staticmethod
+    def backward(ctx, dz):
+        (x,) = ctx.saved_tensors
+        s = x.sigmoid()
+        return dz * (s + x * s * (1 - s))
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm that activates, by itself and in place, as timm's."""
+
+    def forward(self, x):
+        mean, var = self.running_mean, self.running_var
+        z = F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.silu(z, inplace=True)
+
+
+def kept_then_scaled(self, x):
+    outputs = []
+    for part in (self.a, self.b):
+        x = part(x)
+        outputs.append(x)
+        x = x.clone()
+        x *= 0.5
+    return outputs
+
+
+def scaled_branch(self, x):
+    """Stochastic depth: whole images are dropped by a factor without a gradient."""
+    r = self.a(x) * torch.tensor([1.25, 0, 1.25, 1.25], dtype=x.dtype).view(4, 1, 1, 1)
+    r += self.a(x)
+    return self.b(r)
+
+
+def residual(self, x):
+    h = self.a(x)
+    return self.b(F.relu(self.c(h) + h) + h)
+
+
+def residual_in_place(self, x):
+    h = self.a(x)
+    out = self.c(h)
+    out += h
+    return self.b(F.relu(out, inplace=True))
+
+
+def dense(self, x):
+    h = [self.a(x)]
+    for part in (self.b, self.c):
+        h.append(part(torch.cat(h, 1)))
+    return torch.cat(h, dim=-3)
+
+
+def excite(self, x):
+    h = self.a(x)
+    scale = torch.sigmoid(self.c(F.silu(self.b(h.mean((2, 3), keepdim=True)))))
+    return self.d(h * scale)
+
+
+def shuffle(self, x):
+    left, right = self.a(x).chunk(2, dim=1)
+    h = torch.cat([left, self.b(right)], 1)
+    n, c, height, width = h.shape
+    h = h.view(n, 2, c // 2, height, width).transpose(1, 2).reshape(n, c, height, width)
+    return self.c(h[:, 1:5]) + self.c(h[:, ::2])
+
+
+def pyramid(self, x):
+    h = self.a(x)
+    low = F.max_pool2d(h, 2)
+    up = F.interpolate(self.b(low), size=h.shape[2:], mode="bilinear", align_corners=False)
+    return self.c(torch.cat([h, F.pad(up, (0, 0, 0, 0, 0, 0))], 1)), F.interpolate(low, scale_factor=2)
+
+
+def arithmetic(self, x):
+    h = (self.a(x) * 2 - 1) / 3 + 0.5
+    h = 1 - h * torch.linspace(0.5, 1, h.shape[1], dtype=h.dtype).view(-1, 1, 1)
+    h *= 1.5
+    h -= x.mean()
+    return self.b(h.sub_(1).div_(2))
+
+
+def itself(self, x):
+    h = self.a(x)
+    return self.b(h * h + torch.cat([h, h], 1)[:, 4:12])
+
+
+def keyword_arguments(self, x):
+    y = F.conv2d(weight=self.a[0].weight, input=x, stride=(1,), padding="same")
+    z = F.batch_norm(input=y, running_mean=None, running_var=None, training=True)
+    return F.max_pool2d(input=F.leaky_relu(input=z, negative_slope=0.2), kernel_size=2)
+
+
+def options(self, x, extra=None):
+    """None in a dict, an optional argument, a device and a dtype asked of the parameters."""
+    p = next(self.parameters())
+    parts = {"x": x.to(p.device, p.dtype), "mask": None}
+    h = self.a(parts["x"]) if parts["mask"] is None else parts["x"]
+    return {"out": self.b(h if extra is None else h + extra), "rest": [None, (h,)]}
+
+
+def shared(self, x):
+    h = self.a(x)
+    for _ in range(3):
+        h = self.b(h)
+    return h
+
+
+def in_a_loop(self, x):
+    h = self.a(x)
+    for _ in range(40):
+        h = h + 0.1 * torch.relu(h)
+    return self.b(h)
+
+
+def wrong_by_design(self, x):
+    """Half of the network without gradients, statistics and all."""
+    with torch.no_grad():
+        h = self.a(x)
+    return self.b(h) + self.b(self.a(x).detach())
+
+
+NETWORKS = {
+    "output kept, then scaled in place": (kept_then_scaled, {"a": block(), "b": block(8, 8)}),
+    "residual into a scaled branch": (scaled_branch, {"a": block(), "b": nn.Conv2d(8, 4, 1)}),
+    "residual": (residual, {"a": block(), "b": block(8, 4), "c": block(8, 8, nn.Identity)}),
+    "residual in place": (residual_in_place, {"a": block(), "b": block(8, 4), "c": block(8, 8, nn.Identity)}),
+    "dense": (dense, {"a": block(), "b": block(8, 4), "c": block(12, 4)}),
+    "squeeze and excite": (
+        excite, {"a": block(), "b": nn.Conv2d(8, 2, 1), "c": nn.Conv2d(2, 8, 1), "d": block(8, 4)}),
+    "chunks and shuffled channels": (shuffle, {"a": block(), "b": block(4, 4), "c": block(4, 4)}),
+    "pyramid": (pyramid, {"a": block(), "b": block(8, 8), "c": block(16, 4)}),
+    "numbers": (arithmetic, {"a": block(), "b": block(8, 4)}),
+    "a value with itself": (itself, {"a": block(), "b": block(8, 4)}),
+    "keyword arguments": (keyword_arguments, {"a": block()}),
+    "dicts and optional arguments": (options, {"a": block(), "b": block(8, 4)}),
+    "a module three times": (shared, {"a": block(), "b": block(8, 8)}),
+    "a long loop": (in_a_loop, {"a": block(), "b": block(8, 4)}),
+    "partly without gradients": (wrong_by_design, {"a": block(), "b": block(8, 4)}),
+    "a function of the user's": (
+        lambda self, x: self.b(Swish.apply(self.a(x))), {"a": block(), "b": nn.Conv2d(8, 4, 1)}),
+    "a norm with its activation": (
+        lambda self, x: self.b(self.n(self.a(x))), {"a": block(), "n": NormAct(8), "b": block(8, 4)}),
+    "a checkpoint inside": (
+        lambda self, x: self.b(checkpoint(self.a, x, use_reentrant=False)), {"a": block(), "b": block(8, 4)}),
+    "a reentrant checkpoint inside": (
+        lambda self, x: self.b(checkpoint(self.a, x, use_reentrant=True)), {"a": block(), "b": block(8, 4)}),
+    "pre-activation": (
+        lambda self, x: x + self.c(F.relu(self.n(x))), {"n": nn.BatchNorm2d(3), "c": nn.Conv2d(3, 3, 1)}),
+    "frozen weights": (
+        lambda self, x: self.b(self.a(x)), {"a": block().requires_grad_(False), "b": block(8, 4)}),
+    "an unbatched image": (lambda self, x: F.relu(self.c(x[0])), {"c": nn.Conv2d(3, 4, 3)}),
+    "dropout": (lambda self, x: self.b(F.dropout2d(self.a(x), 0.3)), {"a": block(), "b": block(8, 4)}),
+}  # fmt: skip
+
+
+def network(name):
+    """A builder: the same parts, new each time."""
+    forward, parts = NETWORKS[name]
+    return lambda: Net(forward, **copy.deepcopy(parts))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    check(network(name), X)
+
+
+def test_optional_input():
+    check(network("dicts and optional arguments"), X, image(4, 8, 10, 9))
+
+
+def test_parts_of_a_model_called_alone():
+    def run(self, x):
+        return self.inner[1][0](self.inner[0](x))
+
+    check(lambda: Net(run, inner=nn.Sequential(block(), block(8, 8))), X)
+
+
+def test_functional_call():
+    inner = block().double()
+    state = {name: t.detach() for name, t in inner.state_dict().items()}
+
+    def run(self, x):
+        mine = {**state, "0.weight": self.w}
+        return torch.func.functional_call(inner, mine, (x,)).mean((2, 3))
+
+    check(lambda: Net(run, w=nn.Parameter(torch.randn(8, 3, 3, 3))), X)
+
+
+def test_parametrized_weights():
+    def make():
+        model = nn.Sequential(block(), nn.Conv2d(8, 4, 1))
+        nn.utils.parametrizations.weight_norm(model[0][0])
+        nn.utils.parametrizations.spectral_norm(model[1])
+        return model
+
+    check(make, X)
+
+
+TORCHVISION = (
+    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "efficientnet_b0",
+    "shufflenet_v2_x0_5", "regnet_y_400mf", "squeezenet1_1", "mnasnet0_5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name):
+    narrow = {"width_per_group": 16} if name == "resnet50" else {}
+    check(lambda: getattr(torchvision.models, name)(num_classes=7, **narrow), image(2, 3, 32, 32))
+
+
+# Dtypes and layouts ------------------------------------------------------------------------------
+
+
+def mixed():
+    """Of everything a little, without a bias before a norm: its gradient is nothing but rounding."""
+    return nn.Sequential(
+        block(), block(8, 8, nn.SiLU),
+        nn.MaxPool2d(2), Net(dense, a=block(8, 8), b=block(8, 4, nn.Hardswish), c=block(12, 4, nn.GELU)),
+        nn.AvgPool2d(2), nn.Conv2d(16, 4, 1),
+    )  # fmt: skip
+
+
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+PRECISIONS = {
+    "float64": {"dtype": torch.float64},
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "autocast": {"dtype": torch.float32, "autocast": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dtypes(precision, layout):
+    """Forward is PyTorch's, and gradients are no farther from the exact ones than PyTorch's."""
+    how = {**PRECISIONS[precision], "layout": LAYOUTS[layout]}
+    eps = torch.bfloat16 if precision == "autocast" else how["dtype"]
+    exact, wanted = step(mixed, [X], None).gradients, step(mixed, [X], None, **how)
+    for cost in COSTS:
+        found = step(mixed, [X], cost, **how)
+        assert_same_forward(found, wanted)
+        for name, w in wanted.gradients.items():
+            allowed = 1.5 * apart(w, exact[name]) + rounding(eps, terms=4)
+            assert apart(found.gradients[name], exact[name]) <= allowed, (cost, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_into_a_norm_under_autocast(dtype):
+    """Statistics of large values, in float32 as PyTorch's."""
+
+    def make():
+        norms = nn.BatchNorm2d(1), nn.BatchNorm2d(8)
+        return nn.Sequential(norms[0], nn.Conv2d(1, 8, 3), norms[1], nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    x = 1e4 * image(4, 1, 8, 8, dtype=torch.float32).abs() - 80
+    wanted = step(make, [x], None, dtype=torch.float32, autocast=dtype)
+    for cost in COSTS:
+        found = step(make, [x], cost, dtype=torch.float32, autocast=dtype)
+        assert_same_forward(found, wanted)
+        for name in ("0.weight", "2.weight", "4.weight"):
+            assert apart(found.gradients[name], wanted.gradients[name]) <= rounding(dtype, terms=200)
+
+
+KNOWN = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "silu_", "mish", "hardswish", "hardsigmoid",
+         "gelu", "gelu tanh", "sigmoid", "tanh", "prelu by channel")  # fmt: skip
+
+
+class Seen(TorchFunctionMode):
+    """Every tensor that forward made, as it was, beside every one that backward makes again."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.remade, self.made, get = [], {}, values.Task.get
+
+        def watched(task, value):
+            kept = value.kept is not None
+            t, mine = get(task, value)
+            if not kept:
+                self.remade.append(t.clone())
+            return t, mine
+
+        monkeypatch.setattr(values.Task, "get", watched)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in (*tensors(args), *tensors(out)):
+            for u in (t.detach(), t.detach().bfloat16()):  # autocast's casts
+                self.made.setdefault((u.shape, u.dtype), []).append(u.clone())
+        return out
+
+    def strange(self):
+        """What is no tensor of forward."""
+        return [
+            (tuple(t.shape), t.dtype)
+            for t in self.remade
+            if not any(torch.equal(t, k) for k in self.made.get((t.shape, t.dtype), []))
+        ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", KNOWN)
+def test_remade_values_are_forwards_to_the_bit(monkeypatch, name, precision, layout):
+    """Also a few images at a time, of odd sizes: no kernel may see where a batch is cut."""
+    monkeypatch.setattr(values, "SLAB_BYTES", 500)
+    seen, activation = Seen(monkeypatch), EVERY_ACTIVATION[name]
+
+    def make():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), activation(), nn.Conv2d(8, 5, 3), nn.BatchNorm2d(5).eval(),
+            nn.ReLU(), nn.Conv2d(5, 4, 3))  # fmt: skip
+
+    for cost in (0, 1e9):
+        with seen:
+            step(make, [image(5, 3, 11, 9)], cost, layout=LAYOUTS[layout], **PRECISIONS[precision])
+    assert len(seen.remade) >= 4
+    assert seen.strange() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["residual", "residual in place", "dense", "squeeze and excite", "pyramid", "numbers"]
+)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_networks_are_remade_to_the_bit(monkeypatch, name, precision):
+    with Seen(monkeypatch) as seen:
+        step(network(name), [X], 1e9, **PRECISIONS[precision])
+    assert seen.remade and seen.strange() == []
+
+
+@pytest.mark.parametrize("norm", ["two groups", "layer", "no affine", "no running statistics", "eval"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_norms_are_remade_to_the_bit(monkeypatch, norm, precision):
+    def make():
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[norm](), nn.SiLU(), nn.Conv2d(8, 2, 3))
+
+    with Seen(monkeypatch) as seen:
+        step(make, [X], 0, **PRECISIONS[precision])
+    assert seen.strange() == []
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_dead_channels(precision):
+    """A norm's result that is 0 exactly is 0 when made again: else the ReLU's mask flips, and dβ is not 0."""
+    how = PRECISIONS[precision]
+
+    def gradient(cost):
+        torch.manual_seed(0)
+        model = randomised(
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        )
+        with torch.no_grad():
+            model[0].weight[:3], model[0].bias[:3], model[1].bias[:3] = 0, 0.5, 0  # y = μ = 0.5, exactly
+        model.to(how["dtype"])
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in how), under(cost):
+            out = model(X.to(how["dtype"]))
+        out.backward(image(*out.shape).to(out))
+        return model[1].bias.grad
+
+    wanted = gradient(None)
+    assert not wanted[:3].any() and wanted[3:].all()
+    for cost in COSTS:
+        found = gradient(cost)
+        assert not found[:3].any()
+        assert apart(found, wanted) <= rounding(torch.bfloat16, terms=4)
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+def held_by(name, cost):
+    """Bytes at the end of forward, by a model and a batch that need no memory."""
+    with torch.device("meta"):
+        model, x = getattr(torchvision.models, name)(weights=None), torch.empty(8, 3, 64, 64)
+    held = Held()
+    held.ignore(*model.parameters(), *model.buffers(), x)
+    with held, under(cost):
+        out = model(x)
+    assert out.requires_grad
+    return held.held
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "vgg11_bn"]
+)
+def test_a_higher_price_never_holds_more(name):
+    held = [held_by(name, cost) for cost in (0, 9, 32, 64, 150, 300, 600, 1000)]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] < held[0] < 0.6 * held_by(name, None)
+
+
+def chain(depth, channels=8, activation=nn.ReLU):
+    return nn.Sequential(*[block(channels, channels, activation) for _ in range(depth)])
+
+
+BLOCK = 4 * 8 * 32 * 32 * 4  # bytes of a tensor of a block
+WEIGHT, VECTORS = 8 * 8 * 9 * 4, 16 * 8 * 4  # bytes of dw, and of what a norm has for each channel
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 12])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.GELU])
+def test_held_and_peak_of_a_chain(depth, activation):
+    """Each convolution's output is held, and the result; backward needs two tensors of a block above that.
+
+    dw is there beside dz and a. From block to block y goes, which is more than the gradients of the
+    parameters that come, so the peak is in the last block.
+    """
+    model, held = chain(depth, activation=activation), Held()
+    x, dz = (image(4, 8, 32, 32, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    held.ignore(x, dz, *model.parameters(), *model.buffers())
+    with held:
+        with remat():
+            out = model(x)
+        forward, held.peak = held.held, 0
+        out.backward(dz)
+    assert forward <= (depth + 1) * BLOCK + depth * VECTORS
+    assert held.peak <= forward + 2 * BLOCK + WEIGHT + VECTORS
+
+
+def test_a_value_is_held_where_the_peak_is_still_to_come(monkeypatch):
+    """The last layer's gradient is larger than all that backward makes again: each norm runs once.
+
+    Without it there is no room, and a block's output is made from all those before it.
+    """
+    norms = Counter()
+
+    def counted(self, out, y):
+        norms[id(self)] += 1
+        return run(self, out, y)
+
+    run = operations.Normalise.run
+    monkeypatch.setattr(operations.Normalise, "run", counted)
+    for columns, often in ((4096, False), (1, True)):
+        norms.clear()
+        blocks = [CHAINS["residual"]() for _ in range(6)]
+        model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(8 * 64, columns))
+        with remat():
+            out = model(image(2, 8, 8, 8, dtype=torch.float32))
+        out.sum().backward()
+        assert len(norms) == 6
+        assert (max(norms.values()) > 2) == often
+
+
+class Convolutions(TorchDispatchMode):
+    """How often each convolution is computed, by the memory of its weight; gradients are not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default and not args[6]:
+            self.times[args[1].untyped_storage()._cdata] += 1
+        return func(*args, **(kwargs or {}))
+
+
+CHAINS = {
+    "conv, norm, relu": lambda: block(8, 8),
+    "depthwise": lambda: block(8, 8, groups=8),
+    "residual": lambda: Net(lambda self, x: F.relu(self.b(x) + x), b=block(8, 8)),
+    "pre-activation": lambda: Net(
+        lambda self, x: x + self.c(F.relu(self.n(x))),
+        n=nn.BatchNorm2d(8), c=nn.Conv2d(8, 8, 3, padding=1)),
+    "dense": lambda: Net(lambda self, x: torch.cat([x[:, 4:], self.b(x)], 1), b=block(8, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("depth", [3, 15])
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_convolution_is_computed_again_at_most_once(name, depth, cost):
+    model, convolutions = nn.Sequential(*[CHAINS[name]() for _ in range(depth)]), Convolutions()
+    with convolutions:
+        with under(cost):
+            out = model(image(2, 8, 6, 6, dtype=torch.float32))
+        assert set(convolutions.times.values()) == {1}
+        out.sum().backward()
+    assert len(convolutions.times) == depth
+    most = max(convolutions.times.values())
+    assert most == 1 if cost == 0 else most <= 2
+    if cost == 1e9:
+        assert most == 2  # the price was used
+
+
+def test_record():
+    """What is kept and what is made again, by the names of the parameters."""
+    model = nn.Sequential(block(), block(8, 8), nn.Conv2d(8, 2, 1))
+    with remat() as record:
+        model(X.float())
+    kept, again = ([row for row in record.rows if row.kept == kept] for kept in (True, False))
+    assert record.kept_bytes == sum(row.nbytes for row in kept) < record.plain_bytes
+    assert record.plain_bytes == X.numel() * 4 + 4 * (4 * 8 * 90) * 4
+    assert len(again) == 2 and all(row.nbytes == math.prod(row.shape) * 4 for row in again)
+    text = str(record.names(model))
+    assert "1.0" in text and "conv2d" in text and "relu" in text and "made again" in text
+
+
+@pytest.mark.parametrize("max_cost", [-1, float("nan"), True, "3", None, [0], 1j, -float("inf")])
+def test_price_that_is_none(max_cost):
+    with pytest.raises(ValueError, match="^max_cost must be a number from 0 on"):
+        remat(max_cost=max_cost)
+
+
+@pytest.mark.parametrize("max_cost", [0, 0.5, 64, 1e9, float("inf")])
+def test_prices(max_cost):
+    check(network("residual"), X, costs=[max_cost])

@@ -1,0 +1,1009 @@
+"""`remat` in autograd's company: hooks, versions, release, threads, other contexts, other processes."""
+
+import contextlib
+import copy
+import functools
+import gc
+import pickle
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from helpers import remat
+from helpers.predict import Held
+from helpers.tests.remat import test_distributed
+from helpers.tests.remat.test_distributed import two_processes
+from helpers.tests.remat.test_remat import (
+    BLOCK,
+    COSTS,
+    Swish,
+    X,
+    assert_close,
+    block,
+    chain,
+    image,
+    randomised,
+    under,
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return randomised(nn.Sequential(block(), block(8, 8), nn.Conv2d(8, 4, 1)).double())
+
+
+def leaf(x=X):
+    return x.clone().requires_grad_()
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.detach() for name, p in model.named_parameters()}
+
+
+def check(scenario, costs=COSTS):
+    """``scenario(context)`` finds tensors by name: the same, whether the context does nothing or is remat's.
+
+    ``context()`` makes a new one.
+    """
+    torch.manual_seed(0)
+    wanted = scenario(contextlib.nullcontext)
+    for cost in costs:
+        torch.manual_seed(0)
+        assert_close(scenario(lambda: remat(max_cost=cost)), wanted, f"max_cost {cost},")  # noqa: B023
+
+
+def named(*tensors):
+    return {str(i): t for i, t in enumerate(tensors)}
+
+
+# Hooks -------------------------------------------------------------------------------------------
+
+
+def test_module_hooks():
+    """Forward, backward and backward-pre hooks of every module see what they always see."""
+
+    def scenario(context):
+        model, x, seen = network(), leaf(), []
+        for module in [m for m in model.modules() if not list(m.children())]:
+            module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+            module.register_forward_hook(lambda m, args, out: seen.append(out.detach().clone()))
+            module.register_full_backward_pre_hook(lambda m, dz: seen.extend(dz))
+            module.register_full_backward_hook(lambda m, dx, dz: seen.extend((*dx, *dz)))
+        with context():
+            out = model(x)
+        out.square().sum().backward()
+        return named(*seen, x.grad) | gradients(model)
+
+    check(scenario)
+
+
+def test_a_forward_hook_that_returns_another_tensor():
+    def scenario(context):
+        model = network()
+        model[0][1].register_forward_hook(lambda m, args, out: out * 2)
+        model[1][0].register_forward_pre_hook(lambda m, args: (args[0].tanh(),))
+        with context():
+            out = model(X)
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(scenario)
+
+
+def test_tensor_hooks_and_retained_gradients():
+    """At every tensor; some change the gradient, some in place."""
+
+    def scenario(context):
+        model, x, kept = network(), leaf(), []
+        with context():
+            h = x
+            for i, layer in enumerate([*model[0], *model[1], model[2]]):
+                h = layer(h)
+                h.register_hook([lambda g: None, lambda g: 2 * g, lambda g: g.mul_(3)][i % 3])
+                h.retain_grad()
+                kept.append(h)
+        h.square().sum().backward()
+        return named(x.grad, *(t.grad for t in kept)) | gradients(model)
+
+    check(scenario)
+
+
+def test_hooks_on_nodes_and_parameters():
+    def scenario(context):
+        model, seen = network(), []
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        with context():
+            h = model[0](X)
+            out = model[2](model[1](h))
+        h.grad_fn.register_prehook(lambda dz: seen.append(dz[0].clone()))
+        out.square().sum().backward()
+        return named(*seen)
+
+    check(scenario)
+
+
+# Which gradients ---------------------------------------------------------------------------------
+
+
+def test_gradients_of_some_inputs():
+    """Of parameters, leaves and tensors between, one after another on the same graph."""
+
+    def scenario(context):
+        model, x = network(), leaf()
+        with context():
+            h = model[0](x)
+            k = model[1](h)
+            out = model[2](k).square().sum()
+        grad = functools.partial(torch.autograd.grad, out, retain_graph=True)
+        found = [*grad(x), *grad([h, model[1][0].weight]), *grad([k, h, x]), *grad([model[0][1].weight])]
+        out.backward(inputs=[model[1][1].bias, x])
+        return named(*found, x.grad) | gradients(model)
+
+    check(scenario)
+
+
+def test_two_outputs_of_which_one_is_used():
+    def scenario(context):
+        model, x = network(), leaf()
+        with context():
+            h = model[0](x)
+            model[1](h), (out := model[2](h))
+        out.square().sum().backward()
+        return named(x.grad) | gradients(model)
+
+    check(scenario)
+
+
+def test_several_forwards_before_one_backward_and_accumulation():
+    def scenario(context):
+        model = network()
+        with context():
+            first, second = model(X), model(2 * X)
+        with context():
+            third = model(X + 1)
+        (first.square().sum() + third.sum()).backward()
+        second.square().sum().backward()
+        return gradients(model) | dict(model.named_buffers())
+
+    check(scenario)
+
+
+def test_backward_and_optimizer_inside_the_context():
+    def scenario(context):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        with context():
+            for i in range(3):
+                optimizer.zero_grad()
+                model(X + i).square().mean().backward()
+                optimizer.step()
+        return {n: t.detach() for n, t in model.state_dict().items() if t.is_floating_point()}
+
+    check(scenario)
+
+
+def test_adversarial_steps():
+    """The discriminator steps between the generator's forward and its backward."""
+
+    def scenario(context):
+        g, d = network(), randomised(nn.Sequential(block(4, 8), nn.Conv2d(8, 1, 1)).double())
+        steps = [torch.optim.SGD(m.parameters(), 0.01) for m in (d, g)]
+        for _ in range(2):
+            with context():
+                fake = g(X)
+                loss = d(fake.detach()).mean() - d(X.mean(1, keepdim=True).expand(-1, 4, -1, -1)).mean()
+            steps[0].zero_grad()
+            loss.backward()
+            steps[0].step()
+            with context():
+                loss = -d(fake).square().mean()
+            steps[1].zero_grad()
+            loss.backward()
+            steps[1].step()
+        return {n: p.detach() for m in (g, d) for n, p in m.named_parameters(str(m is g))}
+
+    check(scenario)
+
+
+def test_batched_gradients():
+    """Several gradients at once: right, or an error that says so."""
+
+    def scenario(context):
+        model, x = network(), leaf()
+        with context():
+            out = model(x)
+        return named(*torch.autograd.grad(out, x, image(3, *out.shape), is_grads_batched=True))
+
+    try:
+        check(scenario)
+    except RuntimeError as error:
+        assert "is_grads_batched" in str(error)  # noqa: PT017
+
+
+# Second derivatives ------------------------------------------------------------------------------
+
+LOSSES = {
+    "sum": torch.sum,
+    "mean": torch.mean,
+    "square": lambda out: out.square().sum(),
+    "one": lambda out: out[0, 0, 0, 0],
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("wanted", ["input", "parameters", "unused allowed"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_differentiated_again_is_an_error(loss, wanted, cost):
+    """A sentence, whatever the loss: never other numbers."""
+    model, x = network(), leaf()
+    with under(cost):
+        out = model(x)
+    (g,) = torch.autograd.grad(LOSSES[loss](out), x, create_graph=True)
+    penalty = (g.flatten(1).norm(dim=1) - 1).square().mean()
+    with pytest.raises(RuntimeError, match=".{20}"):
+        if wanted == "parameters":
+            penalty.backward()
+        else:
+            torch.autograd.grad(penalty, x, allow_unused=wanted != "input")
+
+
+@pytest.mark.parametrize("name", ["vhp", "hvp", "jvp", "hessian"])
+def test_functions_that_differentiate_twice(name):
+    """Right, or an error."""
+    model, x = network(), X[:2, :, :4, :4]
+
+    def function(x, cost=None):
+        with under(cost):
+            return model(x).square().sum()
+
+    v = () if name == "hessian" else (torch.ones_like(x),)
+    run = getattr(torch.autograd.functional, name)
+    wanted = run(function, x, *v)
+    for cost in COSTS:
+        try:
+            found = run(functools.partial(function, cost=cost), x, *v)
+        except RuntimeError as error:
+            assert len(str(error)) > 20
+            continue
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_first_derivatives_of_create_graph():
+    """They are right, and usable as numbers."""
+
+    def scenario(context):
+        model, x = network(), leaf()
+        with context():
+            out = model(x)
+        (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (g.detach().square().mean() * out.square().sum()).backward()
+        return named(g.detach()) | gradients(model)
+
+    check(scenario)
+
+
+# Release -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_second_backward(cost):
+    """As always: with ``retain_graph`` it gives the same again, without it is PyTorch's error."""
+    model, x = network(), leaf()
+    with under(cost):
+        out = model(x).square().sum()
+    first = torch.autograd.grad(out, x, retain_graph=True)
+    second = torch.autograd.grad(out, x, retain_graph=True)
+    assert_close(named(*second), named(*first))
+    out.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.backward()
+
+
+@pytest.mark.parametrize("where", ["one convolution", "one norm", "one activation", "one pooling"])
+def test_second_backward_of_one_operation(where):
+    layer = {"convolution": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(3), "activation": nn.SiLU(),
+             "pooling": nn.MaxPool2d(2)}[where.split()[1]].double()  # fmt: skip
+    x = leaf()
+    with remat():
+        out = layer(x * 1)
+    h = out.sum()
+    h.backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_memory_falls_in_backward(cost):
+    """When backward comes to a block, everything behind it is gone but two tensors, as with PyTorch."""
+    depth, x = 8, image(4, 8, 32, 32, dtype=torch.float32)
+    model, dz = chain(depth), image(4, 8, 32, 32, dtype=torch.float32)
+
+    def trace(cost):
+        held, at_block = Held(), []
+        held.ignore(x, dz, *model.parameters(), *model.buffers())
+        model.zero_grad()
+        with held:
+            with under(cost):
+                h = x
+                for part in model:
+                    h = part(h)
+                    h.register_hook(lambda g: at_block.append(held.held))
+            forward = held.held
+            h.backward(dz)
+        return forward, at_block
+
+    (forward, found), (_, plain) = trace(cost), trace(None)
+    assert all(f <= p + BLOCK for f, p in zip(found, plain, strict=True))
+    if cost == 0:  # one convolution's output goes with each block
+        small = sum(p.nbytes for p in model.parameters())
+        assert all(f <= forward + (1.1 - max(i - 1, 0)) * BLOCK + small for i, f in enumerate(found))
+    assert found[-1] <= 4 * BLOCK + sum(p.nbytes for p in model.parameters())
+
+
+@pytest.fixture
+def no_collector():
+    """What goes goes by itself, not by the garbage collector."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("backward", ["none", "done", "kept", "partial", "failed"])
+def test_nothing_is_kept_when_the_outputs_are_gone(cost, backward, no_collector):
+    model, x, alive = network(), leaf(), []
+    for layer in [*model[0], *model[1]]:
+        layer.register_forward_hook(lambda m, args, out: alive.append(weakref.ref(out.untyped_storage())))
+    with under(cost) as record:
+        h = model[0](x)
+        out = model[2](model[1](h))
+    alive.append(weakref.ref(out.untyped_storage()))
+    if backward == "partial":
+        torch.autograd.grad(out.sum(), h, retain_graph=True)
+    elif backward == "failed":
+        handle = h.register_hook(lambda g: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            out.sum().backward(retain_graph=True)
+        handle.remove()
+        del handle
+    elif backward != "none":
+        out.sum().backward(retain_graph=backward == "kept")
+    del h, out
+    assert [ref() for ref in alive] == [None] * len(alive)
+    assert record.rows
+
+
+@pytest.mark.parametrize("backward", ["done", "kept", "partial"])
+def test_nothing_made_again_outlives_its_backward(backward):
+    model, x, held = network(), leaf(), Held()
+    held.ignore(x, *model.parameters(), *model.buffers())
+    with held:
+        with remat(max_cost=1e9):
+            h = model[0](x)
+            out = model[2](model[1](h)).sum()
+        before = held.held
+        grads = torch.autograd.grad(out, h if backward == "partial" else x, retain_graph=backward != "done")
+    assert held.held <= before + grads[0].nbytes
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("keep", ["nothing", "detached results", "numbers"])
+def test_a_long_context_without_backward(cost, keep, no_collector):
+    """Evaluations in one context: what a forward made goes with its outputs, whatever of them is kept."""
+    model, held, kept = network(), Held(), []
+    held.ignore(X, *model.parameters(), *model.buffers())
+    with held, under(cost):
+        sizes = []
+        for _ in range(4):
+            out = F.relu(model[1](model[0](X)))
+            if keep != "nothing":
+                kept.append(out.detach() if keep == "detached results" else out.sum().item())
+            del out
+            sizes.append(held.held)
+    one = X.numel() // 3 * 8 * 8 if keep == "detached results" else 0
+    assert sizes[-1] - sizes[0] <= 3 * one
+
+
+def test_models_and_outputs_are_as_they_were():
+    model = network()
+    before = {name: set(vars(m)) for name, m in model.named_modules()}
+    with remat():
+        out = model(leaf())
+        inner = pickle.loads(pickle.dumps(model)), copy.deepcopy(model)
+    for m in (model, *inner):
+        assert {name: set(vars(part)) for name, part in m.named_modules()} == before
+    assert not vars(out) and not any(vars(t) for t in model.state_dict().values())
+    assert torch.equal(pickle.loads(pickle.dumps(out.detach())), out)
+
+
+# Changes in place --------------------------------------------------------------------------------
+
+WRITES = {
+    "mul_": lambda t: t.mul_(0.5),
+    "with alpha": lambda t: t.add_(t.detach().clone(), alpha=2),
+    "by a numpy number": lambda t: t.mul_(np.float64(0.5)),
+    "by an integer tensor": lambda t: t.mul_(torch.tensor(2)),
+    "rounded": lambda t: t.div_(0.1, rounding_mode="floor"),
+    "clamp_": lambda t: t.clamp_(-1, 1),
+    "copy_": lambda t: t.copy_(t.detach().flip(0)),
+    "index": lambda t: t.__setitem__((slice(None), 0), 0.0),
+    "masked": lambda t: t.__setitem__(t.detach() > 0, 0.0),
+    "view": lambda t: t[:, :3].relu_(),
+    "view of a view": lambda t: t[1:][:, ::2].mul_(3.0),
+    "foreach": lambda t: torch._foreach_mul_([t.detach()], 0.5),
+    "no_grad": lambda t: torch.no_grad()(lambda: t.mul_(0.5))(),
+    "detached": lambda t: t.detach().sub_(1),
+    "relu_": lambda t: F.relu(t, inplace=True),
+    "selu_": lambda t: F.selu(t, inplace=True),
+    "celu_": lambda t: F.celu(t, inplace=True),
+    "threshold_": lambda t: F.threshold(t, 0.1, 0.0, True),
+    "dropout_": lambda t: F.dropout(t, 0.5, inplace=True),
+    "out": lambda t: torch.add(t.detach(), 1, out=t.detach()),
+    "out of a convolution's kin": lambda t: torch.clamp(t.detach(), 0, out=t.detach()),
+    "data": lambda t: t.data.mul_(0.5),
+    "data of a view": lambda t: t[0].data.mul_(0.5),
+    "numpy": lambda t: np.multiply(t.detach().numpy(), 0.5, out=t.detach().numpy()),
+    "asarray": lambda t: np.add(np.asarray(t.detach()), 1, out=np.asarray(t.detach())),
+    "dlpack": lambda t: torch.from_dlpack(t.detach()).mul_(0.5),
+    "storage": lambda t: t.untyped_storage().copy_((t.detach() + 1).untyped_storage()),
+    "memory": lambda t: np.frombuffer(t.detach().numpy(), np.float64).__imul__(0.5),
+}  # fmt: skip
+
+
+def written(model, which, write):
+    """A network of values of every kind, of which one is written to when all are made."""
+    h = model[0][0](X)
+    z = model[0][1](h)
+    a = F.relu(z)
+    p, q = torch.roll(a, 1, 2), torch.roll(a, 1, 3)
+    k = F.conv2d(torch.cat([p, q], 1), torch.cat([model[1][0].weight] * 2, 1), padding=1)
+    s = p + q
+    m = F.conv2d(s, model[2].weight)
+    values = {"convolution": h, "norm": z, "activation": a, "part of a concatenation": p, "sum": s}
+    write(values[which])
+    return k.sum((1, 2, 3)) + m.square().sum((1, 2, 3)) + values[which].mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("which", ["convolution", "norm", "activation", "part of a concatenation", "sum"])
+@pytest.mark.parametrize("write", WRITES)
+def test_writes_inside_the_context(write, which):
+    """PyTorch's numbers wherever it has some, or an error; where it has an error, no matter."""
+
+    def run(cost):
+        torch.manual_seed(0)
+        model = network()
+        with under(cost):
+            out = written(model, which, WRITES[write])
+        out.backward(image(4))
+        return gradients(model)
+
+    try:
+        wanted = run(None)
+    except RuntimeError:
+        wanted = None
+    for cost in COSTS:
+        if wanted is not None:
+            assert_close(run(cost), wanted, f"max_cost {cost},")
+        else:
+            with contextlib.suppress(RuntimeError):
+                run(cost)
+
+
+def test_a_view_with_gaps_is_no_base_of_others():
+    """A kept one may be copied, and then lies in memory without the gaps."""
+
+    def scenario(context, write):
+        model = network()
+        weight = model[1][0].weight
+        with context():
+            h = torch.roll(model[0](X[:2]), 1, 2)
+            part = h[:, :7]
+            out = F.conv2d(part, weight[:, :7]) + F.conv2d(part[:, :2], weight[:, :2])
+            write(h)
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(functools.partial(scenario, write=lambda h: None))
+    check(functools.partial(scenario, write=lambda h: h.data.mul_(2)))
+
+    def in_place(context):
+        model = network()
+        with context():
+            h = torch.roll(model[0](X), 1, 2)
+            part = h[:, ::2]
+            part += 1
+            out = F.conv2d(h[:, :7], model[1][0].weight[:, :7])
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(in_place)
+
+
+def test_a_weight_written_without_a_version_inside_the_context():
+    """Weights are clipped between two forwards: what was made before was made with the old ones."""
+
+    def scenario(context):
+        model = network()
+        with context():
+            h = model[1](model[0](X))
+            model[1][0].weight.data.clamp_(-0.01, 0.01)
+            out = model[2](h)
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(scenario)
+
+
+@pytest.mark.parametrize("what", ["input", "convolution", "activation"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_kept_tensor_changed_after_forward_is_an_error(what, grad):
+    """It says what changed; or, if backward does not need it any more, the numbers are PyTorch's."""
+
+    def run(cost):
+        model, x = network(), X.clone()
+        with under(cost):
+            h = model[0][0](x)
+            a = F.silu(model[0][1](h))
+            out = model[2](a)
+        with torch.set_grad_enabled(grad):
+            {"input": x, "convolution": h, "activation": a}[what].mul_(2.0)
+        out.square().sum().backward()
+        return gradients(model)
+
+    def unchanged():
+        """What the gradients are of the values that forward had."""
+        model = network()
+        a = F.silu(model[0][1](model[0][0](X)))
+        model[2](a).square().sum().backward()
+        return gradients(model)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        run(None)
+    for cost in COSTS:
+        if what == "input" or (what, cost) == ("convolution", 0):
+            with pytest.raises(RuntimeError, match="inplace operation.*(of shape|Tensor)"):
+                run(cost)
+        else:
+            with contextlib.suppress(RuntimeError):  # or made again from what did not change
+                assert_close(run(cost), unchanged(), f"max_cost {cost},")
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_parameter_changed_after_forward_is_an_error(cost):
+    """An optimizer's step between forward and backward, as with PyTorch."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(X).sum().backward()
+    with under(cost):
+        out = model(X)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|changed after forward"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", ["0.1.weight", "1.0.weight", "1.1.weight", "2.weight"])
+def test_one_parameter_changed_after_forward_is_an_error(name, cost):
+    model = network()
+    with under(cost):
+        out = model(X)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(2)
+    with pytest.raises(
+        RuntimeError, match="inplace operation.*Tensor|its weight of shape .* changed after forward"
+    ):
+        out.sum().backward()
+
+
+def test_what_pytorch_does_not_save_may_change():
+    """A convolution's bias and a norm's β."""
+
+    def scenario(context):
+        model = network()
+        with context():
+            out = model(X)
+        with torch.no_grad():
+            for name, t in model.state_dict().items():
+                if name.endswith("bias"):
+                    t.add_(1)
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(scenario)
+
+
+# What is left alone ------------------------------------------------------------------------------
+
+
+def test_without_gradients():
+    model = network()
+    with remat():
+        with torch.no_grad():
+            a = model(X)
+        with torch.inference_mode():
+            b = model(X)
+        assert a.grad_fn is None and b.is_inference()
+        with torch.inference_mode():
+            x = X * 1
+        out = model(x.clone())
+    out.sum().backward()
+
+
+def test_transforms():
+    """torch.func's grad, vmap, jvp and what they are composed to, forward-mode AD."""
+    model = network().eval()
+    state = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(state, x):
+        return torch.func.functional_call(model, state, (x,)).square().mean()
+
+    def scenario(context):
+        with context():
+            grads = torch.func.grad(loss)(state, X)
+            per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(state, X[:, None])
+            value, tangent = torch.func.jvp(lambda x: loss(state, x), (X,), (torch.ones_like(X),))
+            with torch.autograd.forward_ad.dual_level() as _:
+                dual = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+                out = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent.detach()
+        return grads | named(*per_image.values(), value, tangent, out)
+
+    check(scenario)
+
+
+def test_traced_inside():
+    model = network().eval()
+    with remat():
+        traced = torch.jit.trace(model, X)
+    torch.testing.assert_close(traced(X), model(X))
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled(fullgraph):
+    """A compiled model under `remat` runs as it does without."""
+
+    def scenario(context):
+        model = network()
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+        with context():
+            out = compiled(X)
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(scenario, costs=[0])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_checkpoint(reentrant, inside):
+    """A part that is checkpointed, `remat` around it or in it."""
+
+    def scenario(context):
+        model, x = network(), leaf()
+
+        def part(h):
+            with context() if inside else contextlib.nullcontext():
+                return model[1](h)
+
+        with contextlib.nullcontext() if inside else context():
+            out = model[2](checkpoint(part, model[0](x), use_reentrant=reentrant))
+        out.square().sum().backward()
+        return named(x.grad) | gradients(model)
+
+    check(scenario)
+
+
+def test_saved_tensor_hooks():
+    """They see what PyTorch saves, and nothing of `remat`."""
+
+    def scenario(context):
+        model, x, seen = network(), leaf(), []
+
+        def pack(t):
+            seen.append(t.numel())
+            return t
+
+        with context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            h = model[1](model[0](x))
+        with context(), torch.autograd.graph.save_on_cpu():
+            out = model[2](h)
+        out.square().sum().backward()
+        return named(x.grad, torch.tensor(seen, dtype=torch.float64)) | gradients(model)
+
+    check(scenario)
+
+
+def test_other_threads_run_as_always():
+    model, found = network(), {}
+
+    def run():
+        out = model[2](model[1](model[0](X)))
+        found["node"] = type(out.grad_fn).__name__
+        found["gradients"] = torch.autograd.grad(out.sum(), model[0][0].weight)
+
+    with remat():
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert found["node"] == "ConvolutionBackward0"
+    wanted = torch.autograd.grad(model(X).sum(), model[0][0].weight)
+    torch.testing.assert_close(found["gradients"], wanted)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_backward_in_several_threads(cost):
+    """Two outputs with a common trunk, backward of each in threads of their own, on the kept graph."""
+    model, x, found = network(), leaf(), {}
+    with under(cost):
+        h = model[0](x)
+        outputs = [model[2](model[1](h)).sum(), model[2](model[1](h + 1)).square().sum()]
+    wanted = [torch.autograd.grad(o, x, retain_graph=True)[0] for o in outputs]
+
+    def run(i):
+        found[i] = [torch.autograd.grad(outputs[i % 2], x, retain_graph=True)[0] for _ in range(8)]
+
+    threads = [threading.Thread(target=run, args=[i]) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(4):
+        for g in found[i]:
+            torch.testing.assert_close(g, wanted[i % 2], rtol=1e-9, atol=1e-9)
+
+
+def test_a_backward_inside_a_backward():
+    def scenario(context):
+        model, x = network(), leaf()
+        with context():
+            h = model[0](x)
+            out, other = model[2](model[1](h)).square().sum(), model[2](model[1](h * 2)).sum()
+        inner = []
+
+        def again(g):
+            inner.extend(torch.autograd.grad(other, model[1][0].weight, retain_graph=True))
+
+        hook = h.register_hook(again)
+        out.backward(retain_graph=True)
+        hook.remove()
+        other.backward()
+        return named(x.grad, *inner) | gradients(model)
+
+    check(scenario)
+
+
+# Contexts ----------------------------------------------------------------------------------------
+
+
+def mode_stack():
+    return torch.overrides._get_current_function_mode_stack()
+
+
+def test_nested_contexts():
+    """The inner price holds inside; the outer one afterwards."""
+    model = network()
+    with remat() as outer:
+        h = model[0](X)
+        with remat(max_cost=1e9) as inner:
+            h = model[1](h)
+        out = model[2](h)
+    assert outer.rows and inner.rows
+    out.square().sum().backward()
+    plain = network()
+    plain(X).square().sum().backward()
+    assert_close(gradients(model), gradients(plain))
+
+
+def test_left_in_another_order():
+    before = mode_stack()
+    first, second = remat(), remat(max_cost=64)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert len(mode_stack()) == len(before) + 1
+    model = network()
+    out = model(X)
+    second.__exit__(None, None, None)
+    assert mode_stack() == before
+    out.sum().backward()
+    assert type(model(X).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+def test_one_object_used_again_and_in_itself():
+    context = remat()
+    for _ in range(2):
+        with context, context:
+            out = network()(X)
+        assert not mode_stack()
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_an_exception_inside(cost, no_collector):
+    """It goes through, and neither a mode nor a tensor stays."""
+    model, alive = network(), []
+
+    def fails():
+        with under(cost):
+            h = model[0](leaf())
+            alive.append(weakref.ref(h.untyped_storage()))
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        fails()
+    assert not mode_stack()
+    gc.collect()  # the traceback's frames
+    assert alive[0]() is None
+
+
+def test_errors_of_pytorch_are_its_own():
+    model = network()
+    calls = {
+        "channels": lambda: model(X[:, :2]),
+        "dtype": lambda: model(X.float()),
+        "argument": lambda: F.conv2d(X, model[0][0].weight, strides=2),
+        "one value": lambda: nn.BatchNorm2d(3)(torch.ones(1, 3, 1, 1, requires_grad=True)),
+        "in place on a leaf": lambda: F.relu(leaf(), inplace=True),
+        "sizes": lambda: torch.cat([X, X[:, :, 1:].requires_grad_()], 1),
+        "groups": lambda: F.group_norm(leaf(), 2),
+    }
+    for name, call in calls.items():
+        with pytest.raises(Exception) as wanted:  # noqa: B017, PT011
+            call()
+        with remat(), pytest.raises(wanted.type) as found:
+            call()
+        assert str(found.value) == str(wanted.value), name
+
+
+def test_decorator():
+    """On a function, each call is a context of its own; on a generator, between its values there is none."""
+
+    @remat(max_cost=64)
+    def forward(model, x):
+        """Documented."""
+        assert len(mode_stack()) == 1
+        return model(x)
+
+    @remat()
+    def forwards(model):
+        for i in range(2):
+            assert len(mode_stack()) == 1
+            yield model(X + i)
+
+    model = network()
+    forward(model, X).square().sum().backward()
+    assert forward.__name__ == "forward" and forward.__doc__ == "Documented."
+    for out in forwards(model):
+        assert not mode_stack()
+        out.sum().backward()
+    assert not mode_stack()
+
+    wanted = network()
+    wanted(X).square().sum().backward()
+    for i in range(2):
+        wanted(X + i).sum().backward()
+    assert_close(gradients(model), gradients(wanted))
+
+
+def test_tensors_that_are_not_ordinary():
+    """Subclasses, complex numbers, empty batches and a function of the user's that writes in place."""
+
+    class Mine(torch.Tensor):
+        pass
+
+    def scenario(context):
+        model, empty, conv = network(), network().eval(), nn.Conv2d(3, 2, 3).to(torch.complex128)
+        with context():
+            out = model(X.as_subclass(Mine))
+            assert isinstance(out, Mine)
+            none = empty(X[:0])
+            numbers = conv(X.to(torch.complex128))
+            swish = Swish.apply(model[0](X))
+        out.as_subclass(torch.Tensor).square().sum().backward()
+        (none.sum() + numbers.abs().sum() + swish.sum()).backward()
+        found = {n: g.as_subclass(torch.Tensor) for n, g in gradients(model).items()}
+        return found | named(torch.view_as_real(conv.weight.grad), empty[0][0].weight.grad)
+
+    check(scenario)
+
+
+def test_aliases_and_detached_tensors():
+    def scenario(context):
+        model = network()
+        with context():
+            h = model[0](X)
+            d = h.detach().requires_grad_()
+            out = model[1](d) * model[1](h.view_as(h)) + torch.ops.aten.alias(h)
+        out.square().sum().backward()
+        return named(d.grad) | gradients(model)
+
+    check(scenario)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_anomaly_mode():
+    def scenario(context):
+        model = network()
+        with torch.autograd.detect_anomaly(), context():
+            out = model(X)
+            out.square().sum().backward()
+        return gradients(model)
+
+    check(scenario)
+
+
+# Two processes -----------------------------------------------------------------------------------
+
+
+def steps(model, x, dz, cost):
+    """Two steps of SGD; the gradients of the second, and the parameters after it."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with under(cost):
+            out = model(x)
+        out.backward(dz)
+        optimizer.step()
+    found = {}
+    for name, p in model.named_parameters():
+        for what, t in (("", p.detach()), (".grad", p.grad)):
+            t = t if t is None else t.full_tensor() if hasattr(t, "full_tensor") else t
+            found[name.removeprefix("module.") + what] = t
+    return found
+
+
+def distributed(rank, folder):
+    """DDP in three variants and FSDP2 block by block: as plain, at the prices that matter."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    x, dz = image(4, 3, 10, 9, seed=rank), image(4, 4, 10, 9, seed=10 + rank)
+    ways = {
+        "DDP": DistributedDataParallel,
+        "unused": functools.partial(DistributedDataParallel, find_unused_parameters=True),
+        "static": functools.partial(DistributedDataParallel, static_graph=True),
+    }
+
+    def sharded(model):
+        for part in model:
+            fully_shard(part, reshard_after_forward=True)
+        return fully_shard(model)
+
+    ways["FSDP2"] = sharded
+    for name, way in ways.items():
+        wanted = steps(way(network()), x, dz, None)
+        for cost in (0, 1e9):
+            assert_close(steps(way(network()), x, dz, cost), wanted, f"{name}, max_cost {cost},")
+
+
+@pytest.mark.skipif(test_distributed.pytestmark.args[0], reason="needs torch.distributed with gloo")
+def test_two_processes(tmp_path):
+    assert two_processes(tmp_path, distributed) == [0, 0]
+
+
+@pytest.mark.parametrize("cost", [0, 1e9])
+def test_a_convolution_of_a_view_with_gaps(cost):
+    """What is made again has forward's strides, or its views would be read with others."""
+    torch.manual_seed(0)
+    first, conv, last = nn.Linear(4, 12), nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Linear(2, 3)
+    model, x = nn.ModuleList([first, conv, last]).double(), torch.randn(2, 5, 5, 4).double()
+
+    def forward():
+        y = conv(first(x)[..., :2].permute(0, 3, 1, 2))
+        return last(y.permute(0, 2, 3, 1))
+
+    plain = forward()
+    grad = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, list(model.parameters()), grad)
+    with remat(cost):
+        out = forward()
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(torch.autograd.grad(out, list(model.parameters()), grad), wanted)

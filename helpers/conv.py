@@ -8,10 +8,64 @@ from torch import Tensor
 
 __all__ = ["conv2d_backward"]
 
-SMALL_KERNEL = 9  # entries of a depthwise kernel up to which libraries have fast code for its gradient
-LONGEST_SUM = 1 << 12  # pixels that are summed in float32: their rounding, about √pixels ε, stays below 1e-5
-# A convolution of very many groups is one call of oneDNN's; without it PyTorch makes one for each group.
-MANY_GROUPS = torch.backends.mkldnn.is_available()
+
+def conv2d_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups: int = 1,
+    needs=(True, True, False),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    r"""Gradients of ``y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)``.
+
+    With dy = ``grad_out``, x = ``input``, w = ``weight``, stride s, padding p, dilation d::
+
+        dx[n,c,a,b] = sum of  w[o,c,k,l] dy[n,o,i,j]  over s i + d k - p = a, s j + d l - p = b
+        dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j]  x[n, c, s i + d k - p, s j + d l - p]
+        db[o]       = sum over (n,i,j) of  dy[n,o,i,j]
+
+    The library's own convolution backward computes them; the derivation is chapter 2 (the index arithmetic:
+    Dumoulin & Visin 2016, arXiv:1603.07285).
+
+    Args:
+        grad_out: (N, C_out, H_out, W_out), the dtype and device of ``input``. Never written to.
+        input: (N, C_in, H, W), floating point.
+        weight: (C_out, C_in / groups, kH, kW), the dtype and device of ``input``.
+        stride, padding, dilation: an int or a pair of ints, as in ``F.conv2d``.
+        groups: number of blocks that input and output channels are divided into.
+        needs: which of (d input, d weight, d bias) to compute; the others come back as None.
+
+    Returns:
+        ``(grad_input, grad_weight, grad_bias)``.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or range.
+    """
+    stride, dilation = pair_of_ints("stride", stride, 1), pair_of_ints("dilation", dilation, 1)
+    padding = pair_of_ints("padding", padding, 0)
+    check_fit(input, weight, groups)
+    for name, t in (("grad_out", grad_out), ("weight", weight)):
+        if t.dtype != input.dtype or t.device != input.device:
+            raise ValueError(
+                f"{name} must be {input.dtype} on {input.device} like input, got {t.dtype} on {t.device}"
+            )
+    out_size = output_size(input, weight, stride, padding, dilation)
+    expected = (input.shape[0], weight.shape[0], *out_size)
+    if tuple(grad_out.shape) != expected:
+        raise ValueError(f"grad_out must have the output's shape {expected}, got {tuple(grad_out.shape)}")
+    return conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs)
+
+
+def conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs):
+    """``conv2d_backward`` without its checks, for the slabs of the fused kernel."""
+    how = (stride, padding, dilation, False, [0, 0], groups, needs)
+    return torch.ops.aten.convolution_backward(grad_out, input, weight, [weight.shape[0]], *how)
+
+
+# Arguments -------------------------------------------------------------------------------------------------
 
 
 def pair_of_ints(name: str, value, low: int) -> list[int]:
@@ -79,88 +133,3 @@ def empty_output(input: Tensor, weight: Tensor, stride, padding, dilation) -> Te
     """Uninitialised memory for conv(input, weight)."""
     size = (len(input), weight.shape[0], *output_size(input, weight, stride, padding, dilation))
     return torch.empty(size, dtype=input.dtype, device=input.device, memory_format=layout(input, weight))
-
-
-def conv2d_backward(
-    grad_out: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride=1,
-    padding=0,
-    dilation=1,
-    groups: int = 1,
-    needs=(True, True, False),
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    r"""Gradients of ``y = F.conv2d(input, weight, bias, stride, padding, dilation, groups)``.
-
-    With dy = ``grad_out``, x = ``input``, w = ``weight``, stride s, padding p, dilation d::
-
-        dx[n,c,a,b] = sum of  w[o,c,k,l] dy[n,o,i,j]  over s i + d k - p = a, s j + d l - p = b
-        dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j]  x[n, c, s i + d k - p, s j + d l - p]
-        db[o]       = sum over (n,i,j) of  dy[n,o,i,j]
-
-    The library's own convolution backward computes them, but for the weight gradient of a large depthwise
-    kernel (`depthwise_grad_weight`); the derivation is chapter 2 (the index arithmetic: Dumoulin & Visin
-    2016, arXiv:1603.07285).
-
-    Args:
-        grad_out: (N, C_out, H_out, W_out), the dtype and device of ``input``. Never written to.
-        input: (N, C_in, H, W), floating point.
-        weight: (C_out, C_in / groups, kH, kW), the dtype and device of ``input``.
-        stride, padding, dilation: an int or a pair of ints, as in ``F.conv2d``.
-        groups: number of blocks that input and output channels are divided into.
-        needs: which of (d input, d weight, d bias) to compute; the others come back as None.
-
-    Returns:
-        ``(grad_input, grad_weight, grad_bias)``.
-
-    Raises:
-        ValueError: an argument has the wrong shape, dtype or range.
-    """
-    stride, dilation = pair_of_ints("stride", stride, 1), pair_of_ints("dilation", dilation, 1)
-    padding = pair_of_ints("padding", padding, 0)
-    check_fit(input, weight, groups)
-    for name, t in (("grad_out", grad_out), ("weight", weight)):
-        if t.dtype != input.dtype or t.device != input.device:
-            raise ValueError(
-                f"{name} must be {input.dtype} on {input.device} like input, got {t.dtype} on {t.device}"
-            )
-    out_size = output_size(input, weight, stride, padding, dilation)
-    expected = (input.shape[0], weight.shape[0], *out_size)
-    if tuple(grad_out.shape) != expected:
-        raise ValueError(f"grad_out must have the output's shape {expected}, got {tuple(grad_out.shape)}")
-    return conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs)
-
-
-def conv_grads(grad_out, input, weight, stride, padding, dilation, groups, needs):
-    """``conv2d_backward`` without its checks, for the slabs of the fused kernel."""
-    by_hand = needs[1] and is_large_depthwise(grad_out, input, weight, groups)
-    of_library = [needs[0], needs[1] and not by_hand, needs[2]]
-    dx = dw = db = None
-    if any(of_library):
-        how = (stride, padding, dilation, False, [0, 0], groups, of_library)
-        dx, dw, db = torch.ops.aten.convolution_backward(grad_out, input, weight, [weight.shape[0]], *how)
-    if by_hand:
-        dw = depthwise_grad_weight(grad_out, input, weight, stride, padding, dilation)
-    return dx, dw, db
-
-
-def is_large_depthwise(grad_out: Tensor, input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether to take `depthwise_grad_weight`: the same up to rounding, and meant to be faster."""
-    depthwise = len(input) > 0 and groups == input.shape[1] == weight.shape[0]
-    if not depthwise or not MANY_GROUPS or not input.is_cpu or input.dtype != torch.float32:
-        return False
-    entries, terms = (t.shape[2] * t.shape[3] for t in (weight, grad_out))
-    large = entries > SMALL_KERNEL and terms <= LONGEST_SUM
-    return large and input.is_contiguous() and grad_out.is_contiguous()
-
-
-def depthwise_grad_weight(grad_out, input, weight, stride, padding, dilation) -> Tensor:
-    """dw as the convolution of each channel of each image, x[n,c], with dy[n,c] for a kernel; then Σ over n.
-
-    Stride and dilation change places: dw[c,k] = Σ dy[n,c,i] x[n, c, s i + d k - p].
-    """
-    n, channels, *size = grad_out.shape
-    x, kernel = input.reshape(1, n * channels, *input.shape[2:]), grad_out.reshape(-1, 1, *size)
-    found = F.conv2d(x, kernel, None, dilation, padding, stride, n * channels).unflatten(1, (n, channels))
-    return found[0, :, :, : weight.shape[2], : weight.shape[3]].sum(0).unsqueeze(1)

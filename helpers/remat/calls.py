@@ -7,7 +7,6 @@ a call leaves it to PyTorch, exactly as it was. `HANDLERS` at the end is the who
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import types
 import weakref
@@ -248,27 +247,34 @@ def low_batch_norm(
 
 
 def group_norm(mode, function, input, num_groups, weight=None, bias=None, eps=1e-5):
-    fit(input.dim() >= 3 and input.shape[1] % num_groups == 0 and input.numel() > 0)
-    fit(math.prod(input.shape[2:]) * input.shape[1] // num_groups * input.shape[0] > 1)
-    return image_norm(mode, input, weight, bias, num_groups, None, eps)
+    fit(input.dim() >= 3)
+    call = lambda y, *affine: function(y, num_groups, *affine, eps)  # noqa: E731
+    return rerun(mode, "norm", 3.0, call, input, weight, bias)
 
 
 def layer_norm(mode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    shape = tuple(normalized_shape)
-    fit(input.dim() > len(shape) and input.shape[-len(shape) :] == shape and input.numel() > 0)
-    return image_norm(mode, input, weight, bias, None, shape, eps)
+    fit(input.dim() > len(normalized_shape))
+    call = lambda y, *affine: function(y, normalized_shape, *affine, eps)  # noqa: E731
+    return rerun(mode, "norm", 3.0, call, input, weight, bias)
 
 
-def image_norm(mode, input, weight, bias, groups, shape, eps):
-    fit(plain(input, weight, bias) and not torch._C._is_any_autocast_enabled())
-    fit(input.requires_grad and all(t is None or t.dtype == input.dtype for t in (weight, bias)))
+def prelu(mode, function, input, weight):
+    fit(input.dim() > 1)
+    return rerun(mode, "prelu", 1.0, function, input, weight)
+
+
+def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parameters: Tensor | None):
+    """``call(input, *parameters)``, image by image, which backward calls again."""
+    fit(plain(input, *parameters) and input.requires_grad and input.numel() > 0)
+    fit(not torch._C._is_any_autocast_enabled())
+    fit(all(t is None or t.dtype == input.dtype for t in parameters))
 
     def run() -> Tensor:
         value = mode.needed(input)
-        operation = ops.ImageNorm(groups, shape, eps, value)
-        z, call = mode.apply(operation, input, weight, bias)
-        mode.made(call, z, operation.recipe(weight, bias), value)
-        return z
+        values = [None if t is None else t.detach().clone() for t in parameters]
+        out, node = mode.apply(ops.Rerun(call, value, len(parameters)), input, *parameters)
+        mode.made(node, out, ops.Again(name, lambda y: call(y, *values), passes, parameters[0]), value)
+        return out
 
     return run
 
@@ -301,20 +307,6 @@ def activation(kind_of: Callable, in_place: bool = False) -> Callable:
         return run
 
     return handler(bind)
-
-
-def prelu(mode, function, input, weight):
-    fit(plain(input, weight) and not torch._C._is_any_autocast_enabled())
-    fit(input.requires_grad and input.numel() > 0 and input.dim() > 1 and weight.dtype == input.dtype)
-    fit(weight.numel() in (1, input.shape[1]) and weight.dim() <= 1)
-
-    def run() -> Tensor:
-        value, w = mode.needed(input), weight.detach().clone()
-        a, call = mode.apply(ops.PReLU(function, value), input, weight)
-        mode.made(call, a, ops.Again("prelu", lambda u: function(u, w), 1.0, weight), value)
-        return a
-
-    return run
 
 
 def elementwise(mode, function, p, q, **kwargs):

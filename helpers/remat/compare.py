@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,9 +59,9 @@ class Comparison:
 def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **kwargs) -> Comparison:
     """Run ``model(*inputs, **kwargs)`` and its backward, plainly and under ``remat(max_cost)``.
 
-    Both get the same random numbers and copies of the inputs; backward starts from all tensors returned, with
-    random gradients. Parameters, buffers, gradients, training flags and random number states are afterwards
-    as they were, also if the model raises. Within ``torch.autocast`` it compares there.
+    Each step runs on a copy of the model and of the inputs, from the same random numbers; backward starts
+    from all tensors returned, with random gradients. Nothing outside of the copies changes, also if the model
+    raises. Within ``torch.autocast`` it compares there.
 
     Args:
         model: on any device that `MemoryTrace` can measure.
@@ -76,109 +77,70 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
-    traces = MemoryTrace(device), MemoryTrace(device)
-    with torch.enable_grad(), as_it_was(model, device) as back:
-        run = Runner(model, given, device, back)
-        run.step(contexts[0])  # libraries allocate at first use
-        plain, ours = (run.step(*how) for how in zip(contexts, traces, strict=True))
+    step, traces = functools.partial(one_step, device), (MemoryTrace(device), MemoryTrace(device))
+    with torch.enable_grad():
+        start = step(model, given).start  # libraries allocate at first use
+        plain, ours = (step(model, given, start, *how) for how in zip(contexts, traces, strict=True))
         equal = [t.dtype for t in plain.values] == [t.dtype for t in ours.values]
         equal = equal and all(map(torch.equal, plain.values, ours.values))
-        difference = apart(ours.grads, plain.grads)
-        exact, reference = run.in_float64() if plain.fixed else None, "float64"
-        if exact is None:
-            exact, reference = run.step(contexts[0]), "a second run"
-        rounding = apart(plain.grads, exact.grads)
+        exact, reference = None, "a second run"
+        if plain.fixed:
+            with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
+                exact, reference = step(*in_float64((model, given, start)), no_autocast(device)), "float64"
+        exact = exact or step(model, given, start)
+        difference, rounding = apart(ours.grads, plain.grads), apart(plain.grads, exact.grads)
         del plain, ours, exact
-        times = [[run.step(context).seconds for context in contexts] for _ in range(rounds)]
-    held = tuple(t.marks["held"] for t in traces)
+        times = [[step(model, given, start, context).seconds for context in contexts] for _ in range(rounds)]
+    held, peak = tuple(t.marks["held"] for t in traces), tuple(t.peak for t in traces)
     seconds = tuple(map(statistics.median, zip(*times, strict=True)))
-    peak = tuple(t.peak for t in traces)
     return Comparison(max_cost, equal, difference, rounding, reference, held, peak, seconds)
 
 
-@dataclasses.dataclass
-class Step:
-    """What one step returned, and the buffers then; the gradients; whether it drew no random numbers."""
+class Step(NamedTuple):
+    """What one step returned, and the buffers then; the gradients; those that backward started from."""
 
     values: list[Tensor]
     grads: list[Tensor]
-    fixed: bool
+    start: list[Tensor]
+    fixed: bool  # whether it drew no random numbers
     seconds: float
 
 
-@dataclasses.dataclass
-class Runner:
-    """Runs steps of ``model``, all from where it stands: ``back()`` brings it there again."""
-
-    model: nn.Module
-    given: tuple
-    device: torch.device
-    back: Callable[[], None]
-    start: list[Tensor] | None = None  # gradients of what the model returns
-
-    def step(self, context, trace: MemoryTrace | None = None) -> Step:
-        fresh = lambda t: t.detach().clone().requires_grad_(t.requires_grad)  # noqa: E731
-        args, kwargs = tree_map_only(Tensor, fresh, self.given)
-        leaves = [t for t in (*self.model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
-        for t in leaves:
-            t.grad = None
-        torch.clear_autocast_cache()
-        before, since = random_state(self.device), clock(self.device)
+def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
+    """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
+    model, fresh = copy.deepcopy(model), lambda t: t.detach().clone().requires_grad_(t.requires_grad)
+    args, kwargs = tree_map_only(Tensor, fresh, given)
+    leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
+    torch.clear_autocast_cache()
+    others = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+        before, since = random_state(device), clock(device)
         with trace or contextlib.nullcontext():
-            with context:
-                out = self.model(*args, **kwargs)
+            with context or contextlib.nullcontext():
+                out = model(*args, **kwargs)
             if trace:
                 trace.mark("held")
             ends = [t for t in tensors_in(out) if t.requires_grad]
             if not ends:
                 raise ValueError(f"model must return a tensor that requires a gradient, got {type(out)}")
-            if self.start is None:
+            if start is None:
                 noise = torch.Generator().manual_seed(0)
-                self.start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
-            torch.autograd.backward(ends, self.start)
-        seconds, after = clock(self.device) - since, random_state(self.device)
-        values = [t.detach() for t in tensors_in(out)] + [t.detach().clone() for t in self.model.buffers()]
-        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
-        self.back()
-        return Step(values, grads, all(map(torch.equal, before, after)), seconds)
-
-    def in_float64(self) -> Step | None:
-        """Plainly, by a copy in float64; None if the model does not run there."""
-        wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
-        try:
-            model, given = copy.deepcopy(self.model).double(), tree_map_only(Tensor, wide, self.given)
-            runner = Runner(model, given, self.device, self.back, [t.double() for t in self.start])
-            return runner.step(torch.autocast(self.device.type, enabled=False))
-        except Exception:  # whatever a model may find wrong with it
-            return None
+                start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
+            torch.autograd.backward(ends, start)
+        seconds, fixed = clock(device) - since, all(map(torch.equal, before, random_state(device)))
+    values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
+    return Step(values, grads, start, fixed, seconds)
 
 
-@contextlib.contextmanager
-def as_it_was(model: nn.Module, device: torch.device):
-    """Yields a function that brings the model's state and the random numbers back; called at the end, too."""
-    modules = [(m, m.training, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
-    tensors = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
-    grads, random = [(p, p.grad) for p in model.parameters()], random_state(device)
+def in_float64(what: tuple) -> tuple:
+    """``(model, its arguments, gradients)`` as copies in float64."""
+    wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+    return copy.deepcopy(what[0]).double(), *tree_map_only(Tensor, wide, what[1:])
 
-    def back() -> None:
-        for module, training, parameters, buffers in modules:
-            module.training = training
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for t, value in tensors:
-                if not torch.equal(t, value):  # leave versions alone
-                    t.copy_(value)
-        for p, grad in grads:
-            p.grad = grad
-        torch.set_rng_state(random[0])
-        if device.type != "cpu":
-            torch.get_device_module(device).set_rng_state(random[1], device)
 
-    try:
-        yield back
-    finally:
-        back()
+def no_autocast(device: torch.device):
+    return torch.autocast(device.type, enabled=False)
 
 
 def random_state(device: torch.device) -> list[Tensor]:

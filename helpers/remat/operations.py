@@ -378,40 +378,25 @@ class Statistics(NamedTuple):
     eps: float
 
 
-class ImageNorm(Operation):
-    """Group norm and layer norm, whose statistics are of one image alone, and so of a few images, too."""
+class Rerun(Operation):
+    """Any cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    saved = (1,)
+    So for group norm, layer norm and PReLU.
+    """
 
-    def __init__(self, groups: int | None, shape: tuple[int, ...] | None, eps: float, value: Value) -> None:
-        self.groups, self.normalized, self.eps, self.value = groups, shape, eps, value
-        self.stats = ()
-
-    def forward(self, y, gamma, beta):
-        z, *self.stats = self.call(y, gamma, beta)
-        return z
-
-    def call(self, y, gamma, beta):
-        if self.groups is None:
-            return torch.native_layer_norm(y, self.normalized, gamma, beta, self.eps)
-        n, c, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
-        return torch.native_group_norm(y, gamma, beta, n, c, pixels, self.groups, self.eps)
-
-    def recipe(self, gamma, beta) -> Recipe:
-        values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
-        return Again("norm", lambda y: self.call(y, *values)[0], 3.0, gamma)
+    def __init__(self, call: Callable[..., Tensor], value: Value, parameters: int) -> None:
+        self.forward, self.value, self.saved = call, value, tuple(range(1, 1 + parameters))
 
     def backward(self, task, dz, needs, saved):
-        (gamma,), y = saved, task.get(self.value)[0]
-        beta = gamma  # its values are not asked for
-        if self.groups is None:
-            how = (self.normalized, *self.stats, gamma, beta, needs)
-            return list(aten.native_layer_norm_backward(dz, y, *how))
-        n, c, pixels = y.shape[0], y.shape[1], math.prod(y.shape[2:])
-        dz, y = dz.contiguous(), y.contiguous()
-        return list(
-            aten.native_group_norm_backward(dz, y, *self.stats, gamma, n, c, pixels, self.groups, needs)
-        )
+        inputs = [
+            t if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((task.get(self.value)[0], *saved), needs, strict=True)
+        ]
+        with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run within remat's context
+            out = self.forward(*inputs)
+        wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+        grads = iter(torch.autograd.grad(out, wanted, dz))
+        return [next(grads) if need else None for need in needs]
 
 
 # Activations -----------------------------------------------------------------------------------------------
@@ -506,26 +491,6 @@ class Activation(Operation):
     def backward(self, task, dz, needs, saved):
         x, mine = task.get(self.value)
         return [self.kind.backward(dz, x, x if mine and x.dtype == dz.dtype else torch.empty_like(x))]
-
-
-class PReLU(Operation):
-    """a = max(u, 0) + w min(u, 0)."""
-
-    saved = (1,)
-
-    def __init__(self, function, value: Value) -> None:
-        self.function, self.value = function, value
-
-    def forward(self, u, w):
-        return self.function(u, w)
-
-    def backward(self, task, dz, needs, saved):
-        (w,), (u, _) = saved, task.get(self.value)
-        shape = [1] * u.dim()
-        if w.dim() and u.dim() > 1:
-            shape[1] = w.numel()
-        du, dw = aten._prelu_kernel_backward(dz, u, w.reshape(shape))
-        return [du if needs[0] else None, dw.sum_to_size(shape).reshape(w.shape) if needs[1] else None]
 
 
 # Products, pooling, and what PyTorch's own nodes do ---------------------------------------------------------

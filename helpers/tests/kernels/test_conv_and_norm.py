@@ -12,13 +12,11 @@ from helpers import (
     batch_norm_backward,
     batch_norm_forward,
     batch_stats,
-    conv,
     conv2d_backward,
     update_running_stats,
 )
 from helpers.batch_norm import PIECE_BYTES
-from helpers.conv import depthwise_grad_weight, is_large_depthwise, pair_of_ints
-from helpers.tests.kernels.rounding import apart, rounding
+from helpers.tests.kernels.rounding import rounding
 
 GEOMETRIES = [
     {"stride": s, "padding": p, "dilation": d, "groups": g}
@@ -65,49 +63,6 @@ def test_conv2d_backward_computes_only_what_is_needed():
     x, w = randn(1, 2, 5, 5), randn(3, 2, 3, 3)
     dx, dw, db = conv2d_backward(randn(1, 3, 3, 3), x, w, needs=(False, True, False))
     assert dx is None and db is None and dw.shape == w.shape
-
-
-GEOMETRY = (("stride", 1), ("padding", 0), ("dilation", 1))  # and their defaults
-DEPTHWISE = [
-    ((5, 5), {}),
-    ((5, 5), {"stride": 2, "padding": 2}),
-    ((4, 3), {"stride": (3, 1), "padding": (1, 2), "dilation": (1, 2)}),
-    ((1, 10), {"stride": (2, 1), "padding": (0, 3), "dilation": (2, 1)}),
-]
-
-
-@pytest.mark.parametrize(("kernel", "geometry"), DEPTHWISE, ids=str)
-def test_depthwise_weight_gradient_as_a_convolution(kernel, geometry, monkeypatch):
-    x, w = randn(3, 4, 15, 17), randn(4, 1, *kernel, requires_grad=True)
-    y = F.conv2d(x, w, None, **geometry, groups=4)
-    dy = torch.randn_like(y)
-    expected = torch.autograd.grad(y, w, dy)[0]
-    how = [pair_of_ints(name, geometry.get(name, low), 0) for name, low in GEOMETRY]
-    torch.testing.assert_close(depthwise_grad_weight(dy, x, w.detach(), *how), expected)
-    # In float32 it is what `conv2d_backward` takes, beside the library's dx and db; or the library's own.
-    others = conv2d_backward(dy, x, w.detach(), **geometry, groups=4, needs=(True, False, True))
-    exact = (others[0], expected, others[2])
-    for many_groups in (True, False):
-        monkeypatch.setattr(conv, "MANY_GROUPS", many_groups)
-        assert is_large_depthwise(dy.float(), x.float(), w, 4) == many_groups
-        found = conv2d_backward(
-            dy.float(), x.float(), w.detach().float(), **geometry, groups=4, needs=(True, True, True)
-        )
-        for f, e in zip(found, exact, strict=True):
-            assert apart(f, e) <= rounding(torch.float32, dy.numel() // 4)
-
-
-def test_depthwise_weight_gradient_as_a_convolution_is_taken_where_it_pays(monkeypatch):
-    monkeypatch.setattr(conv, "MANY_GROUPS", True)
-
-    def taken(kernel=5, n=2, size=9, groups=4, dtype=torch.float32, layout=torch.contiguous_format):
-        x = torch.randn(n, 4, size, size, dtype=dtype).contiguous(memory_format=layout)
-        w = torch.randn(4, 4 // groups, kernel, kernel, dtype=dtype)
-        return is_large_depthwise(F.conv2d(x, w, groups=groups), x, w, groups)
-
-    assert taken() and taken(kernel=4)
-    assert not taken(kernel=3) and not taken(groups=2) and not taken(dtype=torch.float64)
-    assert not taken(layout=torch.channels_last) and not taken(size=80) and not taken(n=0)
 
 
 def test_depthwise_gradients_of_an_empty_batch():

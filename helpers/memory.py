@@ -54,15 +54,15 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
 def describe_device(device: torch.device | str) -> dict[str, str]:
     """Name and versions that a measurement must carry: device, torch, cuDNN where it is used, threads."""
     device = torch.device(device)
-    about = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
+    facts = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
     if device.type == "cpu":
-        about["device"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        facts["device"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     elif device.type == "cuda":
-        about["device"] = torch.cuda.get_device_name(device)
-        about["cudnn"] = str(torch.backends.cudnn.version())
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["cudnn"] = str(torch.backends.cudnn.version())
     else:
-        about["device"] = device.type
-    return about
+        facts["device"] = device.type
+    return facts
 
 
 def _cpu_name() -> str:

@@ -34,8 +34,8 @@ from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
-# An accelerator is played by PyTorch's "meta" device: backward on a fake "cuda" tensor asks for a real GPU.
-PLAYED_BY = {"cpu": "cpu", "cuda": "meta"}
+# PyTorch's "meta" device stands in for an accelerator: backward on a fake "cuda" tensor asks for a real GPU.
+STAND_IN = {"cpu": "cpu", "cuda": "meta"}
 BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # to whose multiple an allocator rounds
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
@@ -161,8 +161,8 @@ def step(
     model, inputs, max_cost, autocast, device_type, loss, stop_above: float = math.inf
 ) -> Prediction | None:
     """`predict_memory`; None as soon as forward takes more than ``stop_above``."""
-    if device_type not in PLAYED_BY:
-        raise ValueError(f"device_type must be one of {', '.join(PLAYED_BY)}, got {device_type!r}")
+    if device_type not in STAND_IN:
+        raise ValueError(f"device_type must be one of {', '.join(STAND_IN)}, got {device_type!r}")
     if not inputs:
         raise ValueError("inputs must have at least one tensor or shape, got none")
     for t in inputs:
@@ -170,7 +170,7 @@ def step(
             check_shape("inputs", t)
     contexts = forward_contexts(max_cost, autocast, device_type)
     mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
-    to = {"device": PLAYED_BY[device_type]}
+    to = {"device": STAND_IN[device_type]}
 
     def fake(t: Tensor) -> Tensor:
         return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad, **to)
@@ -203,9 +203,9 @@ def forward_contexts(max_cost: float | None, autocast: torch.dtype | None, devic
     if autocast is not None:
         if autocast not in (torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
-        if PLAYED_BY[device_type] != device_type:
+        if STAND_IN[device_type] != device_type:
             raise ValueError(
-                f"autocast must be None for device_type={device_type!r}: what plays it has no autocast, got "
+                f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
                 f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
             )
         contexts.append(torch.autocast(device_type, autocast))

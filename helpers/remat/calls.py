@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat import operations as ops
+from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear
 from helpers.remat.values import SMALL, Row, Value, View
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def images(t: Tensor) -> bool:
+    """Whether ``t`` is a batch of images, and PyTorch would make a node."""
+    return plain(t) and t.dim() == 4 and t.requires_grad and t.numel() > 0
+
+
 class Unfit(Exception):
     """These arguments are not for remat."""
 
@@ -95,9 +101,7 @@ def per_dimension(v, n: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def geometry_of(
-    kernel: tuple[int, ...], stride, padding, dilation, transposed, extra, groups
-) -> ops.Geometry:
+def geometry_of(kernel: tuple[int, ...], stride, padding, dilation, transposed, extra, groups) -> Geometry:
     """The settings of a convolution as lists; "same" and "valid" as numbers."""
     n = len(kernel)
     stride, dilation, extra = per_dimension(stride, n), per_dimension(dilation, n), per_dimension(extra, n)
@@ -106,7 +110,7 @@ def geometry_of(
         fit(all(t % 2 == 0 for t in total))  # else PyTorch pads one side more
         padding = [t // 2 for t in total]
     padding = [0] * n if padding == "valid" else per_dimension(padding, n)
-    return ops.Geometry(stride, padding, dilation, transposed, extra, groups)
+    return Geometry(stride, padding, dilation, transposed, extra, groups)
 
 
 def hashable(v):
@@ -134,7 +138,7 @@ def convolution(mode: Mode, function, input, weight, arguments: dict, bias, tran
     fit(dtype is not None or input.dtype == weight.dtype)
 
     def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return ops.Convolution(function, arguments, geometry, a, value, dtype)
+        return Convolution(function, arguments, geometry, a, value, dtype)
 
     return lambda: multiply(
         mode, function, input, weight, bias, arguments, geometry.price(weight), dtype, make
@@ -155,7 +159,7 @@ def multiply(
         value = table.find(input)
     y, call = mode.apply(make(a, value if weight.requires_grad else None), input, weight, bias)
     if price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
-        recipe = ops.Convolve(function, weight, bias, arguments, price, dtype)
+        recipe = Convolve(function, weight, bias, arguments, price, dtype)
         if table.max_cost:  # else it never runs again
             table.weights.setdefault(id(weight.untyped_storage()), weakref.WeakSet()).add(recipe)
         mode.made(call, y, recipe, value)
@@ -169,7 +173,7 @@ def linear(mode, function, input, weight, bias=None):
     fit(dtype is not None or input.dtype == weight.dtype)
 
     def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return ops.Linear(a, value, dtype)
+        return Linear(a, value, dtype)
 
     return lambda: multiply(mode, function, input, weight, bias, {}, float(weight.shape[1]), dtype, make)
 
@@ -210,17 +214,17 @@ def may_run_again(weight: Tensor) -> bool:
 
 
 def batch_norm(
-    mode,
-    function,
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    mode, function, input, running_mean, running_var, weight=None, bias=None, training=False, *rest, **named
 ):
+    return normalise(mode, input, running_mean, running_var, weight, bias, training, *rest, **named)
+
+
+def low_batch_norm(mode, function, input, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
+    fit(cudnn_enabled == torch.backends.cudnn.enabled)
+    return normalise(mode, input, mean, var, weight, bias, training, momentum, eps)
+
+
+def normalise(mode, input, running_mean, running_var, weight, bias, training, momentum=0.1, eps=1e-5):
     fit(plain(input, weight, bias) and input.dim() >= 2 and input.numel() > 0)
     fit(needs_grad(input, weight, bias))
     fit(isinstance(momentum, float) and isinstance(eps, float))
@@ -237,13 +241,6 @@ def batch_norm(
         return z
 
     return run
-
-
-def low_batch_norm(
-    mode, function, input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
-):
-    fit(cudnn_enabled == torch.backends.cudnn.enabled)
-    return batch_norm(mode, function, input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def group_norm(mode, function, input, num_groups, weight=None, bias=None, eps=1e-5):
@@ -394,19 +391,9 @@ def one_input(name: str, passes: float = 1.0) -> Callable:
 
 
 def max_pool(
-    mode,
-    function,
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    dilation=1,
-    ceil_mode=False,
-    return_indices=False,
+    mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **named
 ):
-    fit(
-        not return_indices and plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0
-    )
+    fit(not named.get("return_indices") and images(input))
     k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
     window = ops.Window(k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2))
     fit(d == [1, 1] and k[0] * k[1] <= 256 and k[1] <= input.shape[3])
@@ -436,7 +423,7 @@ def average_pool(
     count_include_pad=True,
     divisor_override=None,
 ):
-    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
+    fit(images(input))
     stride = kernel_size if stride is None or stride == [] or stride == () else stride
     window = [per_dimension(v, 2) for v in (kernel_size, stride, padding)]
     arguments = (*window, ceil_mode, count_include_pad, divisor_override)

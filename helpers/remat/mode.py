@@ -14,7 +14,8 @@ from torch.utils._contextlib import context_decorator
 from helpers.remat.calls import HANDLERS, leave
 from helpers.remat.operations import Operation, grown, weak
 from helpers.remat.record import Record
-from helpers.remat.values import Moment, Recipe, Table, Task, Value
+from helpers.remat.task import Task
+from helpers.remat.values import Moment, Recipe, Table, Value
 
 TWICE = (
     "remat's backward cannot be differentiated again: what it makes again has no graph. Compute the part of "

@@ -7,7 +7,6 @@ values that its backward needs and what else was given, and knows nothing of aut
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.remat.values import Recipe, Task, Value, View, slabs
+from helpers.remat.task import Task, slabs
+from helpers.remat.values import Recipe, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough for sums in parts, and for statistics as they are
@@ -50,197 +50,6 @@ def weak(t: Tensor | None):
 
 def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype == dtype else t.to(dtype)
-
-
-# Convolutions ----------------------------------------------------------------------------------------------
-
-
-class Geometry(NamedTuple):
-    """The settings of a convolution, in the order of aten.convolution."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    transposed: bool
-    output_padding: list[int]
-    groups: int
-
-    def price(self, weight: Tensor) -> float:
-        """Multiplications per value of the output: C_in / groups · Π k, or of a transposed one its mean."""
-        if not self.transposed:
-            return weight.numel() / weight.shape[0]
-        return weight.numel() / (weight.shape[1] * self.groups) / math.prod(self.stride)
-
-
-class Convolve(Recipe):
-    """y = conv(a), by the function that forward called, on the whole batch: then it is y to the bit."""
-
-    def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
-        self.function, self.arguments, self.dtype = function, arguments, dtype
-        self.name, self.price, self.passes = function.__name__, price, 0.0
-        self.parameter = weakref.ref(weight)
-        self.weight = weight if weight.is_leaf else weight.detach()
-        self.version, self.nbytes = weight._version, weight.untyped_storage().nbytes()
-        self.bias = None if bias is None else bias.detach().clone()
-
-    def copy_weight(self) -> None:
-        """Before somebody may write to the weight unseen."""
-        self.weight = self.weight.detach().clone()
-        self.version, self.nbytes = self.weight._version, self.weight.untyped_storage().nbytes()
-
-    def run(self, out, a):
-        w = self.weight
-        if w._version != self.version or w.untyped_storage().nbytes() != self.nbytes:
-            what = "changed" if w._version != self.version else "freed"
-            raise RuntimeError(
-                f"{self.name} is to be computed again in backward, but its weight of shape {tuple(w.shape)} "
-                f"was {what} after forward. Run backward before that, or take remat(max_cost=0), which "
-                "computes no convolution twice"
-            )
-        return self.function(a, to(w, self.dtype), to(self.bias, self.dtype), **self.arguments)
-
-
-class Convolution(Operation):
-    """dw needs a, and is computed first; da does not, and so takes its memory."""
-
-    saved, prunes = (1,), True
-
-    def __init__(
-        self, function, arguments: dict, geometry: Geometry, a: Tensor, value: Value | None, dtype
-    ) -> None:
-        self.function, self.arguments, self.geometry, self.value, self.dtype = (
-            function, arguments, geometry, value, dtype)  # fmt: skip
-        self.input, self.shape = a, a.shape  # `forward` takes the input away: nothing here may hold it
-
-    def forward(self, a, w, b):
-        a, self.input = self.input, None
-        return self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
-
-    def backward(self, task, dz, needs, saved):
-        w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
-        da = dw = db = None
-        product = self.is_product(dz, w)
-        parts = [] if product else quarters(dz, self.shape, w.nbytes, task.room)
-        if need_w:
-            a, _ = task.get(self.value)
-            if product and a.is_contiguous():
-                dw, seen = torch.zeros_like(w), a[self.pixels_seen()].flatten(2)
-                dw.view(w.shape[:2]).addbmm_(dz.flatten(2), seen.transpose(1, 2))
-                del seen
-            else:
-                dw, db = self.grad_weight(dz, a, w, need_b, parts or [slice(None)])
-            task.freed.nbytes -= grown(saved[0])
-            del a
-        if need_b and db is None:
-            db = dz.sum([0, *range(2, dz.dim())])
-        if need_a and product:
-            wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
-            da = torch.bmm(wt, dz.flatten(2)).unflatten(2, dz.shape[2:])
-            if da.shape != self.shape:
-                seen, da = da, dz.new_zeros(self.shape)
-                da[self.pixels_seen()] = seen
-                del seen
-        elif need_a and len(parts) == 1:
-            da = self.grad_input(dz, w)
-        elif need_a:
-            da = dz.new_empty(self.shape)
-            for images in parts:
-                da[images] = self.grad_input(dz[images], w)
-        return [da, dw, db]
-
-    def is_product(self, dz: Tensor, w: Tensor) -> bool:
-        """Whether both gradients are products of matrices, image by image: those of a 1x1 convolution.
-
-        A CPU's BLAS takes the tensors as they lie; the library's convolution copies them into a layout of its
-        own first. With few pixels in an image that is the faster way, though.
-        """
-        g, kernel = self.geometry, w.shape[2:]
-        plain = not g.transposed and g.groups == 1 and math.prod(kernel) == 1
-        plain = plain and set(g.padding) == {0} and dz.dtype in WIDE
-        return plain and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
-
-    def pixels_seen(self) -> tuple[slice, ...]:
-        """Of a, by a convolution with a stride and a kernel of one pixel."""
-        return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
-
-    def scratch(self, inputs, out):
-        a, w, _ = inputs
-        if not out.is_cpu or not out.is_contiguous() or self.is_product(out, w):
-            return 0
-        copies = a.nbytes + out.nbytes
-        return 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
-
-    def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
-        """Those of weight and bias."""
-        dw = db = None
-        for images in parts:
-            how = (w, [dz.shape[1]], *self.geometry, [False, True, bias])
-            _, dw_i, db_i = aten.convolution_backward(dz[images], a[images], *how)
-            dw = dw_i if dw is None else dw.add_(dw_i)
-            if bias:
-                db = db_i if db is None else db.add_(db_i)
-        return dw, db
-
-    def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
-        """The convolution the other way round, without a: the library's backward would want its memory."""
-        g, size = self.geometry, self.shape[2:]
-        if g.transposed:
-            da = aten.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
-        else:
-            rest = [
-                (n + 2 * p - d * (k - 1) - 1) % s
-                for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
-            ]
-            da = aten.convolution(dz, w, None, *g[:3], True, rest, g.groups)
-        if da.shape[2:] != size:  # an output padding of a whole stride
-            like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
-            da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
-        return da
-
-
-FEW_PIXELS = 64
-
-
-def worth_a_cut(weight_bytes: int) -> int:
-    """From how many bytes of copies on a batch is cut: each part has a weight's gradient of its own."""
-    return max(1 << 24, 3 * weight_bytes)
-
-
-def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
-    """The batch, or its quarters where a CPU library's copies of dz and a would lift the peak.
-
-    It copies both into a layout of its own, unless they are channels_last. A sum of quarters needs two more
-    weights, and would lose digits in half precision.
-    """
-    n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
-    pays = copies >= max(room, worth_a_cut(weight_bytes))
-    if not (pays and dz.dtype in WIDE and dz.is_cpu and dz.is_contiguous() and n >= 4):
-        return [slice(0, n)]
-    return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
-
-
-class Linear(Operation):
-    """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da in its memory."""
-
-    saved, prunes = (1,), True
-
-    def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
-        self.input, self.value, self.dtype = a, value, dtype
-
-    def forward(self, a, w, b):
-        a, self.input = self.input, None
-        return torch.nn.functional.linear(a, to(w, self.dtype), to(b, self.dtype))
-
-    def backward(self, task, dz, needs, saved):
-        need_a, need_w, need_b = needs
-        rows = dz.reshape(-1, dz.shape[-1])
-        dw = None
-        if need_w:
-            a, _ = task.get(self.value)
-            dw = rows.T @ a.reshape(-1, a.shape[-1])
-            task.freed.nbytes -= grown(saved[0])
-            del a
-        return [dz @ to(saved[0], self.dtype) if need_a else None, dw, rows.sum(0) if need_b else None]
 
 
 # Norms -----------------------------------------------------------------------------------------------------

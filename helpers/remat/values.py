@@ -1,8 +1,7 @@
-"""Recipes: how a tensor of forward was made, what it costs to make it again, and making it.
+"""Recipes: how a tensor of forward was made, what it costs to make it again, and what is therefore kept.
 
 A `Value` is one tensor of forward. It knows its recipe and, if the price said so, keeps the tensor. From
-top to bottom: recipes; values; `Table`, which finds the value of a tensor and decides what is kept; `Task`,
-which makes values again in one backward.
+top to bottom: recipes; values; `Table`, which finds the value of a tensor and decides what is kept.
 """
 
 from __future__ import annotations
@@ -13,13 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 # A recipe of cheap operations may take so many passes over a tensor of its result's size: more of them would
 # be made again and again where backward has no room to hold what lies between.
 MOST_PASSES = 16
-# On a CPU, passes that follow one another work on a few images at a time, which stay in the core's cache.
-SLAB_BYTES = 1 << 22
 # Convolutions' outputs made again on the way to one value are held until their own backward: so many of the
 # largest at most.
 MOST_MADE = 3.0
@@ -87,6 +83,19 @@ def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
 def span(shape, stride) -> int:
     """How far the last value lies from the first."""
     return sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
+class Part(Recipe):
+    """A view: some channels, or the same values in another shape."""
+
+    name, passes = "view", 0.0
+
+    def __init__(self, shape, stride, offset: int) -> None:
+        self.shape, self.stride, self.offset = tuple(shape), stride, offset
+
+    def run(self, out, whole):
+        shape = (whole.shape[0], *self.shape)
+        return whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
 
 
 class Row:
@@ -411,211 +420,3 @@ def bytes_of(values: dict[Value, Tensor]) -> int:
 def key_of(t: Tensor) -> tuple:
     """Where a tensor lies in its storage, as what, and how often that was changed."""
     return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
-
-
-class Part(Recipe):
-    """A view: some channels, or the same values in another shape."""
-
-    name, passes = "view", 0.0
-
-    def __init__(self, shape, stride, offset: int) -> None:
-        self.shape, self.stride, self.offset = tuple(shape), stride, offset
-
-    def run(self, out, whole):
-        shape = (whole.shape[0], *self.shape)
-        return whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
-
-
-class Task:
-    """Makes values again in one backward pass.
-
-    A value that several nodes need, or that costs a convolution, stays from its first use to its last. The
-    former only if there is room for it: so that the peak does not rise above the one that is to come anyway.
-    """
-
-    def __init__(self, table: Table) -> None:
-        self.freed, self.uses = table.room, {}
-        self.holding: dict[Value, tuple[Tensor, object]] = {}  # and the streams that made them
-        self.freed.nbytes = 0
-        self.highest, self.moment = table.highest(), Moment()
-
-    @property
-    def room(self) -> int:
-        """Bytes that may be held now without a higher peak than that which is to come anyway."""
-        return self.freed.nbytes + min(h - m for h, m in zip(self.highest, self.moment, strict=True))
-
-    def end(self) -> None:
-        """The backward pass is through; some of its nodes may not have run."""
-        self.holding.clear()
-        self.uses.clear()
-
-    def drop(self, value: Value) -> None:
-        """Nobody needs ``value`` any more."""
-        self.uses.pop(value, None)
-        if self.holding.pop(value, None) is not None:
-            self.freed.nbytes += value.nbytes
-
-    def hold(self, value: Value, t: Tensor) -> None:
-        self.holding[value] = t, stream_of(t)
-        self.freed.nbytes -= value.nbytes
-
-    def get(self, value: Value) -> tuple[Tensor, bool]:
-        """The tensor of a value for a node that needs it, and whether it is the node's to overwrite."""
-        t = value.held()
-        if t is not None:
-            return t, False
-        used = self.uses[value] = self.uses.get(value, 0) + 1
-        t = self.made(value)
-        if t is None:
-            t = self.make(value)
-        if used >= value.needs:
-            self.drop(value)
-        elif value not in self.holding and self.room >= value.nbytes:
-            self.hold(value, t)
-        return t, value not in self.holding
-
-    def there(self, value: Value) -> Tensor | None:
-        """The tensor for a recipe, if it need not be made."""
-        if value.before is not None:
-            return value.before
-        return value.held() if value.kept is not None else self.made(value)
-
-    def made(self, value: Value) -> Tensor | None:
-        """The tensor made again before, if that was on this stream: another would have to wait for it."""
-        t, stream = self.holding.get(value, (None, None))
-        return t if t is None or stream == stream_of(t) else None
-
-    def make(self, value: Value) -> Tensor:
-        """Make ``value`` again, and before it the convolutions on its way, each once."""
-        stack = [value]
-        while True:
-            v = stack[-1]
-            steps, missing = self.plan(v)
-            if missing:
-                stack.extend(missing)
-                continue
-            if v.recipe.price:
-                t = v.recipe.run(None, *[self.passes(self.plan(p)[0], p) for p in v.parents])
-                if v.view.dense and t.stride() != v.view.stride:  # its views are read by forward's strides
-                    t = v.view.empty().copy_(t)
-            else:
-                t = self.passes(steps, v)
-            stack.pop()
-            if not stack:
-                return t
-            self.hold(v, t)
-            while self.there(stack[-1]) is not None:  # two ways led there
-                stack.pop()
-
-    def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
-        """The cheap steps to ``value``, each after those it needs; and convolutions that must come first."""
-        steps, missing, done = [], [], set()
-        stack = [(value, False)]
-        while stack:
-            v, ready = stack.pop()
-            if ready:
-                steps.append(v)
-            elif id(v) not in done and self.there(v) is None:
-                done.add(id(v))
-                if v.recipe.price and v is not value:
-                    missing.append(v)
-                    continue
-                if not v.recipe.price:
-                    stack.append((v, True))
-                stack.extend((p, False) for p in reversed(v.parents))
-        return steps, missing
-
-    def passes(self, steps: list[Value], last: Value) -> Tensor:
-        """Run cheap steps to their last, all of them on some images at a time if this is a CPU."""
-        t = self.there(last)
-        if t is not None:
-            return t
-        whole: dict[int, Tensor] = {}
-        room = self.room
-        for v in steps:  # what another node needs anyway is written out if there is room
-            if v is last or (v.needs and v.nbytes <= room and not isinstance(v.recipe, Part)):
-                whole[id(v)] = v.view.empty()
-                if v is not last:
-                    room -= v.nbytes
-                    self.hold(v, whole[id(v)])
-        inside = {id(v) for v in steps}
-        given = {id(p): self.there(p) for v in steps for p in v.parents if id(p) not in inside}
-        program = Program(steps, whole, given, places_of(steps, last, whole))
-        result = whole[id(last)]
-        n = result.shape[0] if result.dim() else 1
-        one = any(v.recipe.whole for v in steps)
-        for images in [slice(0, n)] if one else slabs(n, result):
-            program.run(None if images == slice(0, n) else images)
-        return result
-
-
-class Program(NamedTuple):
-    """Steps, each after those that it needs: to be run on all images at once, or on some of them.
-
-    Attributes:
-        whole: memory for all images, of the steps that are wanted.
-        given: the tensors that the steps start from.
-        places: for each step, the one in whose memory it is computed.
-    """
-
-    steps: list[Value]
-    whole: dict[int, Tensor]
-    given: dict[int, Tensor]
-    places: dict[int, int]
-
-    def run(self, images: slice | None) -> None:
-        made: dict[int, Tensor] = {}
-        room: dict[int, Tensor] = {}
-        for v in self.steps:
-            key, place, inputs = id(v), self.places[id(v)], []
-            for p in v.parents:
-                t = made.get(id(p))
-                inputs.append(part(self.given[id(p)], v, images) if t is None else t)
-            out = room.get(place)
-            if out is None and place in self.whole:
-                out = room[place] = part(self.whole[place], v, images)
-            if isinstance(v.recipe, Part):
-                made[key] = v.recipe.run(None, *inputs)
-                if out is not None:
-                    out.copy_(made[key])
-                continue
-            if out is None:
-                out = room[place] = v.view.empty(None if images is None else images.stop - images.start)
-            made[key] = v.recipe.run(out, *inputs)
-
-
-def slabs(n: int, like: Tensor) -> list[slice]:
-    """Slices of the batch; one of them stands for all where nothing is computed."""
-    if like.device.type != "cpu" or n == 0:
-        return [slice(0, n)]
-    per_slab = max(1, SLAB_BYTES // max(1, like.nbytes // n))
-    cut = [slice(i, min(i + per_slab, n)) for i in range(0, n, per_slab)]
-    return cut[:1] if isinstance(like, FakeTensor) else cut
-
-
-def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict[int, int]:
-    """For each step, the id of the step in whose memory it is computed: its own, or its only reader's."""
-    readers: dict[int, int] = {}
-    for v in steps:
-        for p in v.parents:
-            readers[id(p)] = readers.get(id(p), 0) + 1
-    places = {id(v): id(v) for v in steps}
-    for v in reversed(steps):
-        first = v.parents[0]
-        if v.recipe.reuse and id(first) in places and id(first) not in whole and readers[id(first)] == 1:
-            if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
-                places[id(first)] = places[id(v)]
-    return places
-
-
-def stream_of(t: Tensor):
-    """The stream on which work on ``t`` is put now; None on a CPU."""
-    return None if t.is_cpu or t.is_meta else torch.accelerator.current_stream(t.device)
-
-
-def part(t: Tensor, reader: Value, images: slice | None) -> Tensor:
-    """Those images of ``t``, unless it has none: a vector that all images share."""
-    if images is None:
-        return t
-    alike = t.dim() == len(reader.view.shape) or isinstance(reader.recipe, Part)
-    return t[images] if alike and t.shape[0] == reader.view.shape[0] else t

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers import compare, predict_memory
-from helpers.remat import operations
+from helpers.remat import convolutions, operations
 
 
 def network(*more):
@@ -71,9 +71,9 @@ def test_a_wrong_gradient_is_seen():
 
 
 def test_a_gradient_that_is_missing_is_seen():
-    backward = operations.Convolution.backward
+    backward = convolutions.Convolution.backward
     without_dw = lambda *args: [backward(*args)[0], None, None]  # noqa: E731
-    with patch.object(operations.Convolution, "backward", without_dw):
+    with patch.object(convolutions.Convolution, "backward", without_dw):
         found = compare(network(), IMAGES, rounds=1)
     assert found.equal and 0.99 < found.difference < 1.01
 

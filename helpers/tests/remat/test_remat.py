@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held
-from helpers.remat import operations, values
+from helpers.remat import operations, task
 from helpers.tests.kernels.rounding import apart, rounding
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
@@ -592,7 +592,7 @@ class Seen(TorchFunctionMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.remade, self.made, get = [], {}, values.Task.get
+        self.remade, self.made, get = [], {}, task.Task.get
 
         def watched(task, value):
             kept = value.kept is not None
@@ -601,7 +601,7 @@ class Seen(TorchFunctionMode):
                 self.remade.append(t.clone())
             return t, mine
 
-        monkeypatch.setattr(values.Task, "get", watched)
+        monkeypatch.setattr(task.Task, "get", watched)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -624,7 +624,7 @@ class Seen(TorchFunctionMode):
 @pytest.mark.parametrize("name", KNOWN)
 def test_remade_values_are_forwards_to_the_bit(monkeypatch, name, precision, layout):
     """Also a few images at a time, of odd sizes: no kernel may see where a batch is cut."""
-    monkeypatch.setattr(values, "SLAB_BYTES", 500)
+    monkeypatch.setattr(task, "SLAB_BYTES", 500)
     seen, activation = Seen(monkeypatch), EVERY_ACTIVATION[name]
 
     def make():

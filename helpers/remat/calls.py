@@ -80,7 +80,7 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except (Unfit, TypeError, AttributeError):
+            except (Unfit, TypeError, AttributeError, KeyError):
                 pass
         return leave(mode, function, args, kwargs) if run is None else run()
 
@@ -276,34 +276,29 @@ def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parame
     return run
 
 
-def activation(kind_of: Callable, in_place: bool = False) -> Callable:
-    """The handler of an activation; ``kind_of(**its arguments)`` is its `ops.Kind`."""
+def activation(mode: Mode, function, u, /, *args, **kwargs):
+    kind_of = ACTIVATIONS[function]
+    names = (*kind_of.__code__.co_varnames, "inplace")
+    given = dict(zip(names, args, strict=False), **kwargs)
+    in_place = given.pop("inplace", False) or function.__name__.endswith("_")
+    fit(len(args) <= len(names) and plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
+    fit(not (in_place and (u._is_view() or u.is_leaf)))
+    kind = kind_of(**given)
 
-    def bind(mode: Mode, function, u, /, *args, inplace: bool = False, **kwargs):
-        names = ACTIVATIONS[function][1]
-        given = dict(zip(names, args, strict=False), **kwargs)
-        inside = in_place or given.pop("inplace", inplace)
-        fit(len(args) <= len(names) and plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
-        fit(not (inside and (u._is_view() or u.is_leaf)))
-        kind = kind_of(**given)
-        arguments = (args, dict(kwargs, **({"inplace": inplace} if inplace else {})))
+    def run() -> Tensor:
+        source, from_result = mode.table.find(u), kind.name in ops.FROM_RESULT
+        if not from_result:
+            mode.needed(u, source)
+        if in_place:
+            mode.table.before_write(u)
+        operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
+        a, call = mode.apply(operation, u)
+        value = mode.made(call, a, ops.Activate(kind), source)
+        if from_result:
+            operation.value = mode.needed(a, value)
+        return a
 
-        def run() -> Tensor:
-            source = mode.table.find(u)
-            if not kind.from_result:
-                mode.needed(u, source)
-            if inside:
-                mode.table.before_write(u)
-            operation = ops.Activation(function, arguments, kind, source, inside)
-            a, call = mode.apply(operation, u)
-            value = mode.made(call, a, ops.Activate(kind), source)
-            if kind.from_result:
-                operation.value = mode.needed(a, value)
-            return a
-
-        return run
-
-    return handler(bind)
+    return run
 
 
 def elementwise(mode, function, p, q, **kwargs):
@@ -485,29 +480,24 @@ CONVOLUTIONS = {
     torch.conv_transpose2d: (2, transposed_convolution),
     torch.conv_transpose3d: (3, transposed_convolution),
 }
-RELU, HARDTANH = (lambda: ops.RELU), (lambda min_val=-1.0, max_val=1.0: ops.hardtanh(min_val, max_val))
-CELU = lambda alpha=1.0: ops.elu(alpha, 1.0, 1.0 / alpha)  # noqa: E731
-SELU = lambda: ops.elu(1.6732632423543772, 1.0507009873554805)  # noqa: E731
-LEAKY, ELU = (lambda negative_slope=0.01: ops.leaky_relu(negative_slope)), (lambda alpha=1.0: ops.elu(alpha))
-# function -> its kind, the names of its arguments behind the first, and whether it always works in place
-ACTIVATIONS: dict[Callable, tuple] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), (RELU, ("inplace",), False)),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), (RELU, (), True)),
-    F.relu6: (lambda: ops.hardtanh(0.0, 6.0), ("inplace",), False),
-    F.hardtanh: (HARDTANH, ("min_val", "max_val", "inplace"), False),
-    F.leaky_relu: (LEAKY, ("negative_slope", "inplace"), False),
-    F.elu: (ELU, ("alpha", "inplace"), False),
-    F.celu: (CELU, ("alpha", "inplace"), False),
-    F.selu: (SELU, ("inplace",), False),
-    F.silu: (lambda: ops.SILU, ("inplace",), False),
-    F.mish: (lambda: ops.MISH, ("inplace",), False),
-    F.hardswish: (lambda: ops.HARDSWISH, ("inplace",), False),
-    F.hardsigmoid: (lambda: ops.HARDSIGMOID, ("inplace",), False),
-    F.gelu: (lambda approximate="none": ops.gelu(approximate), ("approximate",), False),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), (lambda: ops.SIGMOID, (), False)),
-    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), (lambda: ops.SIGMOID, (), True)),
-    **dict.fromkeys((torch.tanh_, Tensor.tanh_), (lambda: ops.TANH, (), True)),
-    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh), (lambda: ops.TANH, (), False)),
+ACTIVATIONS: dict[Callable, Callable[..., ops.Kind]] = {
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), lambda: ops.Kind("relu")),
+    **dict.fromkeys(
+        (torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.sigmoid_, Tensor.sigmoid_),
+        lambda: ops.Kind("sigmoid"),
+    ),
+    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh, torch.tanh_, Tensor.tanh_), lambda: ops.Kind("tanh")),
+    F.relu6: lambda: ops.Kind("hardtanh", (0.0, 6.0)),
+    F.hardtanh: lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
+    F.leaky_relu: lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),
+    F.elu: lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0)),
+    F.celu: lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0 / alpha)),
+    F.selu: lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
+    F.silu: lambda: ops.Kind("silu"),
+    F.mish: lambda: ops.Kind("mish"),
+    F.hardswish: lambda: ops.Kind("hardswish"),
+    F.hardsigmoid: lambda: ops.Kind("hardsigmoid"),
+    F.gelu: lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
 }
 ELEMENTWISE = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), (torch.add, False)),
@@ -523,7 +513,7 @@ EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__arr
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
     **{function: handler(bind) for function, (_, bind) in CONVOLUTIONS.items()},
-    **{function: activation(kind, in_place) for function, (kind, _, in_place) in ACTIVATIONS.items()},
+    **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys(

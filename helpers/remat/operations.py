@@ -211,68 +211,50 @@ class Rerun(Operation):
 # Activations -----------------------------------------------------------------------------------------------
 
 
+def library(name: str, **named) -> tuple[Callable, Callable]:
+    """Both kernels of an activation, as most are called."""
+    forward, backward = getattr(aten, name).out, getattr(aten, f"{name}_backward").grad_input
+    return (
+        lambda u, *numbers, out: forward(u, *numbers, out=out, **named),
+        lambda da, x, *numbers, out: backward(da, x, *numbers, grad_input=out, **named),
+    )
+
+
+# By name: a = forward(u, *numbers, out=a), and du = backward(da, u or a, *numbers, out=du).
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    **{name: library(name) for name in ("hardsigmoid", "hardtanh", "sigmoid", "silu", "tanh")},
+    "gelu": library("gelu", approximate="none"),
+    "gelu_tanh": library("gelu", approximate="tanh"),
+    "relu": (
+        lambda u, out: torch.clamp_min(u, 0, out=out),
+        lambda da, a, out: aten.threshold_backward.grad_input(da, a, 0, grad_input=out),
+    ),
+    "leaky_relu": (
+        aten.leaky_relu.out,
+        lambda da, u, slope, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
+    ),
+    "elu": (
+        aten.elu.out,
+        lambda da, u, *numbers, out: aten.elu_backward.grad_input(da, *numbers, False, u, grad_input=out),
+    ),
+    "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
+    "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
+}
+FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # their backward takes a, not u
+EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit is the same wherever in a range it lies
+
+
 class Kind(NamedTuple):
-    """An activation: its kernel, that of its backward, and whether the latter takes the result."""
+    """An activation: its name in `ACTIVATIONS` and its settings, in the order of its kernel."""
 
     name: str
-    forward: Callable  # (u, out) -> a
-    backward: Callable  # (da, u or a, out) -> du
-    from_result: bool = False
-    exact: bool = False  # whether a value's last bit is the same wherever in a range it lies
+    numbers: tuple[float, ...] = ()
 
+    def forward(self, u: Tensor, out: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name][0](u, *self.numbers, out=out)
 
-def kind(name: str, forward, backward, *arguments, from_result: bool = False, **named) -> Kind:
-    return Kind(
-        name,
-        lambda u, out: forward(u, *arguments, **named, out=out),
-        lambda da, x, out: backward(da, x, *arguments, **named, grad_input=out),
-        from_result,
-    )
-
-
-RELU = Kind(
-    "relu",
-    lambda u, out: torch.clamp_min(u, 0, out=out),
-    lambda da, a, out: aten.threshold_backward.grad_input(da, a, 0, grad_input=out),
-    from_result=True,
-    exact=True,
-)
-SILU = kind("silu", aten.silu.out, aten.silu_backward.grad_input)
-HARDSIGMOID = kind("hardsigmoid", aten.hardsigmoid.out, aten.hardsigmoid_backward.grad_input)
-HARDSWISH = Kind("hardswish", lambda u, out: aten.hardswish.out(u, out=out),
-                 lambda da, u, out: aten.hardswish_backward.out(da, u, out=out))  # fmt: skip
-MISH = Kind(
-    "mish", lambda u, out: aten.mish.out(u, out=out), lambda da, u, out: out.copy_(aten.mish_backward(da, u))
-)
-SIGMOID = kind("sigmoid", aten.sigmoid.out, aten.sigmoid_backward.grad_input, from_result=True)
-TANH = kind("tanh", aten.tanh.out, aten.tanh_backward.grad_input, from_result=True)
-
-
-def hardtanh(low: float, high: float) -> Kind:
-    made = kind("hardtanh", aten.hardtanh.out, aten.hardtanh_backward.grad_input, low, high)
-    return made._replace(from_result=True, exact=True)
-
-
-def gelu(approximate: str) -> Kind:
-    return kind("gelu", aten.gelu.out, aten.gelu_backward.grad_input, approximate=approximate)
-
-
-def leaky_relu(slope: float) -> Kind:
-    return Kind(
-        "leaky_relu",
-        lambda u, out: aten.leaky_relu.out(u, slope, out=out),
-        lambda da, u, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
-        exact=True,
-    )
-
-
-def elu(alpha: float, scale: float = 1.0, input_scale: float = 1.0) -> Kind:
-    settings = (alpha, scale, input_scale)
-    return Kind(
-        "elu",
-        lambda u, out: aten.elu.out(u, *settings, out=out),
-        lambda da, u, out: aten.elu_backward.grad_input(da, *settings, False, u, grad_input=out),
-    )
+    def backward(self, da: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name][1](da, x, *self.numbers, out=out)
 
 
 class Activate(Recipe):
@@ -281,7 +263,7 @@ class Activate(Recipe):
     reuse = True
 
     def __init__(self, kind: Kind) -> None:
-        self.name, self.kind, self.whole = kind.name, kind, not kind.exact
+        self.name, self.kind, self.whole = kind.name, kind, kind.name not in EXACT
 
     def run(self, out, u):
         return self.kind.forward(u, torch.empty_like(u) if out is None else out)
@@ -290,12 +272,8 @@ class Activate(Recipe):
 class Activation(Operation):
     """From its result, where that does: it is there already, or one more pass behind the same source."""
 
-    def __init__(self, function, arguments, kind: Kind, value: Value | None, in_place: bool) -> None:
-        self.function, self.arguments, self.kind, self.value = function, arguments, kind, value
-        self.in_place = in_place
-
-    def forward(self, u):
-        return self.function(u, *self.arguments[0], **self.arguments[1])
+    def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
+        self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
 
     def backward(self, task, dz, needs, saved):
         x, mine = task.get(self.value)

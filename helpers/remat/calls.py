@@ -101,20 +101,18 @@ def per_dimension(v, n: int) -> list[int]:
 
 
 @functools.lru_cache(maxsize=1024)
-def geometry_of(kernel: tuple[int, ...], stride, padding, dilation, transposed, extra, groups) -> Geometry:
+def geometry_of(
+    kernel: tuple[int, ...], transposed, stride, padding, dilation=1, groups=1, output_padding=0
+) -> Geometry:
     """The settings of a convolution as lists; "same" and "valid" as numbers."""
     n = len(kernel)
-    stride, dilation, extra = per_dimension(stride, n), per_dimension(dilation, n), per_dimension(extra, n)
+    stride, dilation, extra = (per_dimension(v, n) for v in (stride, dilation, output_padding))
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         fit(all(t % 2 == 0 for t in total))  # else PyTorch pads one side more
         padding = [t // 2 for t in total]
     padding = [0] * n if padding == "valid" else per_dimension(padding, n)
     return Geometry(stride, padding, dilation, transposed, extra, groups)
-
-
-def hashable(v):
-    return tuple(v) if isinstance(v, list) else v
 
 
 def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
@@ -128,21 +126,21 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def convolution(mode: Mode, function, input, weight, arguments: dict, bias, transposed: bool):
-    fit(plain(input, weight, bias) and weight.dim() == input.dim() == CONVOLUTIONS[function][0] + 2)
+def convolution(mode: Mode, function, input, weight, bias=None, stride=1, padding=0, *rest, **named):
+    dims, transposed = CONVOLUTIONS[function]
+    fit(plain(input, weight, bias) and weight.dim() == input.dim() == dims + 2)
     fit(needs_grad(input, weight, bias) and input.numel() > 0)
-    stride, padding, dilation = (hashable(arguments[k]) for k in ("stride", "padding", "dilation"))
-    extra, groups = hashable(arguments.get("output_padding", 0)), arguments["groups"]
-    geometry = geometry_of(weight.shape[2:], stride, padding, dilation, transposed, extra, groups)
+    names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    given = {"stride": stride, "padding": padding, **dict(zip(names, rest, strict=False)), **named}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    geometry = geometry_of(weight.shape[2:], transposed, **given)
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
     def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return Convolution(function, arguments, geometry, a, value, dtype)
+        return Convolution(function, given, geometry, a, value, dtype)
 
-    return lambda: multiply(
-        mode, function, input, weight, bias, arguments, geometry.price(weight), dtype, make
-    )
+    return lambda: multiply(mode, function, input, weight, bias, given, geometry.price(weight), dtype, make)
 
 
 def multiply(
@@ -176,18 +174,6 @@ def linear(mode, function, input, weight, bias=None):
         return Linear(a, value, dtype)
 
     return lambda: multiply(mode, function, input, weight, bias, {}, float(weight.shape[1]), dtype, make)
-
-
-def forward_convolution(mode, function, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    arguments = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    return convolution(mode, function, input, weight, arguments, bias, False)
-
-
-def transposed_convolution(
-    mode, function, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
-):
-    arguments = {"stride": stride, "padding": padding, "output_padding": output_padding, "groups": groups}
-    return convolution(mode, function, input, weight, {**arguments, "dilation": dilation}, bias, True)
 
 
 def may_run_again(weight: Tensor) -> bool:
@@ -302,18 +288,18 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 
 
 def elementwise(mode, function, p, q, **kwargs):
-    operator, in_place = ELEMENTWISE[function]
+    operator, in_place = ELEMENTWISE[function], writes(function)[0]
     if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
         p, q, function = q, p, operator  # the larger one first
     fit(not kwargs and plain(p) and p.dim() > 1)
-    if not isinstance(q, Tensor):
+    if isinstance(q, Tensor):
+        fit(plain(q) and p.dtype == q.dtype and (p.requires_grad or q.requires_grad))
+        if operator is torch.mul and p.requires_grad and q.requires_grad:
+            fit(not in_place)
+            return lambda: product(mode, function, p, q)
+        fit(operator is not torch.div or not q.requires_grad)
+    else:
         fit(type(q) in (int, float))
-        return lambda: note_elementwise(mode, function, operator, in_place, p, q)
-    fit(plain(q) and p.dtype == q.dtype and (p.requires_grad or q.requires_grad))
-    if operator is torch.mul and not in_place and p.requires_grad and q.requires_grad:
-        return lambda: product(mode, function, p, q)
-    fit(operator is not torch.div or not q.requires_grad)
-    fit(operator is not torch.mul or not (p.requires_grad and q.requires_grad))
     return lambda: note_elementwise(mode, function, operator, in_place, p, q)
 
 
@@ -470,15 +456,13 @@ def expose(mode: Mode, function, args, kwargs):
     return function(*args, **kwargs)
 
 
-OPERATORS = "add sub mul truediv floordiv pow mod and or xor lshift rshift matmul".split()
+OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
 IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
+# function -> how many dimensions an image has, and whether it is the transposed one
 CONVOLUTIONS = {
-    torch.conv1d: (1, forward_convolution),
-    torch.conv2d: (2, forward_convolution),
-    torch.conv3d: (3, forward_convolution),
-    torch.conv_transpose1d: (1, transposed_convolution),
-    torch.conv_transpose2d: (2, transposed_convolution),
-    torch.conv_transpose3d: (3, transposed_convolution),
+    getattr(torch, f"conv{transposed}{n}d"): (n, bool(transposed))
+    for n in (1, 2, 3)
+    for transposed in ("", "_transpose")
 }
 ACTIVATIONS: dict[Callable, Callable[..., ops.Kind]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), lambda: ops.Kind("relu")),
@@ -500,19 +484,21 @@ ACTIVATIONS: dict[Callable, Callable[..., ops.Kind]] = {
     F.gelu: lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
 }
 ELEMENTWISE = {
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), (torch.add, False)),
-    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), (torch.add, True)),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), (torch.sub, False)),
-    **dict.fromkeys((Tensor.sub_, Tensor.__isub__), (torch.sub, True)),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), (torch.mul, False)),
-    **dict.fromkeys((Tensor.mul_, Tensor.__imul__), (torch.mul, True)),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), (torch.div, False)),
-    **dict.fromkeys((Tensor.div_, Tensor.__itruediv__), (torch.div, True)),
+    getattr(owner, name): operator
+    for operator, names in (
+        (torch.add, "add add_ __add__ __radd__ __iadd__"),
+        (torch.sub, "sub sub_ __sub__ __isub__"),
+        (torch.mul, "mul mul_ __mul__ __rmul__ __imul__"),
+        (torch.div, "div div_ __truediv__ __itruediv__"),
+    )
+    for name in names.split()
+    for owner in (torch, Tensor)
+    if hasattr(owner, name)
 }
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
-    **{function: handler(bind) for function, (_, bind) in CONVOLUTIONS.items()},
+    **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),

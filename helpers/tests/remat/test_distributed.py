@@ -17,9 +17,10 @@ if str(ROOT) not in sys.path:  # a process that is started here has not read con
 
 from helpers import FusedConvBN2d  # noqa: E402
 
-pytestmark = pytest.mark.skipif(
+needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch.distributed with gloo"
 )
+pytestmark = [pytest.mark.distributed, needs_gloo]
 
 TIMEOUT = 300  # seconds until a process that hangs is given up: no machine is as slow
 

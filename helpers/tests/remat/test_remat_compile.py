@@ -21,7 +21,9 @@ PARTITION = "aot_eager_decomp_partition"  # Inductor's decompositions and cut, w
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(tmp_path, monkeypatch):
+    # The compiler's cache on the disk may hold code for another instruction set, and take it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     dynamo.reset()
     yield
     dynamo.reset()

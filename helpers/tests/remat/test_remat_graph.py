@@ -18,8 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held
-from helpers.tests.remat import test_distributed
-from helpers.tests.remat.test_distributed import two_processes
+from helpers.tests.remat.test_distributed import needs_gloo, two_processes
 from helpers.tests.remat.test_remat import (
     BLOCK,
     COSTS,
@@ -984,7 +983,8 @@ def distributed(rank, folder):
             assert_close(steps(way(network()), x, dz, cost), wanted, f"{name}, max_cost {cost},")
 
 
-@pytest.mark.skipif(test_distributed.pytestmark.args[0], reason="needs torch.distributed with gloo")
+@pytest.mark.distributed
+@needs_gloo
 def test_two_processes(tmp_path):
     assert two_processes(tmp_path, distributed) == [0, 0]
 

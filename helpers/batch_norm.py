@@ -12,8 +12,8 @@ from torch import Tensor
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
-# Bytes to work on at once. On a CPU they should stay in a core's cache between the steps that use them; an
-# accelerator needs more to do, or it is not busy.
+# Bytes to process at once. On a CPU they should stay in a core's cache between the steps that use them; an
+# accelerator needs larger pieces to be busy.
 PIECE_BYTES = {"cpu": 1 << 22}
 PIECE_BYTES_ACCELERATOR = 1 << 27
 
@@ -31,11 +31,11 @@ def stats_dtype(dtype: torch.dtype) -> torch.dtype:
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel: μ = Σ y / m, var = Σ (y - μ)² / m.
 
-    With c a value amid the channel's others, here the first image's mean, and δ = μ - c::
+    With c a value near the channel's others, here the first image's mean, and δ = μ - c::
 
         δ = Σ (y - c) / m        μ = c + δ        var = Σ (y - c)² / m - δ²
 
-    Both sums need one pass over y, a piece at a time, and lose no digits where μ is far from 0.
+    Both sums take one pass over y, a piece at a time, and lose no digits where μ is far from 0.
 
     Args:
         y: (N, C, H, W), floating point, at least one value in a channel.
@@ -54,7 +54,7 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def piece_bytes(t: Tensor) -> int:
-    """How much of ``t`` to work on at once."""
+    """How many bytes of ``t`` to process at once."""
     return PIECE_BYTES.get(t.device.type, PIECE_BYTES_ACCELERATOR)
 
 
@@ -66,12 +66,12 @@ def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor
 
 
 def wide_dtype(t: Tensor) -> torch.dtype:
-    """float64, in which the sums of pieces are added up, where the device has it."""
+    """The dtype in which sums of pieces are added up: float64 where the device has it."""
     return t.dtype if t.device.type == "mps" else torch.float64
 
 
 def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
-    """y - μ in the statistics' dtype; in y's own memory if ``inplace`` and the dtype allows it.
+    """y - μ in the statistics' dtype; in y's memory if ``inplace`` and the dtype allows it.
 
     Subtracting first is what keeps the digits of a channel whose mean is far from 0: y and μ are close,
     so their difference is (nearly) exact, while y/σ - μ/σ would cancel two rounded numbers.
@@ -85,8 +85,8 @@ def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, 
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
     if y.is_cpu and one_dtype and dense:
-        # The library's backward for constant statistics, asked for dγ and dβ at σ = 1: one sweep, with no
-        # tensor of y's size. In other layouts and dtypes its sums are less exact.
+        # The library's backward for constant statistics returns dγ and dβ at σ = 1: one pass over dz and y,
+        # and no tensor of y's size. In other layouts and dtypes its sums are less exact.
         _, sum_dz_y, sum_dz = torch.ops.aten.native_batch_norm_backward(
             grad_out, y, None, mean, torch.ones_like(mean), None, None, False, 0.0, (False, True, True)
         )
@@ -102,7 +102,7 @@ def grad_input_coefficients(
     With σ² = var + ε (``var_eps``), they are κ_dz = γ/σ (``scale``), κ_y = -κ_dz Σ dz (y - μ) / (m σ²) and
     κ_0 = -κ_dz Σ dz / m.
     """
-    # Each is rounded once: an error of κ_0 would be in all m values, and Σ dy would not vanish.
+    # Round each once: an error in κ_0 is in all m values, and Σ dy would no longer vanish.
     sum_dz, sum_dz_y = (t.to(wide_dtype(t)) for t in sums)
     by_m = scale / -m
     return scale, (by_m * sum_dz_y / var_eps).to(scale.dtype), (by_m * sum_dz).to(scale.dtype)

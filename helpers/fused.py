@@ -1,8 +1,8 @@
 """Convolution, then batch norm, in one autograd function that saves the convolution's input alone.
 
 PyTorch's two layers keep x for the convolution's backward and y = conv(x) for batch norm's. This function
-keeps x and computes y again in backward (chapter 4), one *slab* of a few images at a time, so that backward
-needs little memory of its own (chapter 6).
+keeps x alone and recomputes y in backward (chapter 4), one *slab* of a few images at a time, so that backward
+needs little extra memory (chapter 6).
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from helpers.conv import (
 __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction", "fused_conv_bn2d"]
 
 WHOLE_BATCH = 1 << 62  # images in a slab: more than there are
-NO_SYNC = "bn must be a plain nn.BatchNorm2d, got SyncBatchNorm; helpers.remat works with that, too"
-HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # kinds of them that a module may have
+NO_SYNC = "bn must be a plain nn.BatchNorm2d, got SyncBatchNorm; helpers.remat works with that"
+HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that a module may have
 
 
 class Settings(NamedTuple):
-    """What the kernel needs beside tensors: stride to groups are F.conv2d's, in its order."""
+    """What the kernel needs apart from tensors; stride to groups are F.conv2d's, in its order."""
 
     eps: float
     stride: list[int]
@@ -67,12 +67,12 @@ class Saved(NamedTuple):
 
 
 def slabs(x: Tensor, weight: Tensor, settings: Settings) -> list[slice]:
-    """The images of each slab, the same in forward and in backward."""
+    """The images of each slab; forward and backward cut alike."""
     images = settings.slab_size
     if not images:
         y_values = weight.shape[0] * math.prod(output_size(x, weight, *settings[1:4]))
         image_bytes = max(x[0].numel(), y_values) * x.element_size()
-        # Every slab adds a whole weight gradient to the sum, so it should be worth one.
+        # Every slab adds a whole weight gradient to the sum: make it large enough to be worth that.
         images = max(1, max(piece_bytes(x), weight.nbytes) // image_bytes)
     return [slice(start, min(start + images, len(x))) for start in range(0, len(x), images)]
 
@@ -84,7 +84,7 @@ def fused_forward(
 
         y = conv(x, w)        μ, var = statistics of y        z = γ (y - μ)/σ + β,  σ² = var + ε
 
-    The convolution's bias is left out: the norm would subtract it again. z is written into y's memory.
+    There is no bias: the norm would subtract it again. z is written into y's memory.
     """
     eps, *geometry, _ = settings
     cut = slabs(x, weight, settings)
@@ -112,9 +112,9 @@ def fused_backward(
 
         dβ = Σ dz        dγ = Σ dz (y - μ) / σ        dy = κ_dz dz + κ_y (y - μ) + κ_0
 
-    with the κ of chapter 3. dy needs the sums, and they are over the whole batch. So there are two sweeps
-    over the slabs: the first computes y and the sums, the second turns y into dy and differentiates the
-    convolution. In between, each y is kept where its dx will be written.
+    with the κ of chapter 3. dy needs sums over the whole batch, so there are two passes over the slabs: the
+    first computes y and the sums, the second turns y into dy and differentiates the convolution. In between,
+    each y is stored where its dx will be written.
     """
     x, weight, gamma, mean, var = saved
     eps, *geometry, _ = settings
@@ -141,11 +141,11 @@ def fused_backward(
 
 
 def recompute(dz: Tensor, saved: Saved, geometry, cut: list[slice], dx: Tensor | None, keep: bool):
-    """Σ dz and Σ dz (y - μ), with y computed again; and the y of all slabs, if they are to be kept."""
+    """Σ dz and Σ dz (y - μ), with y recomputed; and the y of all slabs if ``keep``."""
     sums, outputs = None, deque()
     for s in cut:
-        # This has to be forward's y, rounded where that was rounded: of another one, Σ (y - μ) is not 0,
-        # and a large gradient leaks through it. So μ is subtracted afterwards.
+        # This must be forward's y, with the same rounding: with any other, Σ (y - μ) is not 0, and a large
+        # gradient leaks through it. So subtract μ afterwards, not inside the convolution.
         y = F.conv2d(saved.x[s], saved.weight, None, *geometry)
         sums = add_up(sums, batch_norm_sums(dz[s], y, saved.mean))
         if keep:
@@ -154,12 +154,12 @@ def recompute(dz: Tensor, saved: Saved, geometry, cut: list[slice], dx: Tensor |
 
 
 def moved_into(dx: Tensor, y: Tensor) -> Tensor:
-    """``y`` in the memory of ``dx``; as it is, if it is too large for that."""
+    """``y`` in the memory of ``dx``, or unchanged if it does not fit."""
     return y if y.numel() > dx.numel() else torch.as_strided(dx, y.shape, y.stride()).copy_(y)
 
 
-# torch.compile would see that the convolution in backward is the one in forward, compute it once, and keep y:
-# the very tensor that this file saves. Operators of our own it calls without looking into them. Elsewhere the
+# torch.compile would notice that backward repeats forward's convolution, compute it once, and keep y: the
+# very tensor that this file avoids keeping. Custom operators are opaque to it. Outside of torch.compile the
 # functions are called directly, which costs less and lets `helpers.predict` follow their memory.
 SETTINGS = "float eps, int[] stride, int[] padding, int[] dilation, int groups, int slab_size"
 
@@ -169,7 +169,7 @@ def _forward(x, weight, gamma, beta, *settings):
 
 
 def _backward(dz, x, weight, gamma, mean, var, need_x, need_w, *settings):
-    """With an empty tensor for None, which no operator returns."""
+    """With an empty tensor in place of None, which an operator cannot return."""
     saved = Saved(x, weight, gamma, mean, var)
     grads = fused_backward(dz, saved, Settings(*settings), need_x, need_w)
     return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
@@ -226,7 +226,7 @@ class FusedConvBN2dFunction(torch.autograd.Function):
         with torch.no_grad(), no_autocast(dz):
             dx, dw, dgamma, dbeta = run(dz, *saved, *needs[:2], *ctx.settings)
             grads = dx, dw, torch.zeros_like(dgamma), dgamma, dbeta  # z does not depend on the bias
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # they may be differentiated, too
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph=True
             grads = [FirstOnly.apply(grad, dz, *saved[:3]) for grad in grads]
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
@@ -234,8 +234,8 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 class FirstOnly(torch.autograd.Function):
     """``apply(grad, *origins)``: ``grad``, made of ``origins``, which raises when it is differentiated.
 
-    PyTorch's once_differentiable raises only if dz has a graph. That of the loss z.sum() has none, and the
-    missing second derivative would be taken for 0.
+    PyTorch's once_differentiable raises only if dz has a graph. For the loss z.sum() it has none, and the
+    missing second derivative would silently count as 0.
     """
 
     generate_vmap_rule = True
@@ -251,19 +251,19 @@ class FirstOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "FusedConvBN2d has first derivatives only, and one of them was to be differentiated; "
-            "where you need that, call its two modules instead, first conv and then bn"
+            "FusedConvBN2d has first derivatives only; where you need second ones, call its two modules "
+            "instead, first conv and then bn"
         )
 
 
 def no_autocast(x: Tensor):
-    """A context in which tensors keep their dtypes."""
+    """A context without autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under autocast, cast what F.conv2d would: every float32 or half tensor, to autocast's dtype."""
+    """Under autocast, cast as F.conv2d does: every float32 or half tensor, to autocast's dtype."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -298,8 +298,8 @@ def fused_conv_bn2d(
         running_mean, running_var, training, momentum, eps: as in ``F.batch_norm``. Constant statistics are
             folded into the convolution; momentum=None needs ``num_batches_tracked``.
         stride, padding, dilation, groups: as in ``F.conv2d``, padding "same" and "valid" included.
-        slab_size: images that are worked on at once: the memory that backward needs for a moment grows with
-            it. None chooses by size (see `slabs`), "batch" takes the whole batch, as the tutorial does.
+        slab_size: images to process at once: backward's temporary memory grows with it. None chooses by size
+            (see `slabs`), "batch" takes the whole batch, as the tutorial does.
 
     Returns:
         (N, C_out, H_out, W_out) in the dtype of ``input`` (under autocast, autocast's).
@@ -380,8 +380,8 @@ class FusedConvBN2d(nn.Module):
 
     Takes the arguments of both, under their names and with their defaults, and ``slab_size`` (see
     `fused_conv_bn2d`). The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the
-    keys ``conv.weight``, ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. Only
-    this layer is called, though, not the two: hooks belong on it. Shapes are those of ``nn.Conv2d``.
+    keys ``conv.weight``, ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The
+    two are never called, only the layer is: put hooks on it. Shapes are those of ``nn.Conv2d``.
     """
 
     def __init__(

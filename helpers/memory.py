@@ -6,8 +6,8 @@
         loss.backward()
     trace.peak, trace.marks["end of forward"], trace.timeline
 
-Every number counts bytes *above what stood when the trace began*: weights, optimizer state and the
-batch, made before, are not in it.
+Every number counts bytes *allocated since the trace began*: weights, optimizer state and the batch exist
+before it and are not included.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ class MemoryTrace:
 
     Attributes:
         peak: the most bytes at any moment, above the start.
-        tensor_peak: the most between two of PyTorch's operations, if the timeline is recorded: tensors, and
-            not what a library takes for itself inside of an operation. That depends on the algorithm which it
-            chooses for the processor and the number of threads; tensors are the same everywhere.
+        tensor_peak: the most between two of PyTorch's operations, if the timeline is recorded: tensors alone,
+            without a library's scratch memory inside an operation, which depends on the algorithm that it
+            chooses for the processor and the number of threads. Tensors are the same everywhere.
         marks: bytes above the start at each ``mark(name)``.
         timeline: ``(milliseconds, bytes)`` after each allocation and release, if recorded.
         mark_times: milliseconds of each mark on the timeline's clock.
@@ -112,7 +112,7 @@ class MemoryTrace:
         self.timeline = []
 
     def mark(self, name: str) -> None:
-        """Note the memory that is held at this moment."""
+        """Note the memory held at this moment."""
         if self.device.type != "cpu":
             self.marks[name] = torch.accelerator.memory_allocated(self.device) - self._start
         if self._profile is not None:
@@ -120,9 +120,9 @@ class MemoryTrace:
                 pass
 
     def __enter__(self) -> MemoryTrace:
-        gc.collect()  # garbage of an earlier trace, freed in this one, would be subtracted here
+        gc.collect()  # garbage of an earlier trace, freed in this one, would count as negative
         if self._profile is not None:
-            _say_once_what_the_profiler_says_once()
+            _silence_the_profilers_first_warning()
             self._profile.__enter__()
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
@@ -166,8 +166,8 @@ class MemoryTrace:
 
 
 @functools.cache
-def _say_once_what_the_profiler_says_once() -> None:
-    """Let the profiler warn, unheard, that it does not count blocks made before it: we rely on that."""
+def _silence_the_profilers_first_warning() -> None:
+    """Let the profiler give its one warning unheard: it does not count blocks made before it, as we want."""
     block = [torch.empty(1)]
     stderr = os.dup(2)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
@@ -192,12 +192,12 @@ class SavedTensor:
 
 
 def storage_address(t: torch.Tensor) -> int:
-    """Where the memory of ``t`` begins; views of one memory have the same."""
+    """Where the memory of ``t`` begins; all views of it have the same address."""
     return t.untyped_storage().data_ptr()
 
 
 def saved_by(function, *inputs: torch.Tensor):
-    """``(function(*inputs), [each tensor that autograd saves meanwhile, in order])``."""
+    """``(function(*inputs), [each tensor that autograd saves during the call, in order])``."""
     saved = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor, include_paramet
 
     Args:
         model: its modules' names label the entries.
-        inputs: what it is called with.
+        inputs: its arguments.
         include_parameters: also list saved parameters, which exist anyway.
 
     Returns:

@@ -4,14 +4,13 @@
     largest_batch(model, (3, 224, 224), 80e9)
     max_cost_for(model, (256, 3, 224, 224), memory=16 * 2**30)  # a price for remat
 
-The step runs on *fake* tensors, which have a shape, a dtype and a storage of some size, and no memory, under
-`remat` if a price is given: its decisions are those of a real step. A storage counts from the operation that
-made it until its last tensor is gone, in backward too, and with all that is made again for a moment.
+The step runs on *fake* tensors, which have a shape, a dtype and a storage size but no memory; under `remat`
+if a price is given, with the decisions of a real step. A storage counts from the operation that makes it
+until its last tensor is gone, in forward and in backward.
 
-What is predicted is what PyTorch and we allocate for tensors, which is the same on every machine. An
-operation that is composed of others counts as these others. What a library takes for itself inside of one
-(oneDNN's copies, cuDNN's workspace) depends on the algorithm that it chooses there, and is not counted; nor
-are an allocator's fragments.
+The prediction covers what PyTorch and this package allocate for tensors, which is the same on every machine.
+A composite operation counts as its parts. A library's scratch memory (oneDNN's copies, cuDNN's workspace)
+depends on the algorithm that it chooses and is not counted; nor is the allocator's fragmentation.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
-# PyTorch's "meta" device stands in for an accelerator: backward on a fake "cuda" tensor asks for a real GPU.
+# PyTorch's "meta" device stands in for an accelerator: backward on a fake "cuda" tensor needs a real GPU.
 STAND_IN = {"cpu": "cpu", "cuda": "meta"}
-BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # to whose multiple an allocator rounds
+BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # the allocator rounds up to a multiple
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 
 class Prediction(NamedTuple):
-    """Bytes above what stands before the step: at the end of forward, and the most at any moment."""
+    """Bytes that a step adds: at the end of forward, and the most at any moment."""
 
     forward: int
     peak: int
 
 
 class Held(TorchDispatchMode):
-    """Follows the bytes of all storages that operations make while it is active.
+    """Follows the bytes of all storages made while it is active.
 
     Attributes:
         held: bytes now.
@@ -69,8 +68,8 @@ class Held(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
         out = as_real(func, args, func(*args, **(kwargs or {})))
         if func is torch.ops.aten.add.Tensor and called_by_engine():
-            # Two gradients of one tensor. A real one is added in the first one's memory if nothing else
-            # holds it, a fake one never: this sum counts once its summands had the chance to go.
+            # Two gradients of one tensor. The engine adds real ones in the memory of the first if nothing
+            # else holds it, fake ones never: count the sum after its summands had the chance to go.
             self.waiting = out
         else:
             for t in out if isinstance(out, (tuple, list)) else (out,):
@@ -80,7 +79,7 @@ class Held(TorchDispatchMode):
         return out
 
     def count(self, t: Tensor) -> None:
-        """Count the storage of ``t`` from now on, unless it does already (then ``t`` is a view)."""
+        """Count the storage of ``t`` from now on, unless it counts already (``t`` is a view)."""
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self.known:
@@ -95,14 +94,14 @@ class Held(TorchDispatchMode):
         self.held -= nbytes
 
     def ignore(self, *tensors: Tensor) -> None:
-        """These were there before. They must outlive the counting."""
+        """These exist before the step. They must outlive the counting."""
         self.known.update(t.untyped_storage()._cdata for t in tensors)
 
 
 def takes_number(func, args: tuple) -> bool:
-    """Whether a Python number stands where the operator wants a tensor: PyTorch makes one of it meanwhile.
+    """Whether a Python number is passed where the operator takes a tensor: PyTorch wraps it during the call.
 
-    The 8 bytes are not followed further if autograd saves it, as for x * 2.
+    The 8 bytes are not followed any further if autograd saves them, as for x * 2.
     """
     return any(
         type(a) in (int, float) and isinstance(wanted.type, torch.TensorType)
@@ -111,7 +110,7 @@ def takes_number(func, args: tuple) -> bool:
 
 
 def as_real(func, args: tuple, out):
-    """``out``, with what PyTorch's fake batch norm makes of another dtype, or too much."""
+    """``out`` with the dtypes and the number of tensors that the real batch norm returns."""
     if func is torch.ops.aten.native_batch_norm.default:
         z, *stats = out
         if z.is_cpu and any(t is not None and t.dtype == torch.float32 for t in args[1:5]):
@@ -122,7 +121,7 @@ def as_real(func, args: tuple, out):
 
 
 def called_by_engine() -> bool:
-    """Whether the operator now dispatched is backward's own: no Python function is between the two."""
+    """Whether the autograd engine itself called this operator: no Python function is between the two."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__") in (__name__, "torch._compile", "torch._dynamo.eval_frame"):
         frame = frame.f_back  # PyTorch wraps modes
@@ -140,16 +139,16 @@ def predict_memory(
     """The memory of ``out = model(*inputs)`` and ``out.backward(grad)``, without running them.
 
     On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
-    ``tensor_peak``. Parameters, buffers, inputs and ``grad`` are there before and not counted; gradients of
+    ``tensor_peak``. Parameters, buffers, inputs and ``grad`` exist before and are not counted; gradients of
     parameters are. Nothing is computed, and nothing in ``model`` changes.
 
     Args:
-        model: as it stands, in training or eval mode, on any device ("meta" too).
-        inputs: tensors, whose shape and dtype matter alone, or shapes in the dtype of the parameters.
+        model: in training or eval mode, on any device, "meta" included.
+        inputs: tensors, of which only shape and dtype matter, or shapes, in the dtype of the parameters.
         max_cost: if given, forward runs under ``remat(max_cost)``.
         autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
-        device_type: "cpu", or "cuda", which needs no GPU; it decides on slabs and on the size of blocks.
-        loss: if given, ``loss(out)`` belongs to forward, and is what backward starts from.
+        device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
+        loss: if given, ``loss(out)`` is part of forward, and backward starts from it.
 
     Raises:
         ValueError: an argument that does not fit.
@@ -198,7 +197,7 @@ def step(
 
 
 def forward_contexts(max_cost: float | None, autocast: torch.dtype | None, device_type: str) -> list:
-    """What forward runs in, as a user would write it."""
+    """The contexts that forward runs in, as a user would nest them."""
     contexts = []
     if autocast is not None:
         if autocast not in (torch.bfloat16, torch.float16):
@@ -215,7 +214,7 @@ def forward_contexts(max_cost: float | None, autocast: torch.dtype | None, devic
 
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
-    """Tensors without memory in the place of shapes."""
+    """``inputs`` with a tensor without memory in place of each shape."""
     how = {"dtype": parameter_dtype(model), "device": "meta"}
     return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
 
@@ -225,8 +224,8 @@ def parameter_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
-def standing(model: nn.Module, optimizer_copies: int) -> int:
-    """Bytes of parameters, buffers, and what the optimizer keeps of the parameters that are trained."""
+def fixed_bytes(model: nn.Module, optimizer_copies: int) -> int:
+    """Bytes of parameters, buffers, and the optimizer's copies of the parameters that are trained."""
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
         raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -245,14 +244,14 @@ def largest_batch(
 ) -> int:
     """The largest batch whose training step is predicted to fit into ``budget_bytes``.
 
-    Counted are parameters and buffers, ``optimizer_copies`` times the parameters that are trained, the
-    batch of images, and the peak of `predict_memory`, which has the gradients of the parameters. Not
-    counted are labels, the gradient of the output unless ``loss`` is given, and what a driver and libraries
-    take for themselves: leave them room.
+    This counts parameters and buffers, ``optimizer_copies`` times the parameters that are trained, the batch
+    of images, and the peak of `predict_memory`, which includes the gradients of the parameters. It does not
+    count labels, the gradient of the output unless ``loss`` is given, and what the driver and libraries take:
+    leave room for these.
 
     Args:
         image_shape: of one image, (C, H, W), in the dtype of the parameters.
-        optimizer_copies: tensors that the optimizer keeps of each parameter: 0 for plain SGD, 1 with
+        optimizer_copies: tensors that the optimizer keeps for each parameter: 0 for plain SGD, 1 with
             momentum, 2 for Adam.
         model, device_type, loss, max_cost, autocast: see `predict_memory`.
 
@@ -262,7 +261,7 @@ def largest_batch(
     check_shape("image_shape", image_shape)
     if not math.isfinite(budget_bytes):
         raise ValueError(f"budget_bytes must be finite, got {budget_bytes}")
-    fixed = standing(model, optimizer_copies)
+    fixed = fixed_bytes(model, optimizer_copies)
     image_bytes = math.prod(image_shape) * parameter_dtype(model).itemsize
     needed: dict[int, int] = {}
 
@@ -272,12 +271,12 @@ def largest_batch(
         return needed[n] <= budget_bytes
 
     def on_line() -> int:
-        """Memory is nearly a line: where it meets the budget."""
+        """The batch at which memory, nearly linear in the batch, meets the budget."""
         per_image = max(1, needed[high] - needed[low]) / (high - low)
         return low + int((budget_bytes - needed[low]) / per_image)
 
     if not fits(2):
-        with contextlib.suppress(ValueError):  # one value of a channel may be too few for batch norm
+        with contextlib.suppress(ValueError):  # batch norm may need more than one value per channel
             if fits(1):
                 return 1
         least = min(needed)
@@ -309,17 +308,18 @@ def max_cost_for(
         with remat(max_cost_for(model, images, memory=16 * 2**30)):
 
     ``memory`` counts what `largest_batch` counts: parameters and buffers, ``optimizer_copies`` times the
-    parameters that are trained, the inputs, and the peak of the step; leave the driver and libraries room.
+    parameters that are trained, the inputs, and the peak of the step; leave room for driver and libraries.
 
-    What is held at the end of forward falls as the price rises, the peak need not. So each price at which
-    `remat` decides anything differently is tried, from 0 upwards, until one fits: a prediction for each.
+    What is held at the end of forward falls as the price rises; the peak need not. So this tries each price
+    at which `remat` decides anything differently, from 0 upwards, until one fits: one prediction for each.
 
     Raises:
-        ValueError: no price makes it fit; it says which one takes least. Or an argument that does not fit.
+        ValueError: no price makes it fit (the message names the price that takes least), or an argument that
+            does not fit.
     """
     if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
         raise ValueError(f"memory must be a finite number of bytes above 0, got {memory!r}")
-    fixed, how = standing(model, optimizer_copies), (autocast, device_type, loss)
+    fixed, how = fixed_bytes(model, optimizer_copies), (autocast, device_type, loss)
     plain = fixed + step(model, inputs, None, *how).peak
     given = sum(t.nbytes for t in as_tensors(model, inputs))
     least, least_at, cost = math.inf, 0, 0
@@ -339,7 +339,7 @@ def max_cost_for(
 
 @contextlib.contextmanager
 def next_price(cost: int):
-    """Yields a list, whose item will be the next whole price that changes a decision of `remat`."""
+    """Yields a list whose item will be the next whole price that changes a decision of `remat`."""
     further, affordable = [math.inf], Table.affordable
 
     def noting(table, value, *others) -> bool:
@@ -356,6 +356,6 @@ def next_price(cost: int):
 
 
 def check_shape(name: str, shape) -> None:
-    """Raise a ValueError for what is no shape."""
+    """Raise a ValueError unless ``shape`` is a shape."""
     if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 1 for n in shape):
         raise ValueError(f"{name} must be a shape, a tuple of ints from 1 on, got {shape!r}")

@@ -1,9 +1,9 @@
-"""`remat`: backward makes cheap values again instead of keeping them.
+"""`remat`: backward recomputes cheap values instead of keeping them.
 
-`values` has the recipes, the price and what makes a value again; `operations` what each operation computes in
-forward, its recipe and its backward; `calls` which calls of forward become which operation; `mode` the
-context and the nodes of the graph; `record` and `compare` what people read; `compiled` the same for graphs
-that torch.compile makes.
+`values` has the recipes, the price and the decision of what is kept; `task` recomputes values in backward;
+`operations` and `convolutions` say what each operation computes in forward, its recipe and its backward;
+`calls` which calls become which operation; `mode` has the context and the nodes of the graph; `record` and
+`compare` are what people read; `compiled` does the same for graphs that torch.compile makes.
 """
 
 from helpers.remat.mode import remat

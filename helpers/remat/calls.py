@@ -381,7 +381,7 @@ def max_pool(
 
     def run() -> Tensor:
         table = mode.table
-        table.plainly(table.find(input))
+        table.count_plain(table.find(input))
         operation = ops.MaxPool(window, bool(ceil_mode), input)
         y, _ = mode.apply(operation, input)
         table.plain_bytes += 8 * y.numel()
@@ -411,7 +411,7 @@ def average_pool(
 
     def run() -> Tensor:
         value = mode.table.find(input)
-        mode.table.plainly(value)
+        mode.table.count_plain(value)
         out, call = mode.apply(ops.AveragePool(arguments, input), input)
         passes = input.numel() / max(out.numel(), 1)
         again = ops.Again("avg_pool2d", lambda t: torch._C._nn.avg_pool2d(t, *arguments), passes)

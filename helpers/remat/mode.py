@@ -197,7 +197,7 @@ class Mode(TorchFunctionMode):
     def needed(self, t: Tensor, value: Value | None = None) -> Value:
         """A node needs ``t``, as PyTorch's own node would."""
         value = value or self.table.find(t)
-        self.table.plainly(value)
+        self.table.count_plain(value)
         return self.table.need(value, t)
 
 

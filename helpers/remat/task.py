@@ -1,4 +1,4 @@
-"""Making values again in one backward pass, from what is kept."""
+"""Recomputing values in one backward pass, from what is kept."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat.values import Moment, Part, Table, Value
 
-# On a CPU, passes that follow one another work on a few images at a time, which stay in the core's cache.
+# On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22
 
 
 class Task:
-    """Makes values again in one backward pass.
+    """Recomputes values in one backward pass.
 
-    A value that several nodes need, or that costs a convolution, stays from its first use to its last. The
-    former only if there is room for it: so that the peak does not rise above the one that is to come anyway.
+    A value that several nodes need is held from its first use to its last if there is room for it, that is,
+    if holding it does not raise the peak that is coming anyway. A convolution's output is always held.
     """
 
     def __init__(self, table: Table) -> None:
         self.freed, self.uses = table.room, {}
-        self.holding: dict[Value, tuple[Tensor, object]] = {}  # and the streams that made them
+        self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
         self.freed.nbytes = 0
         self.highest, self.moment = table.highest(), Moment()
 
     @property
     def room(self) -> int:
-        """Bytes that may be held now without a higher peak than that which is to come anyway."""
+        """Bytes that may be held now without raising the peak that is coming anyway."""
         return self.freed.nbytes + min(h - m for h, m in zip(self.highest, self.moment, strict=True))
 
     def end(self) -> None:
-        """The backward pass is through; some of its nodes may not have run."""
+        """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
         self.uses.clear()
 
     def drop(self, value: Value) -> None:
-        """Nobody needs ``value`` any more."""
+        """``value`` is not needed any more."""
         self.uses.pop(value, None)
         if self.holding.pop(value, None) is not None:
             self.freed.nbytes += value.nbytes
@@ -48,33 +48,33 @@ class Task:
         self.freed.nbytes -= value.nbytes
 
     def get(self, value: Value) -> tuple[Tensor, bool]:
-        """The tensor of a value for a node that needs it, and whether it is the node's to overwrite."""
+        """The tensor of a value for a node that needs it, and whether the node may overwrite it."""
         t = value.held()
         if t is not None:
             return t, False
         used = self.uses[value] = self.uses.get(value, 0) + 1
-        t = self.made(value)
+        t = self.on_this_stream(value)
         if t is None:
-            t = self.make(value)
+            t = self.recompute(value)
         if used >= value.needs:
             self.drop(value)
         elif value not in self.holding and self.room >= value.nbytes:
             self.hold(value, t)
         return t, value not in self.holding
 
-    def there(self, value: Value) -> Tensor | None:
-        """The tensor for a recipe, if it need not be made."""
-        if value.before is not None:
-            return value.before
-        return value.held() if value.kept is not None else self.made(value)
+    def at_hand(self, value: Value) -> Tensor | None:
+        """The tensor for a recipe, if it need not be recomputed."""
+        if value.snapshot is not None:
+            return value.snapshot
+        return value.held() if value.kept is not None else self.on_this_stream(value)
 
-    def made(self, value: Value) -> Tensor | None:
-        """The tensor made again before, if that was on this stream: another would have to wait for it."""
+    def on_this_stream(self, value: Value) -> Tensor | None:
+        """The held tensor, if it was recomputed on this stream: another would have to wait for it."""
         t, stream = self.holding.get(value, (None, None))
         return t if t is None or stream == stream_of(t) else None
 
-    def make(self, value: Value) -> Tensor:
-        """Make ``value`` again, and before it the convolutions on its way, each once."""
+    def recompute(self, value: Value) -> Tensor:
+        """Recompute ``value``, and before it the convolutions on its way, each once."""
         stack = [value]
         while True:
             v = stack[-1]
@@ -84,7 +84,7 @@ class Task:
                 continue
             if v.recipe.price:
                 t = v.recipe.run(None, *[self.passes(self.plan(p)[0], p) for p in v.parents])
-                if v.view.dense and t.stride() != v.view.stride:  # its views are read by forward's strides
+                if v.view.dense and t.stride() != v.view.stride:  # its views have forward's strides
                     t = v.view.empty().copy_(t)
             else:
                 t = self.passes(steps, v)
@@ -92,18 +92,18 @@ class Task:
             if not stack:
                 return t
             self.hold(v, t)
-            while self.there(stack[-1]) is not None:  # two ways led there
+            while self.at_hand(stack[-1]) is not None:  # two paths led there
                 stack.pop()
 
     def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
-        """The cheap steps to ``value``, each after those it needs; and convolutions that must come first."""
+        """The cheap steps to ``value``, each after those it needs; and convolutions that must run first."""
         steps, missing, done = [], [], set()
         stack = [(value, False)]
         while stack:
             v, ready = stack.pop()
             if ready:
                 steps.append(v)
-            elif id(v) not in done and self.there(v) is None:
+            elif id(v) not in done and self.at_hand(v) is None:
                 done.add(id(v))
                 if v.recipe.price and v is not value:
                     missing.append(v)
@@ -114,20 +114,20 @@ class Task:
         return steps, missing
 
     def passes(self, steps: list[Value], last: Value) -> Tensor:
-        """Run cheap steps to their last, all of them on some images at a time if this is a CPU."""
-        t = self.there(last)
+        """Run cheap steps up to the last; on a CPU all of them on a few images at a time."""
+        t = self.at_hand(last)
         if t is not None:
             return t
         whole: dict[int, Tensor] = {}
         room = self.room
-        for v in steps:  # what another node needs anyway is written out if there is room
+        for v in steps:  # write out what another node will need, if there is room
             if v is last or (v.needs and v.nbytes <= room and not isinstance(v.recipe, Part)):
                 whole[id(v)] = v.view.empty()
                 if v is not last:
                     room -= v.nbytes
                     self.hold(v, whole[id(v)])
         inside = {id(v) for v in steps}
-        given = {id(p): self.there(p) for v in steps for p in v.parents if id(p) not in inside}
+        given = {id(p): self.at_hand(p) for v in steps for p in v.parents if id(p) not in inside}
         program = Program(steps, whole, given, places_of(steps, last, whole))
         result = whole[id(last)]
         n = result.shape[0] if result.dim() else 1
@@ -138,12 +138,12 @@ class Task:
 
 
 class Program(NamedTuple):
-    """Steps, each after those that it needs: to be run on all images at once, or on some of them.
+    """Steps, each after those that it needs, to run on all images at once or on some of them.
 
     Attributes:
-        whole: memory for all images, of the steps that are wanted.
+        whole: memory for all images of the steps whose results are wanted.
         given: the tensors that the steps start from.
-        places: for each step, the one in whose memory it is computed.
+        places: for each step, the step in whose memory it is computed.
     """
 
     steps: list[Value]
@@ -173,7 +173,7 @@ class Program(NamedTuple):
 
 
 def slabs(n: int, like: Tensor) -> list[slice]:
-    """Slices of the batch; one of them stands for all where nothing is computed."""
+    """Slices of the batch; for fake tensors the first alone, which has the memory of any."""
     if like.device.type != "cpu" or n == 0:
         return [slice(0, n)]
     per_slab = max(1, SLAB_BYTES // max(1, like.nbytes // n))
@@ -182,7 +182,7 @@ def slabs(n: int, like: Tensor) -> list[slice]:
 
 
 def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict[int, int]:
-    """For each step, the id of the step in whose memory it is computed: its own, or its only reader's."""
+    """For each step, the id of the step in whose memory it is computed: itself, or its only reader."""
     readers: dict[int, int] = {}
     for v in steps:
         for p in v.parents:
@@ -197,12 +197,12 @@ def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict
 
 
 def stream_of(t: Tensor):
-    """The stream on which work on ``t`` is put now; None on a CPU."""
+    """The current stream of the device of ``t``; None on a CPU."""
     return None if t.is_cpu or t.is_meta else torch.accelerator.current_stream(t.device)
 
 
 def part(t: Tensor, reader: Value, images: slice | None) -> Tensor:
-    """Those images of ``t``, unless it has none: a vector that all images share."""
+    """Those images of ``t``, or all of ``t`` if it is a vector that all images share."""
     if images is None:
         return t
     alike = t.dim() == len(reader.view.shape) or isinstance(reader.recipe, Part)

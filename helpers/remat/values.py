@@ -1,7 +1,7 @@
-"""Recipes: how a tensor of forward was made, what it costs to make it again, and what is therefore kept.
+"""Recipes: how a tensor of forward was made, what it costs to recompute it, and what is therefore kept.
 
-A `Value` is one tensor of forward. It knows its recipe and, if the price said so, keeps the tensor. From
-top to bottom: recipes; values; `Table`, which finds the value of a tensor and decides what is kept.
+A `Value` is one tensor of forward: it knows its recipe and, if the price says so, keeps the tensor. `Table`
+finds the value of a tensor and decides what is kept.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A recipe of cheap operations may take so many passes over a tensor of its result's size: more of them would
-# be made again and again where backward has no room to hold what lies between.
+# A recipe of cheap operations may take at most this many passes over a tensor of its result's size: longer
+# ones would run again and again where backward has no room to hold intermediate values.
 MOST_PASSES = 16
-# Convolutions' outputs made again on the way to one value are held until their own backward: so many of the
-# largest at most.
+# Recomputed outputs of convolutions are held until their convolution's backward. On the way to one value they
+# may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
-SMALL = 16  # a factor of fewer values than 1/16 of its product is kept at once
+SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
 
 
 class Recipe:
@@ -27,23 +27,23 @@ class Recipe:
 
     Attributes:
         name: of the operation, for people.
-        price: multiplications per value; 0 for what only passes over its inputs.
+        price: multiplications per value; 0 for one that only passes over its inputs.
         passes: over tensors of the result's size, for a recipe without a price.
         reuse: whether ``run`` may write its result over its first input.
-        parameter: a weak reference to the weight that it applies, if it does.
+        parameter: a weak reference to the weight that it applies, if any.
         whole: whether it must see all images at once.
-        joins: whether the parents are better kept than the value, of the same bytes: others read them too.
+        joins: whether to prefer keeping the parents at equal bytes, since other nodes read them.
     """
 
     name, price, passes, reuse, joins, whole, parameter = "", 0.0, 1.0, False, False, False, None
 
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
-        """The value from its parents' tensors, of all images or of some; in ``out`` if that is given."""
+        """The value from its parents' tensors, of all images or of some; in ``out`` if given."""
         raise NotImplementedError
 
 
 class View(NamedTuple):
-    """Where a tensor lies in its storage, and what it looks like."""
+    """Shape, strides, dtype and device of a tensor."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -55,7 +55,7 @@ class View(NamedTuple):
         return cls(t.shape, t.stride(), t.dtype, t.device)
 
     def empty(self, images: int | None = None) -> Tensor:
-        """Memory for such a tensor, or for some images of it."""
+        """Memory for a tensor of this form, or for some images of it."""
         shape = self.shape if images is None else (images, *self.shape[1:])
         return torch.empty_strided(
             shape, packed(self.shape, self.stride), dtype=self.dtype, device=self.device
@@ -67,13 +67,13 @@ class View(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether there are no gaps between its values, and none is in several places."""
+        """Whether its values fill their memory without gaps or overlaps."""
         return span(self.shape, self.stride) + 1 == self.shape.numel()
 
 
 @functools.lru_cache(maxsize=4096)
 def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides without gaps, dimensions in the same order: what is made with them has forward's layout."""
+    """The strides without gaps, with the dimensions in the same order: forward's layout."""
     strides, step = [0] * len(shape), 1
     for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
         strides[i], step = step, step * shape[i]
@@ -81,7 +81,7 @@ def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def span(shape, stride) -> int:
-    """How far the last value lies from the first."""
+    """The distance from the first value to the last."""
     return sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
@@ -99,7 +99,7 @@ class Part(Recipe):
 
 
 class Row:
-    """What `print(record)` says of one value. Holds no tensor."""
+    """What `print(record)` says about one value. Holds no tensor."""
 
     __slots__ = ("cost", "kept", "nbytes", "origin", "recipe", "shape", "__weakref__")
 
@@ -112,25 +112,25 @@ class Value:
     """One tensor of forward.
 
     Attributes:
-        recipe, parents: how it is made again; None and () where it is kept or came from elsewhere.
-        kept: the tensor, if it is held from forward to backward, and ``version`` of it then.
-        before: what it was before somebody got a way to write to it that autograd does not see.
+        recipe, parents: how to recompute it; None and () if it is kept or was made outside.
+        kept: the tensor, if it is held from forward to backward; ``version`` is its version then.
+        snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
         needs: how many nodes of the graph need it.
-        call: a weak reference to the call that made it, whose node holds the recipe while it is one.
-        waiting: tensors of the parents, held until it is decided whether they or this value are kept.
+        call: a weak reference to the call that made it, whose node holds the recipe while there is one.
+        waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
     """
 
     __slots__ = (
-        "before", "call", "kept", "live", "nbytes", "needs", "origin", "parents", "plain", "read", "recipe",
-        "room", "row", "size", "version", "view", "waiting", "when", "__weakref__",
+        "call", "counted", "kept", "live", "nbytes", "needs", "origin", "parents", "read", "recipe",
+        "room", "row", "size", "snapshot", "version", "view", "waiting", "when", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
         self.size, self.nbytes = t.numel(), t.nbytes
-        self.kept = self.before = self.row = self.room = self.waiting = self.origin = self.call = None
-        self.needs, self.when, self.read, self.plain = 0, 0, False, False
+        self.kept = self.snapshot = self.row = self.room = self.waiting = self.origin = self.call = None
+        self.needs, self.when, self.read, self.counted = 0, 0, False, False
         self.live = weakref.ref(t)
         if recipe is not None:
             self.origin = recipe.parameter or parents[0].origin
@@ -142,11 +142,7 @@ class Value:
             self.room.nbytes += self.nbytes
 
     def held(self) -> Tensor | None:
-        """The kept tensor, as forward left it.
-
-        Raises:
-            RuntimeError: it was changed since.
-        """
+        """The kept tensor; a RuntimeError if it was changed after forward."""
         if self.kept is not None and self.kept._version != self.version:
             raise RuntimeError(
                 "a tensor that remat keeps for backward was changed by an inplace operation: "
@@ -161,14 +157,14 @@ class Value:
 
 
 class Moment(NamedTuple):
-    """Bytes that are there for a moment: those of tensors, and with what a library takes for itself."""
+    """Temporary bytes of one call of backward: of tensors, and with a library's scratch memory."""
 
     tensors: int = 0
     everything: int = 0
 
 
 class Room:
-    """Bytes that backward has set free so far, less those of what it has made and holds."""
+    """Bytes that backward has freed so far, less those of the recomputed values that it holds."""
 
     __slots__ = ("nbytes",)
 
@@ -177,16 +173,16 @@ class Room:
 
 
 class Table:
-    """The values of the tensors that are alive, and the decision of what is kept.
+    """The values of all tensors that are alive, and the decision of what is kept.
 
-    A tensor is found by its storage, its place in it and its version: so two tensors that share memory, as a
-    hook's or a detached one, are one value, and a tensor changed in place is another.
+    A tensor is found by its storage, its position there and its version. So a tensor and its detached alias
+    are one value, and a tensor changed in place is another.
     """
 
     def __init__(self, max_cost: float) -> None:
         self.max_cost, self.room, self.rows = max_cost, Room(), []
         self.plain_bytes = 0
-        # Recipes, by the storage of the weight that they take.
+        # Recipes, by the storage of their weight.
         self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
         self.calls, self.kept = [], []  # weak references to calls and kept values, in forward's order
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
@@ -198,7 +194,7 @@ class Table:
     # Finding --------------------------------------------------------------------------------------------
 
     def _values(self, t: Tensor) -> dict:
-        """The values that lie in the storage of ``t``, by place and version; forgotten when it goes."""
+        """The values in the storage of ``t``, by position and version, until the storage is freed."""
         storage = t.untyped_storage()
         key = id(storage)
         entry = self._storages.get(key)
@@ -215,7 +211,7 @@ class Table:
         return [v for v in found if v is not None]
 
     def find(self, t: Tensor) -> Value:
-        """The value of ``t``; a new one without a recipe if nothing is known of it."""
+        """The value of ``t``; a new one without a recipe if ``t`` is unknown."""
         values, key = self._values(t), key_of(t)
         value = values.get(key)
         if type(value) is weakref.ref:
@@ -226,13 +222,13 @@ class Table:
         return value
 
     def follow(self, t: Tensor) -> None:
-        """``t`` is a view: while its whole is known, note which part it is."""
+        """``t`` is a view: note which part of its base it is, while that is known."""
         if id(t.untyped_storage()) in self._storages:
             self.find(t)
 
     @staticmethod
     def _part(values: dict, t: Tensor) -> Value | None:
-        """A value for ``t`` if it is a view of a value that is known, image by image."""
+        """A value for ``t`` if it is a view, image by image, of a known value."""
         for (offset, shape, stride, dtype, version), whole in values.items():
             whole = whole() if type(whole) is weakref.ref else whole
             if (
@@ -252,7 +248,7 @@ class Table:
         return None
 
     def note(self, t: Tensor, recipe: Recipe, parents: tuple[Value, ...], call=None) -> Value:
-        """``t`` was made by this recipe, which lives as long as the call's node, or without one, as ``t``."""
+        """``t`` was made by this recipe, which lives as long as the call's node, or else as ``t``."""
         value, values, key = Value(t, recipe, parents), self._values(t), key_of(t)
         value.when = len(self.calls)
         if call is not None:
@@ -266,7 +262,7 @@ class Table:
     # Deciding -------------------------------------------------------------------------------------------
 
     def need(self, value: Value, t: Tensor) -> Value:
-        """A node needs ``value``, whose tensor is ``t``: decide what is kept for it."""
+        """A node needs ``value``, whose tensor is ``t``: decide what to keep for it."""
         value.needs += 1
         self.row_of(value)
         if value.kept is None:
@@ -286,14 +282,14 @@ class Table:
         return value.row
 
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
-        """Whether making ``value`` from what is kept (and ``also``) costs at most `max_cost` a value."""
+        """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
         size = value.size
         most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
         if value.recipe is None:
             return value.kept is not None
-        if value.recipe.price:  # leave some for what is made of it
+        if value.recipe.price:  # leave some for the values computed from it
             most_passes, most_made = most_passes - 4 * size, most_made - 0.5
-        else:  # as squeeze-and-excite's small convolutions
+        else:  # a margin for squeeze-and-excite's small convolutions
             most_price *= 17 / 16
         price = passes = made = 0.0
         largest = value.nbytes
@@ -321,7 +317,7 @@ class Table:
         return True
 
     def keep_least(self, value: Value, t: Tensor) -> None:
-        """Keep ``value``, or what it is made of, if that is smaller and still there."""
+        """Keep ``value``, or the values that it is computed from, if these are smaller and still alive."""
         parts = self.parts(value, {}) if value.recipe is not None else None
         if parts and bytes_of(parts) < value.nbytes + value.recipe.joins and self.affordable(value, parts):
             for part, tensor in parts.items():
@@ -330,9 +326,9 @@ class Table:
             self.keep(value, t)
 
     def parts(self, value: Value, known: dict, depth: int = 8) -> dict[Value, Tensor] | None:
-        """The smallest values that are still there of which ``value`` is made; None if there are none.
+        """The smallest set of live values from which ``value`` can be computed; None if there is none.
 
-        ``known`` has what was found on other ways. No further than ``depth`` operations up.
+        ``known`` holds what was found on other paths. Looks at most ``depth`` operations up.
         """
         found: dict[Value, Tensor] = {}
         for v in value.parents:
@@ -350,7 +346,7 @@ class Table:
         return found
 
     def keep(self, value: Value, t: Tensor) -> None:
-        """Hold ``t`` until backward. The table's own reference is weak from now on."""
+        """Hold ``t`` until backward. The table's reference is weak from now on."""
         value.kept, value.version, value.room = t.detach(), t._version, self.room
         self.kept.append(weakref.ref(value))
         self.row_of(value).kept = True
@@ -364,9 +360,9 @@ class Table:
                 values[key] = weakref.ref(value)
 
     def highest(self) -> Moment:
-        """How far backward will lie above the end of forward if it holds nothing that it makes.
+        """How far backward will rise above the end of forward if it holds no recomputed value.
 
-        Every gradient of a weight adds to it, every kept value leaves it with the call that made it.
+        Every gradient of a weight adds to the level; every kept value leaves it with the call that made it.
         """
         leaves = [0] * (len(self.calls) + 1)
         for value in self.alive():
@@ -389,28 +385,28 @@ class Table:
     # What others write ----------------------------------------------------------------------------------
 
     def before_write(self, t: Tensor) -> None:
-        """``t`` is about to be changed in place: what is kept there gets memory of its own."""
+        """``t`` is about to be changed in place: copy what is kept there."""
         for value in self.known(t):
             if value.kept is not None and value.kept._version == value.version:
                 value.kept = value.kept.clone()
                 value.version = value.kept._version
 
     def expose(self, t: Tensor) -> None:
-        """Somebody may write to ``t`` unseen: nodes must see that, as PyTorch's do; recipes must not."""
+        """``t`` may be written to unseen: nodes must see that, as PyTorch's do; recipes must not."""
         for value in self.known(t):
             whole = value.live()
             if value.kept is None and value.needs and whole is not None and whole._version == value.version:
                 self.keep(value, whole)
-            if value.kept is not None and value.read and value.before is None:
-                value.before = value.kept.clone()
+            if value.kept is not None and value.read and value.snapshot is None:
+                value.snapshot = value.kept.clone()
         for recipe in self.weights.pop(id(t.untyped_storage()), ()):
             recipe.copy_weight()
         self._storages.pop(id(t.untyped_storage()), None)
 
-    def plainly(self, value: Value) -> None:
-        """PyTorch would save this one."""
-        if not value.plain:
-            value.plain, self.plain_bytes = True, self.plain_bytes + value.nbytes
+    def count_plain(self, value: Value) -> None:
+        """PyTorch would save this value."""
+        if not value.counted:
+            value.counted, self.plain_bytes = True, self.plain_bytes + value.nbytes
 
 
 def bytes_of(values: dict[Value, Tensor]) -> int:
@@ -418,5 +414,5 @@ def bytes_of(values: dict[Value, Tensor]) -> int:
 
 
 def key_of(t: Tensor) -> tuple:
-    """Where a tensor lies in its storage, as what, and how often that was changed."""
+    """Position, form and version of a tensor within its storage."""
     return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version

@@ -1,7 +1,7 @@
 """The calls of forward that remat knows: which function, with which arguments, becomes which operation.
 
-A handler takes ``(mode, function, args, kwargs)`` and returns what the function would. One that cannot serve
-a call leaves it to PyTorch, exactly as it was. `HANDLERS` at the end is the whole list.
+A handler takes ``(mode, function, args, kwargs)`` and returns what the function would. A call that it cannot
+serve goes to PyTorch unchanged. `HANDLERS` at the end is the whole list.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from helpers.remat.values import SMALL, Row, Value, View
 if TYPE_CHECKING:
     from helpers.remat.mode import Mode
 
-# A small output of a dear convolution is always kept: it saves few bytes, and what is made of it becomes
-# dear. In multiplications per value, times the input's bytes for one of the output.
+# A small output of an expensive convolution is always kept: dropping it saves few bytes and makes all that
+# follows expensive. In multiplications per value, times the input's bytes per byte of the output.
 BOTTLENECK = 4096
 TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
 def quiet() -> bool:
-    """Whether forward runs as always here: then remat's nodes may take part."""
+    """Whether forward runs in the ordinary way, so that remat's nodes may take part."""
     return (
         torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
@@ -43,7 +43,7 @@ def quiet() -> bool:
 
 
 def ordinary(t) -> bool:
-    """Whether this is a tensor of no other class than PyTorch's, with a storage and a version."""
+    """Whether this is a plain PyTorch tensor (no subclass) with a storage and a version."""
     return type(t) in TENSORS and t.layout is torch.strided and not t.is_inference()
 
 
@@ -57,7 +57,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether PyTorch would make a node."""
-    for t in tensors:  # a generator would cost twice as much
+    for t in tensors:  # a generator would take twice as long
         if t is not None and t.requires_grad:
             return True
     return False
@@ -93,7 +93,7 @@ def fit(condition: bool) -> None:
 
 
 def per_dimension(v, n: int) -> list[int]:
-    """An argument of a convolution or pooling as a list."""
+    """An argument of a convolution or pooling as a list of ``n``."""
     v = [v] * n if isinstance(v, int) else list(v)
     v = v * n if len(v) == 1 else v
     fit(len(v) == n and all(type(i) is int for i in v))
@@ -116,7 +116,7 @@ def geometry_of(
 
 
 def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """To what autocast casts a convolution's arguments, if it does."""
+    """The dtype to which autocast casts a convolution's arguments, if it does."""
     device = tensors[0].device.type
     if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
         return None
@@ -146,7 +146,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, stride=1, paddin
 def multiply(
     mode, function, input, weight, bias, arguments: dict, price: float, dtype, make: Callable
 ) -> Tensor:
-    """An operation with a price, ``make(a, its value)``, where a is ``input`` as autocast has it."""
+    """Apply an operation with a price, ``make(a, its value)``; a is ``input``, cast by autocast."""
     table, a, value = mode.table, input, None
     if dtype is not None and input.dtype != dtype:
         a = input.detach().to(dtype)
@@ -177,9 +177,9 @@ def linear(mode, function, input, weight, bias=None):
 
 
 def may_run_again(weight: Tensor) -> bool:
-    """Whether ``weight`` will be there in backward: sharded training frees it after forward.
+    """Whether ``weight`` will still exist in backward: sharded training frees it after forward.
 
-    A part of a larger storage is FSDP1's; of FSDP2's there is a list.
+    FSDP1's weights are parts of a larger storage; FSDP2 keeps a list of its own.
     """
     if weight._is_view() or weight.untyped_storage().nbytes() != weight.nbytes or hasattr(weight, "ds_id"):
         return False
@@ -247,7 +247,7 @@ def prelu(mode, function, input, weight):
 
 
 def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parameters: Tensor | None):
-    """``call(input, *parameters)``, image by image, which backward calls again."""
+    """``call(input, *parameters)``, a function of each image alone, which backward calls again."""
     fit(plain(input, *parameters) and input.requires_grad and input.numel() > 0)
     fit(not torch._C._is_any_autocast_enabled())
     fit(all(t is None or t.dtype == input.dtype for t in parameters))
@@ -350,7 +350,7 @@ def concatenate(mode, function, tensors, dim=0):
 
 
 def one_input(name: str, passes: float = 1.0) -> Callable:
-    """A cheap function of one tensor, image by image, whose node saves nothing: it gets a recipe."""
+    """A recipe for a cheap function of each image alone whose node saves nothing."""
 
     def bind(mode: Mode, function, x, /, *args, **kwargs):
         fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
@@ -422,7 +422,7 @@ def average_pool(
 
 
 def leave(mode: Mode, function, args, kwargs):
-    """PyTorch's call. What it changes in place gets out of the way of what is kept; views are followed."""
+    """PyTorch's call. Copies what is kept before the call changes it in place; follows views."""
     by_name, place = writes(function)
     target = kwargs.get("out")
     if target is None and (by_name or kwargs.get("inplace") or (place and len(args) > place and args[place])):
@@ -440,7 +440,7 @@ def leave(mode: Mode, function, args, kwargs):
 
 @functools.lru_cache(maxsize=4096)
 def writes(function) -> tuple[bool, int | None]:
-    """Whether a function changes its first argument, going by its name; and where it has an ``inplace``."""
+    """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
     name, place = getattr(function, "__name__", ""), None
     if isinstance(function, types.FunctionType):
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -449,7 +449,7 @@ def writes(function) -> tuple[bool, int | None]:
 
 
 def expose(mode: Mode, function, args, kwargs):
-    """Somebody may write to a tensor without autograd's knowledge."""
+    """From now on, writes to a tensor may go unseen by autograd."""
     t = args[0] if args else None
     if ordinary(t):
         mode.table.expose(t)

@@ -1,4 +1,4 @@
-"""Is a model the same function under `remat`, and what does it gain?"""
+"""Is a model the same function under `remat`, and what does it save?"""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Comparison:
     Attributes:
         equal: whether all that the model returned, and its buffers afterwards, are equal to the bit.
         difference: the largest between a gradient of plain and of remat, in norms: relative to the gradient,
-            or to 1/100 of the largest, as a bias in front of a batch norm gets nothing but rounding.
-        rounding: the same of plain and ``reference``, "float64", or "a second run" where random numbers are
-            drawn or the model does not run in float64.
-        held, peak: bytes at the end of forward, and the most at any moment, above what stood before.
+            or to 1/100 of the largest one, since a bias before a batch norm gets only rounding errors.
+        rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
+            random numbers or does not run in float64.
+        held, peak: bytes that a step adds, at the end of forward and at the most.
         seconds: of a step; medians.
     """
 
@@ -60,8 +60,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     """Run ``model(*inputs, **kwargs)`` and its backward, plainly and under ``remat(max_cost)``.
 
     Each step runs on a copy of the model and of the inputs, from the same random numbers; backward starts
-    from all tensors returned, with random gradients. Nothing outside of the copies changes, also if the model
-    raises. Within ``torch.autocast`` it compares there.
+    from all tensors returned, with random gradients. Nothing outside the copies changes, even if the model
+    raises. Under ``torch.autocast`` both run in autocast.
 
     Args:
         model: on any device that `MemoryTrace` can measure.
@@ -97,7 +97,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
 
 
 class Step(NamedTuple):
-    """What one step returned, and the buffers then; the gradients; those that backward started from."""
+    """What one step returned, with the buffers; the gradients; those that backward started from."""
 
     values: list[Tensor]
     grads: list[Tensor]
@@ -155,7 +155,7 @@ def clock(device: torch.device) -> float:
 
 
 def tensors_in(tree) -> list[Tensor]:
-    """In lists, tuples, dicts, what else PyTorch takes for a tree, and dataclasses."""
+    """All tensors in lists, tuples, dicts, PyTorch's other trees, and dataclasses."""
     found = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, Tensor):
@@ -166,7 +166,7 @@ def tensors_in(tree) -> list[Tensor]:
 
 
 def apart(found: list[Tensor], exact: list[Tensor]) -> float:
-    """The largest difference, as `Comparison` says; not a number if one is not."""
+    """The largest difference, as `Comparison` defines it; NaN if one is NaN."""
     norms = [q.double().norm().item() for q in exact]
     least = max(norms, default=0.0) / 100 or 1.0
     parts = [

@@ -1,10 +1,10 @@
 """What a compiled graph keeps for backward: the same idea and the same price, by the compiler's own means.
 
-Under `torch.compile` forward and backward are one graph, and the compiler chooses the cut between its two
-halves that carries the fewest bytes. It counts few operations as cheap, though, and stops at rules that spare
-time on a GPU. Here it is told otherwise, for graphs that are compiled under `remat` alone. Its options for
-this, `activation_memory_budget` and `aggressive_recomputation`, are not used: they draw dropout's random
-numbers anew.
+Under `torch.compile` forward and backward are one graph, and the compiler chooses the cut between the two
+that carries the fewest bytes. By default it treats few operations as cheap and follows rules that save time
+on a GPU. For graphs compiled under `remat`, this file changes both. The compiler's options for this,
+`activation_memory_budget` and `aggressive_recomputation`, are not used: they draw dropout's random numbers
+again.
 """
 
 from __future__ import annotations

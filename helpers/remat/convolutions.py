@@ -27,14 +27,14 @@ class Geometry(NamedTuple):
     groups: int
 
     def price(self, weight: Tensor) -> float:
-        """Multiplications per value of the output: C_in / groups · Π k, or of a transposed one its mean."""
+        """Multiplications per value of the output: C_in / groups · Π k; the mean for a transposed one."""
         if not self.transposed:
             return weight.numel() / weight.shape[0]
         return weight.numel() / (weight.shape[1] * self.groups) / math.prod(self.stride)
 
 
 class Convolve(Recipe):
-    """y = conv(a), by the function that forward called, on the whole batch: then it is y to the bit."""
+    """y = conv(a), by forward's call on the whole batch, so that it equals y to the bit."""
 
     def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
@@ -45,7 +45,7 @@ class Convolve(Recipe):
         self.bias = None if bias is None else bias.detach().clone()
 
     def copy_weight(self) -> None:
-        """Before somebody may write to the weight unseen."""
+        """Take a copy, before the weight may be written to unseen."""
         self.weight = self.weight.detach().clone()
         self.version, self.nbytes = self.weight._version, self.weight.untyped_storage().nbytes()
 
@@ -54,15 +54,15 @@ class Convolve(Recipe):
         if w._version != self.version or w.untyped_storage().nbytes() != self.nbytes:
             what = "changed" if w._version != self.version else "freed"
             raise RuntimeError(
-                f"{self.name} is to be computed again in backward, but its weight of shape {tuple(w.shape)} "
-                f"was {what} after forward. Run backward before that, or take remat(max_cost=0), which "
-                "computes no convolution twice"
+                f"{self.name} must be recomputed in backward, but its weight of shape {tuple(w.shape)} was "
+                f"{what} after forward. Run backward before that, or use remat(max_cost=0), which recomputes "
+                "no convolution"
             )
         return self.function(a, to(w, self.dtype), to(self.bias, self.dtype), **self.arguments)
 
 
 class Convolution(Operation):
-    """dw needs a, and is computed first; da does not, and so takes its memory."""
+    """dw needs a and is computed first; da does not, and can use the memory that a leaves."""
 
     saved, prunes = (1,), True
 
@@ -71,7 +71,7 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry, self.value, self.dtype = (
             function, arguments, geometry, value, dtype)  # fmt: skip
-        self.input, self.shape = a, a.shape  # `forward` takes the input away: nothing here may hold it
+        self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
         a, self.input = self.input, None
@@ -110,10 +110,10 @@ class Convolution(Operation):
         return [da, dw, db]
 
     def is_product(self, dz: Tensor, w: Tensor) -> bool:
-        """Whether both gradients are products of matrices, image by image: those of a 1x1 convolution.
+        """Whether to compute both gradients as matrix products, image by image: for 1x1 convolutions.
 
-        A CPU's BLAS takes the tensors as they lie; the library's convolution copies them into a layout of its
-        own first. With few pixels in an image that is the faster way, though.
+        A CPU's BLAS reads the tensors in place; the library's convolution copies them into its own layout
+        first. With few pixels in an image the library is faster, though.
         """
         g, kernel = self.geometry, w.shape[2:]
         plain = not g.transposed and g.groups == 1 and math.prod(kernel) == 1
@@ -121,7 +121,7 @@ class Convolution(Operation):
         return plain and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
 
     def pixels_read(self) -> tuple[slice, ...]:
-        """Of a, by a convolution with a stride and a kernel of one pixel."""
+        """The pixels of a that a 1x1 convolution with a stride reads."""
         return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
 
     def scratch(self, inputs, out):
@@ -132,7 +132,7 @@ class Convolution(Operation):
         return 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
 
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
-        """Those of weight and bias."""
+        """The gradients of weight and bias."""
         dw = db = None
         for images in parts:
             how = (w, [dz.shape[1]], *self.geometry, [False, True, bias])
@@ -143,7 +143,7 @@ class Convolution(Operation):
         return dw, db
 
     def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
-        """The convolution the other way round, without a: the library's backward would want its memory."""
+        """The transposed convolution, without a, for which the library's backward would need memory."""
         g, size = self.geometry, self.shape[2:]
         if g.transposed:
             da = aten.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
@@ -153,21 +153,21 @@ class Convolution(Operation):
                 for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
             ]
             da = aten.convolution(dz, w, None, *g[:3], True, rest, g.groups)
-        if da.shape[2:] != size:  # an output padding of a whole stride
+        if da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
         return da
 
 
 def worth_a_cut(weight_bytes: int) -> int:
-    """From how many bytes of copies on a batch is cut: each part has a weight's gradient of its own."""
+    """The bytes of copies from which cutting a batch pays: each part has its own weight gradient."""
     return max(1 << 24, 3 * weight_bytes)
 
 
 def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
-    """The batch, or its quarters where a CPU library's copies of dz and a would lift the peak.
+    """The batch, or its quarters where a CPU library's copies of dz and a would raise the peak.
 
-    It copies both into a layout of its own, unless they are channels_last. A sum of quarters needs two more
+    It copies both into its own layout, unless they are channels_last. A sum of quarters needs two more
     weights, and would lose digits in half precision.
     """
     n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
@@ -178,7 +178,7 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
 
 
 class Linear(Operation):
-    """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da in its memory."""
+    """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da."""
 
     saved, prunes = (1,), True
 

@@ -1,4 +1,4 @@
-"""The context: it sees each call of forward, hands it to its operation, and notes how the result was made."""
+"""The context: it passes each call of forward to its operation and notes how the result was made."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from helpers.remat.task import Task
 from helpers.remat.values import Moment, Recipe, Table, Value
 
 TWICE = (
-    "remat's backward cannot be differentiated again: what it makes again has no graph. Compute the part of "
-    "the model whose gradient you differentiate outside of remat"
+    "remat's backward cannot be differentiated again: the values that it recomputes have no graph. Run the "
+    "part of the model whose gradient you differentiate outside of remat"
 )
 BATCHED = (
     "remat's backward takes one gradient at a time: is_grads_batched, jacobian(vectorize=True) and vmap over "
-    "a backward pass are not offered. Compute that part of the model outside of remat"
+    "a backward pass are not supported. Run that part of the model outside of remat"
 )
 GONE = (
     "Trying to backward through the graph a second time (or directly access saved tensors after they have "
@@ -32,7 +32,7 @@ GONE = (
 
 
 class Node(torch.autograd.Function):
-    """The node of one operation: its edges are those that PyTorch's own node would have."""
+    """The node of one operation, with the edges that PyTorch's node would have."""
 
     @staticmethod
     def forward(ctx, call: Call, *inputs):
@@ -58,7 +58,7 @@ class Node(torch.autograd.Function):
 
 
 class Twice(torch.autograd.Function):
-    """The first ``n`` of its inputs, as outputs of a node whose backward is an error."""
+    """Returns its first ``n`` inputs, from a node whose backward raises."""
 
     @staticmethod
     def forward(ctx, n: int, *inputs):
@@ -70,7 +70,7 @@ class Twice(torch.autograd.Function):
 
 
 def once(ctx, dz: Tensor | None, grads: list) -> list:
-    """The gradients, which must not be differentiated again: with edges to all that they depend on."""
+    """The gradients behind a node that raises, with edges to all leaves that they depend on."""
     leaves, stack, seen = [], [node for node, _ in ctx.next_functions], set()
     while stack:
         node = stack.pop()
@@ -85,7 +85,7 @@ def once(ctx, dz: Tensor | None, grads: list) -> list:
 
 
 def wanted(ctx) -> list[bool]:
-    """Which inputs' gradients this backward pass wants: it may be one of some inputs alone."""
+    """Which inputs' gradients this backward pass needs: it may be restricted to some inputs."""
     needs = list(ctx.needs_input_grad[1:])
     if ctx.call.operation.prunes:
         places = [i for i, there in enumerate(ctx.tensors) if there]
@@ -93,19 +93,19 @@ def wanted(ctx) -> list[bool]:
             if node is not None:
                 try:
                     needs[i] = torch._C._will_engine_execute_node(node)
-                except RuntimeError:  # a leaf that autograd.grad was asked for
+                except RuntimeError:  # a leaf among the inputs of autograd.grad
                     pass
     return needs
 
 
 def is_batched(dz: Tensor | None) -> bool:
-    """Whether ``dz`` stands for many gradients."""
+    """Whether ``dz`` is a batch of gradients."""
     functorch = torch._C._functorch
     return dz is not None and (functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz))
 
 
 class Call:
-    """One operation in one forward: what a node of the graph holds."""
+    """One operation in one forward. A node of the graph holds it."""
 
     __slots__ = ("moment", "operation", "output", "session", "weight", "__weakref__")
 
@@ -114,7 +114,7 @@ class Call:
         self.moment, self.weight = Moment(), None
 
     def grown(self) -> int:
-        """Bytes that backward adds to what is held: the gradient of a weight."""
+        """Bytes that backward adds to what is held: the weight's gradient."""
         w = self.weight and self.weight()
         return 0 if w is None or not w.requires_grad else grown(w)
 
@@ -136,7 +136,7 @@ class Call:
 
 
 def without_autocast(device: str):
-    """Dtypes are those of forward already."""
+    """Forward has chosen the dtypes already."""
     if torch.amp.is_autocast_available(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
@@ -150,12 +150,12 @@ class Session:
         self.tasks: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
 
     def task(self) -> Task:
-        """The task of the backward pass that runs now; it ends with it."""
+        """The task of the current backward pass; it ends with the pass."""
         key = torch._C._current_graph_task_id()
         task = self.tasks.get(key)
         if task is None:
             task = self.tasks[key] = Task(self.table)
-            # The engine holds it: until the pass ends, or breaks off.
+            # The engine holds it until the pass ends or fails.
             torch.autograd.Variable._execution_engine.queue_callback(task.end)
         return task
 
@@ -165,7 +165,7 @@ class Mode(TorchFunctionMode):
 
     def __init__(self, max_cost: float) -> None:
         super().__init__()
-        self.price = str(max_cost)  # a string: the compiler would make a number an input
+        self.price = str(max_cost)  # a string: the compiler would turn a number into an input
         self.session = Session(max_cost)
         self.table = self.session.table
 
@@ -183,7 +183,7 @@ class Mode(TorchFunctionMode):
     def apply(self, operation: Operation, *inputs: Tensor | None) -> tuple[Tensor, Call]:
         call = Call(self.session, operation)
         out = Node.apply(call, *inputs)
-        both = inputs[0].nbytes + out.nbytes  # of each, the gradient or the value
+        both = inputs[0].nbytes + out.nbytes  # of each, a gradient or the value
         call.moment = Moment(both, both + operation.scratch(inputs, out))
         if operation.saved:
             call.weight = weak(inputs[operation.saved[0]])
@@ -191,18 +191,18 @@ class Mode(TorchFunctionMode):
         return out, call
 
     def made(self, call: Call | None, out: Tensor, recipe: Recipe, *parents: Value) -> Value:
-        """Note how ``out`` was made: by a call, or by PyTorch's own node."""
+        """Note how ``out`` was made: by a call, or by PyTorch's node."""
         return self.table.note(out, recipe, parents, call)
 
     def needed(self, t: Tensor, value: Value | None = None) -> Value:
-        """A node needs ``t``, as PyTorch's own node would."""
+        """A node needs ``t``, as PyTorch's node would."""
         value = value or self.table.find(t)
         self.table.count_plain(value)
         return self.table.need(value, t)
 
 
 class remat:  # noqa: N801
-    """Train the same function in less memory: backward makes cheap values again instead of keeping them.
+    """Train the same function in less memory: backward recomputes cheap values instead of keeping them.
 
         with remat(max_cost=0) as record:       # around forward alone, as torch.autocast
             loss = criterion(model(images), targets)
@@ -210,24 +210,23 @@ class remat:  # noqa: N801
         print(record.names(model))
 
     Also a decorator: ``@remat(max_cost=64)``. Forward is PyTorch's, bit for bit. Convolutions, norms,
-    activations, products and poolings get a node of their own, which keeps its inputs as *recipes*: a norm,
-    an activation, a concatenation or a sum is made again in backward from what is kept. Everything else runs
-    as always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
-    checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler gets the same
-    price.
+    activations, products and poolings get nodes that keep their inputs as *recipes*: backward recomputes a
+    norm, an activation, a concatenation or a sum from what is kept. Everything else runs as always: other
+    operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
+    threads. Nothing in the model changes. Under torch.compile the compiler gets the same price.
 
-    Not seen are writes without a version (``weight.data.mul_()``) after the context, and through the older
-    ``torch.utils.dlpack.to_dlpack``: what is made again then takes the new values.
+    remat does not see writes without a version (``weight.data.mul_()``) after the context, nor those through
+    the older ``torch.utils.dlpack.to_dlpack``: a recomputed value then takes the new values.
 
     Args:
-        max_cost: multiplications per value that may be done a second time, a number from 0 on. A convolution
-            costs C_in / groups · kH · kW a value, and a recipe all that is not kept on its way. At 0 no
-            convolution is computed twice, 64 lets a 1x1 convolution of 64 channels be.
+        max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs
+            C_in / groups · kH · kW per value, a recipe the sum over everything on its path that is not kept.
+            At 0 no convolution is computed twice; 64 allows a 1x1 convolution of 64 channels.
 
     Raises:
         ValueError: ``max_cost`` is no number from 0 on.
-        RuntimeError: in backward, where a value that is needed was changed in place after forward, where the
-            weight of a convolution that runs again is gone, or where a gradient is differentiated again.
+        RuntimeError: in backward, if a needed value was changed in place after forward, if the weight of a
+            convolution to recompute is gone, or if a gradient is differentiated again.
     """
 
     def __init__(self, max_cost: float = 0) -> None:

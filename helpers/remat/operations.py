@@ -1,8 +1,8 @@
 """The operations that remat knows: what each computes in forward, its recipe, and its backward.
 
-Forward is always the call that was written. A backward is PyTorch's own kernel on values that were made
-again, with its result in their memory where that is possible. An operation is one small object: it holds the
-values that its backward needs and what else was given, and knows nothing of autograd (`mode.Node` does).
+Forward is always the caller's call. A backward is PyTorch's kernel on recomputed values, with its result in
+their memory where possible. An operation is one small object: it holds the values that its backward needs and
+its settings, and knows nothing of autograd (`mode.Node` does).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from helpers.remat.task import Task, slabs
 from helpers.remat.values import Recipe, Value, View
 
 aten = torch.ops.aten
-WIDE = (torch.float32, torch.float64)  # wide enough for sums in parts, and for statistics as they are
+WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
 
 
 class Operation:
-    """``forward(*inputs)``, and ``backward(task, dz, needs, saved)``: the inputs' gradients where needed."""
+    """``forward(*inputs)``, and ``backward(task, dz, needs, saved)``: gradients of the inputs."""
 
-    saved: tuple[int, ...] = ()  # which inputs autograd saves: parameters, whose versions it then checks
-    prunes = False  # whether a gradient that this backward pass does not want is worth leaving out
+    saved: tuple[int, ...] = ()  # inputs that autograd saves: parameters, whose versions it then checks
+    prunes = False  # whether skipping a gradient that this backward pass does not need is worth asking
     in_place = False
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ class Operation:
         raise NotImplementedError
 
     def scratch(self, inputs: tuple, out: Tensor) -> int:
-        """Bytes that a library takes for itself inside of backward."""
+        """Bytes of a library's scratch memory in backward."""
         return 0
 
 
 def grown(w: Tensor) -> int:
-    """Bytes that a gradient of ``w`` adds to what is held: none if it is added to another."""
+    """Bytes that a gradient of ``w`` adds to what is held: none if it is accumulated."""
     return w.nbytes if not w.is_leaf or w.grad is None else 0
 
 
@@ -56,11 +56,11 @@ def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Normalise(Recipe):
-    """z = γ (y - μ)/σ + β by the kernel that made it, with its statistics: equal to the last bit.
+    """z = γ (y - μ)/σ + β with forward's statistics, equal to the last bit.
 
-    With γ/σ for a weight and a variance of 1 without ε, the CPU's kernel for constant statistics computes
-    what the one for batch statistics did: y scale + (β - μ scale), from scale = γ · (1/σ). An accelerator's
-    takes 1/σ itself.
+    With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
+    the one for batch statistics did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes
+    1/σ.
     """
 
     name, passes = "norm", 1.0
@@ -77,7 +77,7 @@ class Normalise(Recipe):
 
     @classmethod
     def constant(cls, gamma, beta, mean, var, eps: float) -> Normalise:
-        """With running statistics: the call of forward, with copies of all that may change."""
+        """With running statistics: forward's call, with copies of what may change."""
         recipe = cls.__new__(cls)
         recipe.parameter, recipe.eps = weak(gamma), eps
         copies = (None if t is None else t.detach().clone() for t in (gamma, beta, mean, var))
@@ -97,7 +97,7 @@ class Normalise(Recipe):
 
 
 class Again(Recipe):
-    """The call of forward once more, but for what it changes."""
+    """Forward's call once more, without its side effects."""
 
     def __init__(self, name: str, call: Callable[[Tensor], Tensor], passes: float, parameter=None) -> None:
         self.name, self.call, self.passes, self.parameter = name, call, passes, weak(parameter)
@@ -132,7 +132,7 @@ class BatchNorm(Operation):
         dtype = self.invstd.dtype
         if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
             return Normalise(y, gamma, beta, self.mean, self.invstd)
-        # A norm all in half precision: its scale is rounded in ways that only the kernel knows.
+        # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
         how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
         recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
@@ -142,7 +142,7 @@ class BatchNorm(Operation):
     def backward(self, task, dz, needs, saved):
         (gamma,) = saved
         need_y, need_gamma, need_beta = needs
-        if self.value is None:  # constant statistics, and nobody wants dγ: any tensor of y's shape will do
+        if self.value is None:  # constant statistics and no dγ: any tensor of y's shape will do
             y, mask = dz, [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
@@ -155,14 +155,14 @@ class BatchNorm(Operation):
 
 
 def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
-    """Whether these are of one dtype and one plain layout."""
+    """Whether these are contiguous and of one dtype, on a CPU."""
     return y.is_cpu and dz.dtype == y.dtype == mean.dtype and dz.is_contiguous() and y.is_contiguous()
 
 
 def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor) -> list:
-    """dy, dγ and dβ of a norm with batch statistics (chapter 3), in no memory but that of dy.
+    """dy, dγ and dβ of a norm with batch statistics (chapter 3), with no temporary tensor of dy's size.
 
-    The CPU library's own backward allocates dy twice. It still computes the two sums, dβ = Σ dz and
+    The CPU library's backward allocates dy twice. Here it computes the two sums alone, dβ = Σ dz and
     dγ = Σ dz (y - μ)/σ; then dy = γ/σ (dz - dβ/m - (y - μ)/σ dγ/m), some images at a time.
     """
     how = (gamma, None, None, mean, invstd, True, 0.0, (False, True, True))
@@ -188,9 +188,9 @@ class Statistics(NamedTuple):
 
 
 class Rerun(Operation):
-    """Any cheap function of a value and of parameters: backward calls it again, and differentiates that.
+    """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    So for group norm, layer norm and PReLU.
+    For group norm, layer norm and PReLU.
     """
 
     def __init__(self, call: Callable[..., Tensor], value: Value, parameters: int) -> None:
@@ -201,7 +201,7 @@ class Rerun(Operation):
             t if t is None else t.detach().requires_grad_(need)
             for t, need in zip((task.get(self.value)[0], *saved), needs, strict=True)
         ]
-        with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run within remat's context
+        with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run inside remat's context
             out = self.forward(*inputs)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(torch.autograd.grad(out, wanted, dz))
@@ -212,7 +212,7 @@ class Rerun(Operation):
 
 
 def library(name: str, **named) -> tuple[Callable, Callable]:
-    """Both kernels of an activation, as most are called."""
+    """Forward and backward kernel of an activation with the usual signature."""
     forward, backward = getattr(aten, name).out, getattr(aten, f"{name}_backward").grad_input
     return (
         lambda u, *numbers, out: forward(u, *numbers, out=out, **named),
@@ -241,7 +241,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
 }
 FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # their backward takes a, not u
-EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit is the same wherever in a range it lies
+EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 
 
 class Kind(NamedTuple):
@@ -270,7 +270,7 @@ class Activate(Recipe):
 
 
 class Activation(Operation):
-    """From its result, where that does: it is there already, or one more pass behind the same source."""
+    """Its backward takes the result where possible: it is often held already."""
 
     def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
@@ -284,7 +284,7 @@ class Activation(Operation):
 
 
 class Product(Operation):
-    """x = p q, where both have gradients: squeeze-and-excite, gates."""
+    """x = p q, where both need gradients: squeeze-and-excite, gates."""
 
     prunes = True
 
@@ -350,7 +350,7 @@ class Window(NamedTuple):
 
 
 class MaxPool(Operation):
-    """Keeps where each maximum lies in its window, in a byte; PyTorch keeps the input, and eight bytes."""
+    """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input."""
 
     def __init__(self, window: Window, ceil_mode: bool, x: Tensor) -> None:
         self.window, self.ceil_mode, self.shape, self.offsets = window, ceil_mode, x.shape, None
@@ -389,7 +389,7 @@ class MaxPool(Operation):
 
 
 class AveragePool(Operation):
-    """Its backward wants the shape of the input alone."""
+    """Its backward needs only the shape of the input."""
 
     def __init__(self, arguments: tuple, x: Tensor) -> None:
         self.arguments, self.shape = arguments, x.shape

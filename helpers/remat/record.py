@@ -10,12 +10,12 @@ MIB = 2**20
 
 
 class Record:
-    """What backward needs of one forward under `remat`, and what is held for it. ``print`` shows it.
+    """What backward needs from one forward under `remat`, and what is kept for it. ``print`` shows it.
 
     Attributes:
-        rows: one for each value that a backward needs, in the order of forward: ``recipe`` (the operation
+        rows: one for each value that backward needs, in the order of forward: ``recipe`` (the operation
             that made it), ``shape``, ``nbytes``, ``kept``, and ``cost``, the multiplications per value that
-            making it again takes.
+            recomputing it takes.
     """
 
     def __init__(self, table: Table) -> None:
@@ -27,21 +27,21 @@ class Record:
 
     @property
     def kept_bytes(self) -> int:
-        """Of the tensors that are held from forward to backward, and of the max-pools' offsets."""
+        """Bytes held from forward to backward, the max-pools' offsets included."""
         return sum(row.nbytes for row in self.rows if row.kept)
 
     @property
     def plain_bytes(self) -> int:
-        """What PyTorch would have saved for the same operations."""
+        """Bytes that PyTorch would have saved for the same operations."""
         return self._table.plain_bytes
 
     def names(self, model: nn.Module) -> Record:
-        """Take the names of ``model``'s parameters for the origin of each row. Returns the record."""
+        """Show the names of ``model``'s parameters as the origin of each row. Returns the record."""
         self._names.update((id(p), name) for name, p in model.named_parameters())
         return self
 
     def origin(self, row: Row) -> str:
-        """Whose convolution or norm a value comes from: a module's name, or the parameter's shape."""
+        """The convolution or norm that a value comes from: a module's name, or the parameter's shape."""
         parameter = row.origin and row.origin()
         if parameter is None:
             return ""
@@ -49,9 +49,9 @@ class Record:
         return f"weight of shape {tuple(parameter.shape)}" if name is None else name.removesuffix(".weight")
 
     def __str__(self) -> str:
-        cells = [("value", "of", "shape", "MiB", "", "multiplications a value")]
+        cells = [("value", "of", "shape", "MiB", "", "multiplications per value")]
         for row in self.rows:
-            again = "kept" if row.kept else "made again"
+            again = "kept" if row.kept else "recomputed"
             price = "" if row.kept else f"{row.cost:,.0f}"
             shape = "×".join(map(str, row.shape))
             cells.append((row.recipe, self.origin(row), shape, f"{row.nbytes / MIB:,.2f}", again, price))

@@ -813,7 +813,7 @@ def test_record():
     assert record.plain_bytes == X.numel() * 4 + 4 * (4 * 8 * 90) * 4
     assert len(again) == 2 and all(row.nbytes == math.prod(row.shape) * 4 for row in again)
     text = str(record.names(model))
-    assert "1.0" in text and "conv2d" in text and "relu" in text and "made again" in text
+    assert "1.0" in text and "conv2d" in text and "relu" in text and "recomputed" in text
 
 
 @pytest.mark.parametrize("max_cost", [-1, float("nan"), True, "3", None, [0], 1j, -float("inf")])

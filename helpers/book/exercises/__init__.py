@@ -67,10 +67,9 @@ def compare(name: str, got, want, mistakes=(), case: str = "", rel: float = 1e-9
         words += [f"{name} is {want}, got {got}"]
     elif not isinstance(got, Tensor):
         words += [f"{name} must be a tensor, got {type(got).__name__}"]
-    elif got.shape != want.shape:
-        words += [f"{name} must have shape {tuple(want.shape)}, got {tuple(got.shape)}"]
-    elif got.dtype != want.dtype:
-        words += [f"{name} must be {want.dtype}, got {got.dtype}"]
+    else:
+        facts = ("have shape", tuple(got.shape), tuple(want.shape)), ("be", got.dtype, want.dtype)
+        words += [f"{name} must {verb} {w}, got {g}" for verb, g, w in facts if g != w]
     words += [f"{name} has the right shape, but wrong values"]
     raise Wrong(words[0] + (f" ({case})" if case else ""))
 

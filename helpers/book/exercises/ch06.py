@@ -1,20 +1,17 @@
 """The checkers of chapter 6."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import namedtuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from helpers.book.exercises import CHANNELS, compare_all, compare_function, exercise, grads, require
 from helpers.memory import MemoryTrace
 
 NAMES = "dx, dw, dgamma, dbeta"
-
-
-def convolve(x, w):
-    return F.conv2d(x, w, padding=1)
+HowMade = namedtuple("HowMade", "function inputs")  # a recipe, as chapter 6 has it
+convolve = partial(F.conv2d, padding=1)
 
 
 def new_leaves(*shapes):
@@ -45,13 +42,6 @@ def check_frozen(answer):
     more = (trace.tensor_peak - x.nbytes) / dz.nbytes
     require(more <= 0.5, f"right gradients, but they needed {more:.1f} buffers of y's size")
     return ", without y"
-
-
-class HowMade(NamedTuple):
-    """A recipe, as chapter 6 has it."""
-
-    function: Callable
-    inputs: tuple[Tensor, ...]
 
 
 @exercise(3)

@@ -87,15 +87,12 @@ def test_cut_sample_is_balanced_and_repeatable(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "data")
     import cut_sample
 
-    rng = cut_sample.random.Random(3)
-    labels = [rng.randrange(10) for _ in range(1000)]
-    chosen = cut_sample.choose(labels, 123, cut_sample.random.Random(0))
-    assert chosen == cut_sample.choose(labels, 123, cut_sample.random.Random(0))
-    assert chosen != cut_sample.choose(labels, 123, cut_sample.random.Random(1))
-    counts = [[labels[i] for i in chosen].count(digit) for digit in range(10)]
-    assert len(set(chosen)) == 123 and max(counts) - min(counts) == 1
+    labels = torch.randint(10, (1000,), generator=torch.Generator().manual_seed(3)).tolist()
+    first, again, other = (cut_sample.choose(labels, 123, cut_sample.random.Random(s)) for s in (0, 0, 1))
+    counts = [[labels[i] for i in first].count(digit) for digit in range(10)]
+    assert first == again != other and len(set(first)) == 123 and max(counts) - min(counts) == 1
     with pytest.raises(ValueError, match="not enough images"):
-        cut_sample.choose(labels, 1000, rng)
+        cut_sample.choose(labels, 1000, cut_sample.random.Random(0))
 
 
 def test_auto_takes_the_whole_set_where_it_is(root, whole):
@@ -142,11 +139,10 @@ def test_corrupt_sample_is_named(tmp_path):
 
 
 def test_first_images():
-    whole_train, whole_test = load_mnist("sample")
-    cut_train, cut_test = load_mnist("sample", train_images=100, test_images=7)
-    assert torch.equal(cut_train.images, whole_train.images[:100])
-    assert torch.equal(cut_test.labels, whole_test.labels[:7])
-    assert cut_train.name == cut_test.name == "sample: 100 training and 7 test images"
+    splits = zip(load_mnist("sample"), load_mnist("sample", train_images=100, test_images=7), strict=True)
+    for (whole, cut), n in zip(splits, (100, 7), strict=True):
+        assert torch.equal(cut.images, whole.images[:n]) and torch.equal(cut.labels, whole.labels[:n])
+        assert cut.name == "sample: 100 training and 7 test images"
 
 
 WRONG_ARGUMENTS = {
@@ -299,35 +295,33 @@ def test_batches(digits):
     assert x.dtype == torch.float32 and x.shape == (96, 1, 28, 28) and torch.equal(labels, digits.labels)
     expected = (digits.images.double() / 255 - 0.1307) / 0.3081
     torch.testing.assert_close(x[:, 0].double(), expected, atol=1e-6, rtol=0)
-
-    def shuffled(seed):
-        found = [labels for _, labels in batches(digits, 40, "cpu", torch.Generator().manual_seed(seed))]
-        return torch.cat(found)
-
-    assert torch.equal(shuffled(1), shuffled(1))
-    assert not torch.equal(shuffled(1), shuffled(2))
-    assert torch.equal(shuffled(1).sort().values, digits.labels.sort().values)
-    pairs = batches(digits, 96, "cpu", torch.Generator().manual_seed(3))
-    x, labels = next(pairs)  # an image keeps its label
-    assert torch.equal(x[:, 0, 4:24:2].mean(2).argmax(1), labels)
     assert digits.images.dtype == torch.uint8 and digits.images.max() == 255  # the split is as it was
 
 
+def test_batches_shuffle_by_the_generator(digits):
+    passes = [list(batches(digits, 40, "cpu", torch.Generator().manual_seed(seed))) for seed in (1, 1, 2)]
+    first, again, other = (torch.cat([labels for _, labels in one]) for one in passes)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first.sort().values, digits.labels.sort().values)
+    for x, labels in passes[0]:  # an image keeps its label
+        assert torch.equal(x[:, 0, 4:24:2].mean(2).argmax(1), labels)
+
+
 @pytest.mark.parametrize("size", [0, -1, 97])
-def test_batch_size_is_checked_at_the_call(digits, size):
-    message = f"BATCH_SIZE must be from 1 to 96, .*got {size}"
-    model = nn.Flatten()
-    with pytest.raises(ValueError, match=message):
-        batches(digits, size, "cpu")
-    with pytest.raises(ValueError, match=message):
-        train(model, digits, 1, size)
-    with pytest.raises(ValueError, match=message):
-        training.test(model, digits, size)
+@pytest.mark.parametrize("call", ["batches(digits, size, 'cpu')", "train(nn.Flatten(), digits, 1, size)",
+                                  "training.test(nn.Flatten(), digits, size)"])  # fmt: skip
+def test_batch_size_is_checked_at_the_call(digits, size, call):
+    with pytest.raises(ValueError, match=f"BATCH_SIZE must be from 1 to 96, .*got {size}"):
+        eval(call, globals(), {"digits": digits, "size": size})
+
+
+def test_epochs_are_checked(digits):
     with pytest.raises(ValueError, match="EPOCHS must be at least 1, got 0"):
-        train(model, digits, 0, 8)
+        train(nn.Flatten(), digits, 0, 8)
 
 
-def test_pair_and_net():
+def test_pair_and_net(digits):
+    torch.manual_seed(0)
     assert [name for name, _ in pair(3, 5, 2).named_children()] == ["conv", "bn"]
     assert pair(3, 5, 2).conv.bias is None
     made = []
@@ -336,6 +330,9 @@ def test_pair_and_net():
     assert list(model.state_dict()) == list(Net().state_dict())
     out = model(torch.randn(2, 1, 28, 28))
     torch.testing.assert_close(out.exp().sum(1), torch.ones(2))
+    model, few = Net(), Split(*(t[:20] for t in digits[:2]), "few")  # and it learns
+    train(model, few, 1, 10)
+    assert training.test(model, few, 10)[1] > 0.9
 
 
 def test_train_and_test(digits):
@@ -391,11 +388,3 @@ def test_test_is_exact_and_restores_the_mode(digits):
     assert accuracy == pytest.approx((log_p.argmax(1) == digits.labels).double().mean().item())
     assert loss == pytest.approx(nn.functional.nll_loss(log_p, digits.labels).item(), rel=1e-5)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
-def test_net_trains(digits):
-    torch.manual_seed(0)
-    small = Split(digits.images[:20], digits.labels[:20], digits.name)
-    model = Net()
-    losses = train(model, small, 1, 10)
-    assert len(losses) == 30 and training.test(model, small, 10)[1] > 0.9

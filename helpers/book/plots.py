@@ -130,12 +130,9 @@ def memory_over_time(axes, traces: dict, colours: dict, reference: tuple[str, fl
     The two numbers are above the curve and the dashed line's label to its right, so no label hides a curve.
     Each step has the width of its panel: this is a picture of memory, and time depends on the machine.
 
-    Args:
-        axes: as many axes as traces, one above the other.
-        traces: title -> trace with a timeline and a mark "end of forward"; without, it is a ValueError.
-        colours: title -> colour.
-        reference: a label and a number of bytes to draw as a dashed line across all axes. Without one, the
-            highest peak is drawn across the other axes.
+    ``traces``: title -> trace with a timeline and a mark "end of forward"; without, it is a ValueError.
+    ``reference`` is a label and a number of bytes to draw as a dashed line across all axes. Without one, the
+    highest peak is drawn across the other axes.
     """
     for title, trace in traces.items():
         if not trace.timeline or "end of forward" not in trace.marks:
@@ -219,9 +216,8 @@ def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
 def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str, list[str]]) -> None:
     """Chapter 8: a row for each tensor, as high as it has channels; filled in the columns that keep it.
 
-    Args:
-        tensors: name -> channels, in the order of forward.
-        columns: heading -> names of the tensors that are kept; the first is PyTorch, without a price.
+    ``tensors``: name -> channels, in the order of forward. ``columns``: heading -> names of those kept;
+    the first is PyTorch, without a price.
     """
     total = sum(tensors.values())
     tops = np.cumsum([0, *tensors.values()])
@@ -244,9 +240,8 @@ def kept_at_prices(ax, title: str, tensors: dict[str, float], columns: dict[str,
 def memory_front(ax, title: str, rows: list[dict], published: list[tuple[str, float, float]]) -> None:
     """Chapter 8: peak memory against step time. `remat` is a line over its prices, the others are points.
 
-    Args:
-        rows: of a record of bench, the unfused network first; a thin bar is the range of the rounds' ratios.
-        published: (label, memory, time) of others, on other machines: hollow.
+    ``rows`` are of a record of bench, the unfused network first; a thin bar is the rounds' range.
+    ``published``: (label, memory, time) of others, on other machines: hollow.
     """
     markers = {"unfused": "s", "remat": "o", "checkpoint": "^", "compile": "D"}
     labels, line = [], []

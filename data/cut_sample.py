@@ -1,23 +1,21 @@
-"""Cut the sample in data/sample/ from the whole of MNIST.
+"""Cut the sample in data/sample/ from the whole of MNIST, which `make data` puts into data/MNIST/raw.
 
-    python data/cut_sample.py [FOLDER]
-
-FOLDER holds the whole set's four IDX files, plain or gzipped; by default data/MNIST/raw. Every digit has as
-many images as every other, give or take one, and the order is random; both follow from SEED alone.
+Every digit has as many images as every other, give or take one, and the order is random; both follow from
+SEED alone.
 """
 
-import gzip
 import random
 import sys
 from pathlib import Path
 
-DATA = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA.parent))
+import numpy as np
 
-from helpers.book.data import read_folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from helpers.book.data import DATA, FILES, SAMPLE, load_mnist
 
 SEED = 0
-SIZES = {"train": 8192, "t10k": 2048}
+SIZES = 8192, 2048
 
 
 def choose(labels: list[int], size: int, rng: random.Random) -> list[int]:
@@ -36,20 +34,13 @@ def choose(labels: list[int], size: int, rng: random.Random) -> list[int]:
     return chosen
 
 
-def write_idx(path: Path, tensor) -> None:
-    """Write uint8 values as a gzipped IDX file that is the same at every run."""
-    header = bytes((0, 0, 8, tensor.dim())) + b"".join(n.to_bytes(4, "big") for n in tensor.shape)
-    # No name and no time in the gzip header.
-    path.write_bytes(gzip.compress(header + tensor.numpy().tobytes(), 9, mtime=0))
-
-
-def main(source: Path) -> None:
-    rng = random.Random(SEED)
-    for (name, size), (images, labels) in zip(SIZES.items(), read_folder(source, md5=True), strict=True):
-        chosen = choose(labels.tolist(), size, rng)
-        write_idx(DATA / "sample" / f"{name}-images-idx3-ubyte.gz", images[chosen])
-        write_idx(DATA / "sample" / f"{name}-labels-idx1-ubyte.gz", labels[chosen].byte())
+def main() -> None:
+    rng, arrays = random.Random(SEED), []
+    for split, size in zip(load_mnist("full"), SIZES, strict=True):
+        chosen = choose(split.labels.tolist(), size, rng)
+        arrays += [split.images[chosen].numpy(), split.labels[chosen].byte().numpy()]
+    np.savez_compressed(DATA / SAMPLE[0], **dict(zip(FILES, arrays, strict=True)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DATA / "MNIST" / "raw")
+    main()

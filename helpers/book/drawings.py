@@ -8,18 +8,7 @@ from itertools import product
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from helpers.book.plots import COLOURS, ink
-
-__all__ = [
-    "HUES",
-    "lifetimes",
-    "norm_geometry",
-    "number_grid",
-    "pair_diagram",
-    "saved_bars",
-    "taps",
-    "tensor_row",
-]
+from helpers.book.plots import COLOURS, FILLS, LINE, arrow, box, ink, note
 
 HUES = ("#E69F00", "#882255", "#000000")  # safe for the colour-blind too, and of none of the methods
 
@@ -27,38 +16,28 @@ HUES = ("#E69F00", "#882255", "#000000")  # safe for the colour-blind too, and o
 def saved_bars(ax, bars: Sequence[tuple[str, float, bool]]) -> None:
     """A horizontal bar for each (label, MiB, whether it is hatched), from the top down."""
     for row, (_, size, hatched) in enumerate(bars):
-        look = (
-            dict(color=COLOURS["unfused"], edgecolor="white", hatch="///")
-            if hatched
-            else dict(color="#c8c8c8", edgecolor="#888888")
-        )
-        ax.barh(row, size, **look)
+        colour, edge, hatch = (COLOURS["unfused"], "white", "///") if hatched else ("#c8c8c8", "#888888", "")
+        ax.barh(row, size, color=colour, edgecolor=edge, hatch=hatch)
         text = f"  {size:.2f}" + ("  y: can be computed again" if hatched else "")
-        ax.text(size, row, text, va="center", color=ink(COLOURS["unfused"]) if hatched else "#333333")
+        ax.text(size, row, text, va="center", color=ink(colour) if hatched else LINE)
     ax.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
     ax.set(xlabel="MiB", xlim=(0, 1.65 * max(size for _, size, _ in bars)))
     ax.invert_yaxis()
 
 
 def number_grid(
-    ax,
-    grid: Tensor,
-    title: str,
-    corner: tuple[int, int] | None = None,
-    factors: Tensor | None = None,
+    ax, grid: Tensor, title: str, corner: tuple[int, int] | None = None, factors: Tensor | None = None,
     faint: Iterable[tuple[int, int]] = (),
-) -> None:
+) -> None:  # fmt: skip
     """A 2-d tensor of numbers. Where a window of ``factors`` lies at ``corner``, show the products instead.
 
-    Args:
-        faint: the (row, column) of cells that are shaded grey.
+    The (row, column) of ``faint`` are shaded grey.
     """
     for r, c in product(*map(range, grid.shape)):
         colour, text = ("#eeeeee" if (r, c) in faint else "white"), f"{grid[r, c]:g}"
         if corner and 0 <= r - corner[0] < factors.shape[0] and 0 <= c - corner[1] < factors.shape[1]:
             colour, text = "#cfe3f1", f"{factors[r - corner[0], c - corner[1]]:g}·{grid[r, c]:g}"
-        ax.add_patch(plt.Rectangle((c, r), 1, 1, facecolor=colour, edgecolor="#444444"))
-        ax.text(c + 0.5, r + 0.5, text.replace("-", "−"), ha="center", va="center", fontsize=8.5)
+        box(ax, c, r, 1, 1, text.replace("-", "−"), facecolor=colour, edgecolor="#444444", fontsize=8.5)
     ax.set(xlim=(-0.05, grid.shape[1] + 0.05), ylim=(grid.shape[0] + 0.05, -0.05), aspect="equal")
     ax.set_title(title.replace("-", "−"), fontsize=10)
     ax.axis("off")
@@ -71,8 +50,7 @@ def taps(ax, title: str, size: int, kernel: int, stride: int, padding: int, dila
     for k, (colour, marker) in enumerate(zip(HUES, "os^", strict=True)):
         at = [stride * i + dilation * k - padding for i in range(out)]
         ax.scatter(at, range(out), color=colour, marker=marker)
-        look = dict(textcoords="offset points", ha="center", fontsize=8, color=ink(colour))
-        ax.annotate(f"k = {k}", (at[0], 0), (0, 7), **look)
+        note(ax, f"k={k}", (at[0], 0), (0, 7), colour, fontsize=8, ha="center")
     for a in range(-padding, size + padding):
         if not 0 <= a < size:
             ax.axvspan(a - 0.5, a + 0.5, color="#eeeeee", zorder=0)
@@ -85,22 +63,21 @@ def taps(ax, title: str, size: int, kernel: int, stride: int, padding: int, dila
 def norm_geometry(ax) -> None:
     """The vectors 1, ŷ and dz, the plane of the first two, and what of dz sticks out of it."""
 
-    def at(a, b, c):
+    def at(a, b, c=0.0):
         """a along 1, b along ŷ, c upward, in an oblique view."""
         return a + 0.32 * b, 0.5 * b - 0.08 * a + c
 
-    def arrow(start, end, colour, label, shift):
-        look = dict(arrowstyle="-|>", color=colour, linewidth=2, shrinkA=0, shrinkB=0)
-        ax.annotate("", end, start, arrowprops=look)
-        ax.text(end[0] + shift[0], end[1] + shift[1], label, color=ink(colour))
-
-    corners = [at(a, b, 0) for a, b in ((-0.2, -0.3), (2.6, -0.3), (2.6, 2.2), (-0.2, 2.2))]
+    corners = [at(a, b) for a, b in ((-0.2, -0.3), (2.6, -0.3), (2.6, 2.2), (-0.2, 2.2))]
     ax.add_patch(plt.Polygon(corners, facecolor="#eeeeee", edgecolor="#bbbbbb"))
-    origin, foot, tip = at(0, 0, 0), at(1.5, 1.4, 0), at(1.5, 1.4, 1.2)
-    arrow(origin, at(1.1, 0, 0), "#555555", "1", (0.05, -0.2))
-    arrow(origin, at(0, 1.1, 0), "#555555", "ŷ", (-0.18, 0.08))
-    arrow(origin, tip, HUES[0], "dz", (0.05, 0.03))
-    arrow(foot, tip, HUES[1], "σ/γ · dy", (0.08, -0.6))
+    origin, foot, tip = at(0, 0), at(1.5, 1.4), at(1.5, 1.4, 1.2)
+    for start, end, colour, label, offset in (
+        (origin, at(1.1, 0), "#555555", "1", (2, -12)),
+        (origin, at(0, 1.1), "#555555", "ŷ", (-11, 5)),
+        (origin, tip, HUES[0], "dz", (3, 2)),
+        (foot, tip, HUES[1], "σ/γ · dy", (5, -36)),
+    ):
+        arrow(ax, start, end, color=colour, linewidth=2)
+        note(ax, label, end, offset, colour, fontsize=10)
     ax.plot(*zip(origin, foot, strict=True), color=HUES[0], linestyle=":")
     ax.set(title="Outside the plane of 1 and ŷ", xlim=(-0.5, 3.6), ylim=(-0.6, 2.1), aspect="equal")
     ax.axis("off")
@@ -109,97 +86,69 @@ def norm_geometry(ax) -> None:
 def pair_diagram(ax, title: str, kept: str, steps: Sequence[str] = ("", "", "", "")) -> None:
     """Convolution and batch norm: forward above, backward below.
 
-    Args:
-        kept: which of "xyz" are kept until backward.
-        steps: what to put before the names of the four operations.
+    ``kept``: which of "xyz" are kept until backward; ``steps``: what to put before the operations' names.
     """
-    line = dict(arrowstyle="-|>", color="#333333", shrinkA=20, shrinkB=20)
     ax.set(title=title, xlim=(-0.2, 2.25), ylim=(-0.3, 1.55))
     for column, name in enumerate("xyz"):
         for row, text in ((1, name), (0, "d" + name)):
-            fill = "#f0b48a" if text in kept else "white"
+            look = {"facecolor": FILLS["y"] if text in kept else "white", "fontsize": 11}
             dashes = "--" if text == "y" not in kept else "-"
-            corner = column - 0.1, row - 0.13
-            ax.add_patch(
-                plt.Rectangle(corner, 0.2, 0.26, facecolor=fill, edgecolor="#333333", linestyle=dashes)
-            )
-            ax.text(column, row, text, ha="center", va="center", fontsize=11)
-    arrows = (
-        (0, 1, 1, "conv"),
-        (1, 2, 1, "batch norm"),
-        (2, 1, 0, "batch norm\nbackward"),
-        (1, 0, 0, "conv\nbackward"),
-    )
-    for (start, end, row, text), step in zip(arrows, steps, strict=True):
-        ax.annotate("", (end, row), (start, row), arrowprops=line)
+            box(ax, column - 0.1, row - 0.13, 0.2, 0.26, text, linestyle=dashes, **look)
+    names = "conv", "batch norm", "batch norm\nbackward", "conv\nbackward"
+    ways = (0, 1, 1), (1, 2, 1), (2, 1, 0), (1, 0, 0)
+    for (start, end, row), text, step in zip(ways, names, steps, strict=True):
+        arrow(ax, (start, row), (end, row), shrinkA=20, shrinkB=20)
         ax.text((start + end) / 2, row + 0.06, step + text, ha="center", va="bottom", fontsize=9)
     for column in (0, 1):  # x goes into the convolution's backward, y into batch norm's
-        tail, tip = (column + 0.12, 0.85), (column + 0.46, 0.37)
-        ax.plot(*zip(tail, tip, strict=True), ":", color="#333333")
-        near = (tail[0] + 11 * tip[0]) / 12, (tail[1] + 11 * tip[1]) / 12
-        ax.annotate("", tip, near, arrowprops=dict(line, shrinkA=0, shrinkB=0))
+        arrow(ax, (column + 0.12, 0.85), (column + 0.46, 0.37), linestyle=":")
     ax.axis("off")
 
 
 def lifetimes(ax, title: str, steps: Sequence[str], buffers: dict, nodes: dict) -> None:
     """During which of ``steps`` each buffer is alive, and how many are alive at once.
 
-    Args:
-        buffers: name -> (first step, the step before which it is gone).
-        nodes: name of a node of autograd's graph -> the same of what it runs.
+    ``buffers``: name -> (first step, the step before which it is gone); ``nodes``: the same of autograd's.
     """
-    colours = ("#b5d3e7", "#f0b48a", "#7fc4a5")
-    for row, ((name, (start, end)), colour) in enumerate(zip(buffers.items(), colours, strict=True)):
-        ax.barh(row, end - start, left=start, height=0.7, color=colour, edgecolor="#333333")
+    n = len(buffers)
+    for row, ((name, (start, end)), fill) in enumerate(zip(buffers.items(), ("dz", "y", "dx"), strict=True)):
+        ax.barh(row, end - start, left=start, height=0.7, color=FILLS[fill], edgecolor=LINE)
         ax.text(start + 0.08, row, name, va="center")
     for step, text in enumerate(steps):
         alive = sum(start <= step < end for start, end in buffers.values())
-        ax.text(step + 0.5, len(buffers) - 0.2, text, ha="center", va="center", fontsize=9)
-        ax.text(step + 0.5, len(buffers) + 0.4, f"{alive} alive", ha="center", va="center", fontweight="bold")
-        ax.axvline(step, color="#bbbbbb", linestyle=":", linewidth=1, zorder=0)
-    white = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text(step + 0.5, n - 0.2, text, ha="center", va="center", fontsize=9)
+        ax.text(step + 0.5, n + 0.4, f"{alive} alive", ha="center", va="center", fontweight="bold")
+    ax.vlines(range(len(steps) + 1), -0.6, n + 0.7, color="#777777", linestyle=":", linewidth=1)
     for name, (start, end) in nodes.items():
-        ax.plot([start + 0.03, end - 0.03], [-0.75, -0.75], color="#333333", linewidth=3)
-        ax.text((start + end) / 2, -0.95, name, ha="center", va="bottom", fontsize=9, bbox=white)
-    ax.set(title=title, xlim=(-0.02, len(steps) + 0.02), ylim=(len(buffers) + 1, -1.6))
+        ax.plot([start + 0.03, end - 0.03], [-0.75, -0.75], color=LINE, linewidth=3)
+        ax.text((start + end) / 2, -0.95, name, ha="center", va="bottom", fontsize=9)
+    ax.set(title=title, xlim=(-0.02, len(steps) + 0.02), ylim=(n + 1, -1.6))
     ax.axis("off")
 
 
 def tensor_row(
-    ax,
-    title: str,
-    boxes: Sequence[tuple[str, str, float]],
-    kept: Iterable[str],
-    colour: str,
-    skip: tuple[str, str] | None = None,
-    given: Iterable[str] = ("x",),
-) -> None:
-    """Tensors of forward as boxes in their order; the ``kept`` ones filled, the others dashed.
+    ax, title: str, boxes: Sequence[tuple[str, str, float]], kept: Iterable[str], colour: str,
+    skip: tuple[str, str] | None = None, given: Iterable[str] = ("x",),
+) -> None:  # fmt: skip
+    """Tensors of forward as boxes in their order: ``kept`` ones filled, ``given`` ones grey, others dashed.
 
-    Args:
-        boxes: (operation that makes it, name, channels: the width of the box).
-        given: names of boxes that were there before: grey.
-        skip: names of two boxes that a residual connection joins.
+    A box is (operation that makes it, name, channels: its width). A residual connection joins ``skip``.
     """
     gap = 0.11 * sum(width for *_, width in boxes)
     left, centre = 0.0, {}
-    line = dict(arrowstyle="-|>", color="#333333", shrinkA=0, shrinkB=0)
     for step, name, width in boxes:
         if step:
-            ax.annotate("", (left + gap, 0), (left, 0), arrowprops=line)
+            arrow(ax, (left, 0), (left + gap, 0))
             ax.text(left + 0.46 * gap, 0.1, step, ha="center", va="bottom", fontsize=8)
             left += gap
         fill = colour if name in kept else "#e4e4e4" if name in given else "white"
-        look = dict(facecolor=fill, linestyle="--" if fill == "white" else "-")
-        ax.add_patch(plt.Rectangle((left, -0.36), width, 0.72, edgecolor="#333333", **look))
-        weight = "bold" if name in kept else "normal"
-        ax.text(left + width / 2, 0, name, ha="center", va="center", fontsize=9, fontweight=weight)
+        look = {"fontweight": "bold" if name in kept else "normal", "fontsize": 9, "facecolor": fill}
+        box(ax, left, -0.36, width, 0.72, name, linestyle="--" if fill == "white" else "-", **look)
         centre[name] = left + width / 2
         left += width
     if skip:
         start, end = (centre[name] for name in skip)
-        ax.plot([start, start, end], [-0.36, -0.6, -0.6], color="#333333", linewidth=1)
-        ax.annotate("", (end, -0.36), (end, -0.61), arrowprops=line)
+        ax.plot([start, start, end], [-0.36, -0.6, -0.6], color=LINE, linewidth=1)
+        arrow(ax, (end, -0.61), (end, -0.36))
     ax.set(xlim=(-0.1, left + 0.1), ylim=(-0.66 if skip else -0.4, 0.4))
     ax.set_title(title, fontsize=10, pad=3)
     ax.axis("off")

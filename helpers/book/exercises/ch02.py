@@ -1,12 +1,10 @@
 """The checkers of chapter 2."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.book.exercises import CHANNELS, grads, hint, hint_tuple
+from helpers.book.exercises import CHANNELS, compare, compare_all, exercise, grads, require
 
 
 class Convolutions(TorchDispatchMode):
@@ -19,85 +17,71 @@ class Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_grad_bias(answer) -> str:
-    """Chapter 2: db from dy."""
+@exercise(1)
+def check_grad_bias(answer):
+    """db from dy."""
     dy = torch.randn(3, 4, 2, 5)
-    mistakes = {"that is the mean; every entry that b is added to counts in full": dy.mean(CHANNELS)}
-    wrong = hint(1, "db", answer(dy.clone()), dy.sum(CHANNELS), mistakes, ": sum over all but o")
-    return wrong or "exercise 1: right"
+    mistakes = {
+        "that is the mean; every entry that b is added to counts in full": dy.mean(CHANNELS),
+        "every image uses the same b: sum over all but o": dy.sum((2, 3)),
+    }
+    compare("db", answer(dy.clone()), dy.sum(CHANNELS), mistakes)
 
 
-def check_grads_1x1(answer) -> str:
-    """Chapter 2: (dx, dw) of a 1×1 convolution from (dy, x, w)."""
+@exercise(2)
+def check_grads_1x1(answer):
+    """(dx, dw) of a 1×1 convolution from (dy, x, w)."""
     x, w, dy = torch.randn(3, 2, 4, 5), torch.randn(6, 2), torch.randn(3, 6, 4, 5)
     with Convolutions() as convolutions:
         got = answer(dy.clone(), x.clone(), w.clone())
-    if wrong := hint_tuple(2, "dx, dw", got):
-        return wrong
-    if convolutions.count:
-        return "exercise 2: that calls a convolution; a matrix product at every pixel is enough"
-    want = grads(lambda x, w: F.conv2d(x, w[:, :, None, None]), (x, w), dy)
-    for name, grad, right in zip(("dx", "dw"), got, want, strict=True):
-        mistakes = {
-            f"{name} is too small by the batch size: sum over n, do not average": right / len(x),
-            "dx pairs w and dy by the wrong channel: what stands beside x in the sum?": torch.einsum(
-                "oc,noij->ncij", w.flip(1), dy
-            ),
-        }
-        shape = ": every image uses the same w, so sum over n" if name == "dw" else ""
-        if wrong := hint(2, name, grad, right, mistakes, shape):
-            return wrong
-    return "exercise 2: right"
+    dx, dw = grads(lambda x, w: F.conv2d(x, w[:, :, None, None]), (x, w), dy)
+    flipped, of_each = F.conv2d(dy, w.flip(1).T[..., None, None]), torch.einsum("noij,ncij->noc", dy, x)
+    mistakes = {
+        "dx is too small by the batch size: sum over n, do not average": dx / len(x),
+        "dw is too small by the batch size: sum over n, do not average": dw / len(x),
+        "every image uses the same w, so sum over n": of_each,
+        "dx pairs w and dy by the wrong channel: what multiplies x in the sum?": flipped,
+    }
+    compare_all("dx, dw", got, (dx, dw), mistakes)
+    require(not convolutions.count, "that calls a convolution; a matrix product at every pixel is enough")
 
 
-def check_grads_transposed(answer) -> str:
-    """Chapter 2: (du, dw) of a transposed convolution from (dz, u, w, stride)."""
+@exercise(3)
+def check_grads_transposed(answer):
+    """(du, dw) of a transposed convolution from (dz, u, w, stride)."""
     for stride in ((1, 1), (2, 3)):
         u, w = torch.randn(2, 3, 4, 5), torch.randn(3, 6, 3, 2)
         dz = torch.randn(F.conv_transpose2d(u, w, stride=stride).shape)
+        du, dw = grads(F.conv_transpose2d, (u, w), dz, stride=stride)
+        kernel = F.conv2d(dz, w.flip(2, 3), stride=stride)
+        mistakes = {
+            "du is flipped: transposing twice leaves no flip": du.flip(2, 3),
+            "dw is flipped: transposing twice leaves no flip": dw.flip(2, 3),
+            "the kernel of du is flipped: transposing twice leaves no flip": kernel,
+            "dw has its channels the wrong way round; exchange dimensions 0 and 1": dw.transpose(0, 1),
+        }
         got = answer(dz.clone(), u.clone(), w.clone(), stride)
-        if wrong := hint_tuple(3, "du, dw", got):
-            return wrong
-        want = grads(F.conv_transpose2d, (u, w), dz, stride=stride)
-        for name, grad, right in zip(("du", "dw"), got, want, strict=True):
-            swapped = name == "dw" and grad.shape == right.transpose(0, 1).shape
-            mistakes = {
-                f"{name} is flipped: transposing twice leaves no flip": right.flip(2, 3),
-                "the kernel of du is flipped: transposing twice leaves no flip": F.conv2d(
-                    dz, w.flip(2, 3), stride=stride
-                ),
-            }
-            shape = "; exchange dimensions 0 and 1" if swapped else ""
-            if wrong := hint(3, name, grad, right, mistakes, shape):
-                return f"{wrong} (stride {stride})"
-    return "exercise 3: right"
+        compare_all("du, dw", got, (du, dw), mistakes, f"stride {stride}")
 
 
-def check_grads_by_patches(answer) -> str:
-    """Chapter 2: (dx, dw) of any convolution from (dy, x, w, stride, padding, dilation, groups)."""
-    for stride, padding, dilation, groups in (
-        ((1, 1), (0, 0), (1, 1), 1),
-        ((2, 3), (1, 2), (1, 1), 1),
-        ((2, 1), (2, 1), (2, 3), 1),
-        ((2, 1), (1, 0), (1, 2), 3),
-    ):
+@exercise(4)
+def check_grads_by_patches(answer):
+    """(dx, dw) of any convolution from (dy, x, w, stride, padding, dilation, groups)."""
+    cases = ((1, 1), (0, 0), (1, 1), 1), ((2, 3), (1, 2), (1, 1), 1), ((2, 1), (2, 1), (2, 3), 1)
+    for stride, padding, dilation, groups in (*cases, ((2, 1), (1, 0), (1, 2), 3)):
         options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         x, w = torch.randn(2, 2 * groups, 7, 9), torch.randn(5 * groups, 2, 3, 2)
         dy = torch.randn(F.conv2d(x, w, **options).shape)
         with Convolutions() as convolutions:
             got = answer(dy.clone(), x.clone(), w.clone(), **options)
-        if wrong := hint_tuple(4, "dx, dw", got):
-            return wrong
-        if convolutions.count:
-            return "exercise 4: that calls a convolution; F.unfold, F.fold and torch.einsum are enough"
-        want = grads(F.conv2d, (x, w), dy, **options)
-        for name, grad, right in zip(("dx", "dw"), got, want, strict=True):
-            mistakes = {
-                f"{name} is averaged over the images; sum": right / len(x),
-                "dw takes the images for one: every image has its own patches": grads(
-                    F.conv2d, (x[:1], w), dy[:1], **options
-                )[1],
-            }
-            if wrong := hint(4, name, grad, right, mistakes):
-                return f"{wrong} ({', '.join(f'{key} {value}' for key, value in options.items())})"
-    return "exercise 4: right"
+        dx, dw = grads(F.conv2d, (x, w), dy, **options)
+        _, of_one = grads(F.conv2d, (x[:1], w), dy[:1], **options)
+        mistakes = {
+            "dx is averaged over the images; sum": dx / len(x),
+            "dw is averaged over the images; sum": dw / len(x),
+            "dw takes the images for one: every image has its own patches": of_one,
+        }
+        case = ", ".join(f"{key} {value}" for key, value in options.items())
+        compare_all("dx, dw", got, (dx, dw), mistakes, case)
+        calls = "that calls a convolution; F.unfold, F.fold and torch.einsum are enough"
+        require(not convolutions.count, calls)

@@ -1,83 +1,76 @@
 """The checkers of chapter 3."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from helpers.batch_norm import per_channel
-from helpers.book.exercises import CHANNELS, grads, hint, hint_tuple
+from helpers.book.exercises import CHANNELS, compare, compare_all, exercise, grads
 
 
-def closed_form(dz: Tensor, y_hat: Tensor, gamma: Tensor, std: Tensor, over=CHANNELS) -> Tensor:
+def closed_form(dz, y_hat, gamma, std, over=CHANNELS):
     """Batch norm's dy, γ/σ (dz - mean of dz - ŷ times the mean of dz ŷ); all broadcast over y."""
     mean_dz, mean_dz_y_hat = dz.mean(over, keepdim=True), (dz * y_hat).mean(over, keepdim=True)
     return gamma / std * (dz - mean_dz - y_hat * mean_dz_y_hat)
 
 
-def check_grad_input_eval(answer) -> str:
-    """Chapter 3: dy in eval mode from (dz, gamma, running_var, eps)."""
+@exercise(1)
+def check_grad_input_eval(answer):
+    """dy in eval mode from (dz, gamma, running_var, eps)."""
     dz, gamma, var, eps = torch.randn(3, 2, 4, 5), torch.tensor([2.0, -3.0]), torch.tensor([0.5, 4.0]), 0.7
     right = per_channel(gamma / (var + eps).sqrt()) * dz
     mistakes = {
         "gamma is missing": right / per_channel(gamma),
-        "eps is missing": right * per_channel(((var + eps) / var).sqrt()),
+        "eps is missing": per_channel(gamma / var.sqrt()) * dz,
         "eps belongs inside the root": per_channel(gamma / (var.sqrt() + eps)) * dz,
-        "divide by the root of the variance, not by the variance": right / per_channel((var + eps).sqrt()),
+        "divide by the root of the variance, not by the variance": per_channel(gamma / (var + eps)) * dz,
         "subtract no mean: here it does not depend on y": right - right.mean(CHANNELS, keepdim=True),
     }
-    return hint(1, "dy", answer(dz.clone(), gamma, var, eps), right, mistakes) or "exercise 1: right"
+    compare("dy", answer(dz.clone(), gamma, var, eps), right, mistakes)
 
 
-def check_grad_from_output(answer) -> str:
-    """Chapter 3: dy in training from (dz, z, gamma, beta, std)."""
+@exercise(2)
+def check_grad_from_output(answer):
+    """dy in training from (dz, z, gamma, beta, std)."""
     gamma, beta, y = torch.tensor([0.5, -2.0]), torch.tensor([1.0, 3.0]), torch.randn(3, 2, 4, 5) * 2 + 1
     dz, std = torch.randn_like(y), (y.var(CHANNELS, correction=0) + 1e-5).sqrt()
-    z = F.batch_norm(y, None, None, gamma, beta, training=True)
-    got = answer(dz.clone(), z.clone(), gamma, beta, std)
-    (right,) = grads(lambda y: F.batch_norm(y, None, None, gamma, beta, training=True), (y,), dz)
-    gamma, beta, std = (per_channel(t) for t in (gamma, beta, std))
+
+    norm = partial(F.batch_norm, running_mean=None, running_var=None, weight=gamma, bias=beta, training=True)
+    z, (g, b, s) = norm(y), (per_channel(t) for t in (gamma, beta, std))
     mistakes = {
-        "z is not y_hat: undo gamma and beta first": closed_form(dz, z, gamma, std),
-        "beta is still in your y_hat": closed_form(dz, z / gamma, gamma, std),
-        "gamma is still in your y_hat": closed_form(dz, z - beta, gamma, std),
-        "that is eval mode; in training mean and variance depend on y": gamma / std * dz,
+        "z is not y_hat: undo gamma and beta first": closed_form(dz, z, g, s),
+        "beta is still in your y_hat": closed_form(dz, z / g, g, s),
+        "gamma is still in your y_hat": closed_form(dz, z - b, g, s),
+        "that is eval mode; in training mean and variance depend on y": g / s * dz,
     }
-    return hint(2, "dy", got, right, mistakes) or "exercise 2: right"
+    compare("dy", answer(dz.clone(), z.clone(), gamma, beta, std), *grads(norm, (y,), dz), mistakes)
 
 
-def check_grads_group_norm(answer) -> str:
-    """Chapter 3: (dy, dgamma, dbeta) of group norm from (dz, y, gamma, groups, eps)."""
+@exercise(3)
+def check_grads_group_norm(answer):
+    """(dy, dgamma, dbeta) of group norm from (dz, y, gamma, groups, eps)."""
     (N, C, H, W), groups, eps = (3, 6, 4, 5), 2, 0.1
     y, gamma, dz = torch.randn(N, C, H, W) * 2 + 1, torch.randn(C), torch.randn(N, C, H, W)
     want = grads(lambda *leaves: F.group_norm(leaves[0], groups, *leaves[1:], eps), (y, gamma, gamma), dz)
-    got = answer(dz.clone(), y.clone(), gamma.clone(), groups, eps)
-    if wrong := hint_tuple(3, "dy, dgamma, dbeta", got):
-        return wrong
 
-    def in_groups(t):
+    def grouped(t):
         return t.expand(N, C, H, W).reshape(N, groups, -1)
 
     def normalised(t, over):
         std = (t.var(over, correction=0, keepdim=True) + eps).sqrt()
         return (t - t.mean(over, keepdim=True)) / std, std
 
-    y_hat, std = normalised(in_groups(y), 2)
+    g, (y_hat, std) = per_channel(gamma), normalised(grouped(y), 2)
+    outside, no_gamma = (closed_form(grouped(dz), y_hat, t, std, 2) for t in (grouped(g), torch.ones(1)))
     y_hat_c, std_c = normalised(y, CHANNELS)
-    gamma_g, dz_g = in_groups(per_channel(gamma)), in_groups(dz)
+    batch_norms = closed_form(dz, y_hat_c, g, std_c)
     mistakes = {
-        "gamma differs within a group, so it must stand inside the sums": closed_form(
-            dz_g, y_hat, gamma_g, std, 2
-        ).view_as(y),
-        "dy lacks the paths through mean and variance": (gamma_g * dz_g / std).view_as(y),
-        "those are batch norm's sums; group norm's run over some channels of one image": closed_form(
-            dz, y_hat_c, per_channel(gamma), std_c
-        ),
+        "gamma differs within a group, so it must be inside the sums": outside.view_as(y),
+        "dy lacks the paths through mean and variance": (grouped(g * dz) / std).view_as(y),
+        "those are batch norm's sums; group norm's run over some channels of one image": batch_norms,
         "dgamma sums dz alone; gamma is multiplied by y_hat": want[2],
-        "dy lacks gamma": closed_form(dz_g, y_hat, torch.ones(1), std, 2).view_as(y),
+        "dy lacks gamma": no_gamma.view_as(y),
     }
-    for name, grad, right in zip(("dy", "dgamma", "dbeta"), got, want, strict=True):
-        if wrong := hint(3, name, grad, right, mistakes):
-            return wrong
-    return "exercise 3: right"
+    got = answer(dz.clone(), y.clone(), gamma.clone(), groups, eps)
+    compare_all("dy, dgamma, dbeta", got, want, mistakes)

@@ -1,22 +1,18 @@
 """The checkers of chapter 4."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from helpers.batch_norm import per_channel
-from helpers.book.exercises import CHANNELS, hint
-from helpers.memory import saved_by
+from helpers.book.exercises import CHANNELS, compare, compare_function, exercise
 
 
-def simple_norm(y: Tensor, eps: float = 1e-3) -> Tensor:
+def simple_norm(y, eps=1e-3):
     """The tutorial's norm."""
     return (y - per_channel(y.mean(CHANNELS))) / per_channel(y.std(CHANNELS) + eps)
 
 
-def tutorials_backward(dz, y, mean, sqrt_var, eps, bug: bool) -> Tensor:
+def tutorials_backward(dz, y, mean, sqrt_var, eps, bug: bool):
     """The tutorial's norm, backward; with exercise 2's bug or without."""
     m, num, denom = y.numel() / y.shape[1], y - per_channel(mean), sqrt_var + eps
     ddenom = -(dz * num).sum(CHANNELS) / denom**2
@@ -25,74 +21,44 @@ def tutorials_backward(dz, y, mean, sqrt_var, eps, bug: bool) -> Tensor:
     return dz / per_channel(denom) + per_channel(dmean / m) + per_channel(2 * dvar / (m - 1)) * num
 
 
-def check_function(number: int, function, leaves, want: Tensor, names: tuple[str, ...], mistakes) -> str:
-    """The verdict on an autograd.Function, given what it must compute and the names of its gradients.
-
-    ``mistakes(dz)`` maps what to say to the name of a gradient and the values that a mistake gives.
-    """
-    z, saved = saved_by(function.apply, *leaves)
-    if z is None:
-        return f"exercise {number}: not attempted yet"
-    if wrong := hint(number, "the output", z.detach(), want.detach()):
-        return wrong
-    if large := [str(t.dtype) for t in saved if t.shape == z.shape and t.dtype != torch.bool]:
-        return f"exercise {number}: right output, but a tensor of its shape is saved, {', '.join(large)}"
-    dz = torch.randn_like(z)
-    try:
-        got = torch.autograd.grad(z, leaves, dz, allow_unused=True)
-    except RuntimeError as reason:
-        return f"exercise {number}: backward fails: {reason}"
-    right = torch.autograd.grad(want, leaves, dz, retain_graph=True, materialize_grads=True)
-    for name, grad, wanted in zip(names, got, right, strict=True):
-        if grad is None:
-            return f"exercise {number}: {name} is None; an optimiser would pass that parameter over"
-        ours = {words: wrong for words, (of, wrong) in mistakes(dz).items() if of == name}
-        if (grad - wanted).abs().max() > 1e-10 and (wrong := hint(number, name, grad, wanted, ours)):
-            return wrong
-    return f"exercise {number}: right"
-
-
-def check_biased(function) -> str:
-    """Chapter 4: the tutorial's function with a bias, apply(x, w, b)."""
+@exercise(1)
+def check_biased(function):
+    """The tutorial's function with a bias, apply(x, w, b)."""
     x, w, b = leaves = [torch.randn(s, requires_grad=True) for s in ((3, 2, 6, 5), (4, 2, 3, 2), (4,))]
-    want = simple_norm(F.conv2d(x, w, b))
 
-    def mistakes(dz):
+    def mistakes(dz, got):
         y, mean = F.conv2d(x, w), F.conv2d(x, w, b).mean(CHANNELS)
         dy = tutorials_backward(dz, y, mean, y.std(CHANNELS), 1e-3, bug=False)
+        (dx,), db = torch.autograd.grad(y, x, dy), dz.sum(CHANNELS)
         return {
-            "is the y that backward computes the y that mean belongs to?": (
-                "dx",
-                torch.autograd.grad(y, x, dy)[0],
-            ),
-            "db sums dz, but b reaches z through the mean as well": ("db", dz.sum(CHANNELS)),
+            "dx is wrong; is the y that backward computes the y that mean belongs to?": dx,
+            "db sums dz, but b reaches z through the mean as well": db,
         }
 
-    return check_function(1, function, leaves, want, ("dx", "dw", "db"), mistakes)
+    want = simple_norm(F.conv2d(x, w, b))
+    compare_function(function.apply, "dx, dw, db", leaves, want, mistakes, leaves)
 
 
-def check_mended(answer) -> str:
-    """Chapter 4: the tutorial's norm, backward, without the bug, from (dz, y, mean, sqrt_var, eps)."""
+@exercise(2)
+def check_mended(answer):
+    """The tutorial's norm, backward, without the bug, from (dz, y, mean, sqrt_var, eps)."""
     y, dz = torch.randn(3, 4, 5, 6) * 2 + 1, torch.randn(3, 4, 5, 6)
     for eps in (1e-3, 0.5):
-        arguments = dz, y, y.mean(CHANNELS), y.std(CHANNELS), eps
-        got = answer(*(a.clone() for a in arguments[:4]), eps)
-        right, buggy = (tutorials_backward(*arguments, bug=bug) for bug in (False, True))
+        arguments = dz, y, y.mean(CHANNELS), y.std(CHANNELS)
+        right, buggy = (tutorials_backward(*arguments, eps, bug=bug) for bug in (False, True))
         mistakes = {"the bug is still there; for dz = 1, which of the per-channel numbers are 0?": buggy}
-        if wrong := hint(2, "dy", got, right, mistakes):
-            return wrong
-    return "exercise 2: right"
+        compare("dy", answer(*(a.clone() for a in arguments), eps), right, mistakes)
 
 
-def check_conv_bn_relu(function) -> str:
-    """Chapter 4: conv, batch norm and ReLU as one function, apply(x, w, gamma, beta)."""
+@exercise(3)
+def check_conv_bn_relu(function):
+    """Conv, batch norm and ReLU as one function, apply(x, w, gamma, beta)."""
     leaves = [torch.randn(s, requires_grad=True) for s in ((3, 2, 6, 5), (4, 2, 3, 2), (4,), (4,))]
-    x, w, gamma, beta = leaves
-    z = F.batch_norm(F.conv2d(x, w), None, None, gamma, beta, training=True)
-    names = "dx", "dw", "dgamma", "dbeta"
+    z = F.batch_norm(F.conv2d(*leaves[:2]), None, None, *leaves[2:], training=True)
+    names = "dx, dw, dgamma, dbeta"
 
-    def mistakes(dz):
-        unmasked = zip(names, torch.autograd.grad(z, leaves, dz, retain_graph=True), strict=True)
-        return {f"{name} is the gradient without ReLU; mask dz": (name, grad) for name, grad in unmasked}
+    def mistakes(dz, got):
+        unmasked = zip(names.split(", "), torch.autograd.grad(z, leaves, dz, retain_graph=True), strict=True)
+        return {f"{name} is the gradient without ReLU; mask dz": grad for name, grad in unmasked}
 
-    return check_function(3, function, leaves, z.relu(), names, mistakes)
+    compare_function(function.apply, names, leaves, z.relu(), mistakes, leaves)

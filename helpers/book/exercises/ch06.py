@@ -1,108 +1,69 @@
 """The checkers of chapter 6."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import namedtuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from helpers.book.exercises import CHANNELS, hint, hint_tuple
-from helpers.memory import MemoryTrace, saved_by, storage_address
+from helpers.book.exercises import CHANNELS, compare_all, compare_function, exercise, grads, require
+from helpers.memory import MemoryTrace
+
+NAMES = "dx, dw, dgamma, dbeta"
+HowMade = namedtuple("HowMade", "function inputs")  # a recipe, as chapter 6 has it
+convolve = partial(F.conv2d, padding=1)
 
 
-def check_frozen(answer) -> str:
+def new_leaves(*shapes):
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+@exercise(2)
+def check_frozen(answer):
     """``answer(dz, x, w, gamma, mean, var, eps)``: gradients of conv (padding 1) and a constant norm."""
-    n, c_in, c_out, eps = 6, 2, 8, 0.1
-    shapes = ((n, c_in, 14, 12), (c_out, c_in, 3, 3), (c_out,), (c_out,))
-    x, w, gamma, beta = leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    mean, var = torch.randn(c_out, dtype=torch.float64), torch.rand(c_out, dtype=torch.float64) + 0.5
-    z = F.batch_norm(F.conv2d(x, w, padding=1), mean, var, gamma, beta, training=False, eps=eps)
-    dz = torch.randn_like(z)
+    leaves, eps = new_leaves((6, 2, 14, 12), (8, 2, 3, 3), (8,), (8,)), 0.1
+    x, w, gamma, beta = (t.detach() for t in leaves)
+    mean, var, y = torch.randn_like(gamma), torch.rand_like(gamma) + 0.5, convolve(*leaves[:2])
+    z = F.batch_norm(y, mean, var, *leaves[2:], training=False, eps=eps)
+    dz, inv_std = torch.randn_like(z), torch.rsqrt(var + eps)
     want = torch.autograd.grad(z, leaves, dz)
-    arguments = [t.detach() for t in (dz, x, w, gamma)]
     with MemoryTrace() as trace:
-        got = answer(*arguments, mean, var, eps)
-    if (wrong := hint_tuple(2, "dx, dw, dgamma, dbeta", got)) is not None:
-        return wrong
-    inv_std, sum_dz_y = torch.rsqrt(var + eps), (dz * F.conv2d(*arguments[1:3], padding=1)).sum(CHANNELS)
-    scale = gamma.detach() * inv_std
+        got = answer(dz, x, w, gamma, mean, var, eps)
+    dx, dw = grads(convolve, (x, w), dz)
+    no_mean = (dz * y.detach()).sum(CHANNELS) * inv_std
     mistakes = {
-        "dx": {"z is γ/σ times y, and the factor is missing from dx": grad_of_conv(x, w, dz)[0]},
-        "dw": {"z is γ/σ times y, and the factor is missing from dw": grad_of_conv(x, w, dz)[1]},
-        "dgamma": {
-            "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": sum_dz_y * inv_std,
-            "dgamma has a γ too many: take the weight gradient before it is scaled": want[2]
-            * scale
-            / inv_std,
-            "dgamma is to be divided by σ, the root of var + ε": want[2] / inv_std,
-        },
+        "z is γ/σ times y, and the factor is missing from dx": dx,
+        "z is γ/σ times y, and the factor is missing from dw": dw,
+        "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,
+        "dgamma has a γ too many: take the weight gradient before it is scaled": want[2] * gamma,
+        "dgamma is to be divided by σ, the root of var + ε": want[2] / inv_std,
     }
-    for name, g, h in zip(("dx", "dw", "dgamma", "dbeta"), got, want, strict=True):
-        if (wrong := hint(2, name, g, h, mistakes.get(name))) is not None:
-            return wrong
-    if trace.tensor_peak - x.nbytes > dz.nbytes / 2:
-        more = (trace.tensor_peak - x.nbytes) / dz.nbytes
-        return f"exercise 2: right gradients, but they needed {more:.1f} buffers of y's size"
-    return "exercise 2: right, without y"
+    compare_all(NAMES, got, want, mistakes)
+    more = (trace.tensor_peak - x.nbytes) / dz.nbytes
+    require(more <= 0.5, f"right gradients, but they needed {more:.1f} buffers of y's size")
+    return ", without y"
 
 
-def grad_of_conv(x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """dx and dw of ``F.conv2d(x, w, padding=1)``."""
-    return torch.autograd.grad(F.conv2d(x, w, padding=1), (x, w), dy)
-
-
-class HowMade(NamedTuple):
-    """A recipe, as chapter 6 has it."""
-
-    function: Callable
-    inputs: tuple[Tensor, ...]
-
-
-def check_norm_leaky(answer) -> str:
+@exercise(3)
+def check_norm_leaky(answer):
     """``answer(y, gamma, beta, recipe, alpha)``: batch norm and leaky ReLU that keep y's recipe."""
-    alpha, channels = 0.3, 5
-    shapes = ((16, channels, 9, 8), (channels, channels, 3, 3), (channels,), (channels,))
-    x, w, gamma, beta = leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    plain = F.leaky_relu(
-        F.batch_norm(F.conv2d(x, w, padding=1), None, None, gamma, beta, training=True), alpha
-    )
-    da = torch.randn_like(plain)
-    want, before = torch.autograd.grad(plain, leaves, da), da.clone()
+    leaves, alpha = new_leaves((16, 5, 9, 8), (5, 5, 3, 3), (5,), (5,)), 0.3
+    x = leaves[0]
 
-    def convolve(x: Tensor, w: Tensor) -> Tensor:
-        return F.conv2d(x, w, padding=1)
-
-    def layer() -> Tensor | None:
+    def layer(x, w, gamma, beta):
         return answer(convolve(x, w), gamma, beta, HowMade(convolve, (x, w)), alpha)
 
-    a, saved = saved_by(layer)
-    if (wrong := hint(3, "a", a, plain)) is not None:
-        return wrong
-    if {storage_address(t) for t in saved if t.nbytes >= x.nbytes / 8} - {storage_address(x)}:
-        return "exercise 3: a is right, but another tensor of y's size than x is kept for backward"
-    grads = torch.autograd.grad(a, leaves, da, allow_unused=True)
-    if not torch.equal(da, before):
-        return "exercise 3: the gradient that came in was overwritten"
-    slopes = torch.autograd.grad(
-        F.batch_norm(convolve(x, w), None, None, gamma, beta, training=True), leaves, da
-    )
-    for name, g, h, s in zip(("dx", "dw", "dgamma", "dbeta"), grads, want, slopes, strict=True):
-        if g is None:
-            return f"exercise 3: {name} is None; backward returns a gradient for each of forward's tensors"
-        if wrong := hint(
-            3, name, g, h, {"this is without leaky ReLU; dz = da where z > 0, α da elsewhere": s}
-        ):
-            return wrong
-    del a, plain
-    for leaf in leaves:
-        leaf.grad = None
+    def norm(x, w, gamma, beta):
+        return F.batch_norm(convolve(x, w), None, None, gamma, beta, training=True)
+
+    def mistakes(da, got):
+        slopes = zip(NAMES.split(", "), grads(norm, leaves, da), strict=True)
+        return {f"{name} is without leaky ReLU; dz = da where z > 0, α da elsewhere": s for name, s in slopes}
+
+    compare_function(layer, NAMES, leaves, F.leaky_relu(norm(*leaves), alpha), mistakes, [x])
+    da = torch.randn_like(x)
     with MemoryTrace() as trace:
-        a = layer()
-        a.backward(da)
+        layer(*leaves).backward(da)
     buffers = trace.tensor_peak / x.nbytes
-    if buffers > 3.5:
-        return f"exercise 3: right gradients, but one block peaks at {buffers:.1f} buffers, and L + 2 is 3"
-    return f"exercise 3: right, with a peak of {buffers:.2f} buffers for one block"
+    require(buffers <= 3.5, f"right gradients, but one block peaks at {buffers:.1f} buffers, and L + 2 is 3")
+    return f", with a peak of {buffers:.2f} buffers for one block"

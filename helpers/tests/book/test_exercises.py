@@ -6,8 +6,10 @@ folded solution, the one python block of the first <details> behind it that is n
 each.
 """
 
+import ast
 import functools
 import re
+import symtable
 from typing import NamedTuple
 
 import matplotlib
@@ -67,16 +69,45 @@ def torch_as_it_was():
     torch.set_rng_state(random)
 
 
-@functools.cache
-def names_of(page):
-    """What stands in the page's namespace after its cells have run with the quick parameters."""
-    matplotlib.use("Agg")
-    names = {"__name__": "__main__"}
+def globals_in(source):
+    """The global names that ``source`` binds, and those that it reads."""
+    binds, reads, tables = set(), set(), [symtable.symtable(source, "page", "exec")]
+    for table in tables:
+        tables += table.get_children()
+        for symbol in table.get_symbols():
+            if table.get_type() == "module" or symbol.is_global():
+                binds |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
+                reads |= {symbol.get_name()} if symbol.is_referenced() else set()
+    return binds, reads
+
+
+def needed(page):
+    """The statements of a page that its exercises build on: here nothing is trained or measured."""
+    statements = []
     for cell in read_json(PAGES[page])["cells"]:
         if cell["cell_type"] == "code":
-            exec(compile("".join(cell["source"]), f"{page}: {cell['id']}", "exec"), names)
+            statements += map(ast.unparse, ast.parse("".join(cell["source"])).body)
             if "parameters" in tags(cell):
-                names.update(read_quick(PAGES[page]))
+                statements += (f"{name} = {value!r}" for name, value in read_quick(PAGES[page]).items())
+    kept, wanted = [], set()
+    for e in EXERCISES:
+        if e.page == page:
+            answers = [e.solution] + [e.solution.replace(old, new) for old, new, _ in mistakes(e)]
+            wanted |= {e.check, e.gap}.union(*(globals_in(answer)[1] for answer in answers))
+    for statement in reversed(statements):
+        binds, reads = globals_in(statement)
+        if statement.startswith("torch.set_") or binds & wanted:
+            kept.append(statement)
+            wanted |= reads
+    return "\n".join(reversed(kept))
+
+
+@functools.cache
+def names_of(page):
+    """What a page's exercises find there, and its default type."""
+    matplotlib.use("Agg")
+    names = {"__name__": "__main__"}
+    exec(compile(needed(page), page, "exec"), names)
     return names, torch.get_default_dtype()
 
 

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.text import Text
 
 from helpers.book import plots
 
@@ -119,3 +120,37 @@ def test_memory_over_time():
     plt.close(fig)
     with pytest.raises(ValueError, match="traces: 'fused' needs a timeline and a mark"):
         plots.memory_over_time(axes, {"fused": trace(1, marked=False)}, plots.COLOURS)
+
+
+def test_labels_of_points_hide_neither_each_other_nor_a_line():
+    fig, ax = plt.subplots(figsize=(3, 3))
+    points = [(0.4, 0.5), (0.42, 0.52), (0.5, 0.5), (0.95, 0.5)]
+    for x, _ in points:
+        ax.plot([x, x], [0, 1], color="#999999")
+    ax.axhline(0.5)
+    plots.label_points(ax, [(f"label {i}", at, "#009E73") for i, at in enumerate(points)])
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the thin line
+    assert [text.get_text() for text in ax.texts] == [f"label {i}" for i in range(4)]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1 for box in boxes)
+    level = ax.transData.transform((0, 0.5))[1]
+    assert not any(box.y0 < level < box.y1 for box in boxes)
+    plt.close(fig)
+
+
+def test_memory_by_stage():
+    mib, (fig, axes) = 2**20, plt.subplots(2, 1)
+    log = [("early", 3 * mib), ("late", 2 * mib), ("backward", mib), ("late", -2 * mib), ("early", -3 * mib)]
+    found = plots.memory_by_stage(axes, {"plain": (log, 2), "less": (log[1:4], 1)})
+    assert found == {
+        "plain": {"early": 3 * mib, "late": 2 * mib, "backward": mib},
+        "less": {"late": 2 * mib, "backward": mib},
+    }
+    assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylabel() == "MiB"
+    legend = axes[0].get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["backward", "late", "early"]  # as they are stacked
+    colours = {c.get_label(): tuple(c.get_facecolor()[0]) for c in axes[1].collections}
+    assert [tuple(patch.get_facecolor()) for patch in legend.legend_handles] == [colours[n] for n in names]
+    assert [text.get_text() for text in axes[0].texts if "peak" in text.get_text()] == ["peak 6 MiB"]
+    plt.close(fig)

@@ -17,7 +17,7 @@ WRONG = {
             ("2 * y", "3 * y", "three a block"),
             ("total = 0", "total = 4 * n * channels[0] * height * width", "the batch existed before"),
             ("- 2 * i) * (width - 2 * i)", ") * (width)", "makes an image smaller"),
-            ("- 2 * i) * (width - 2 * i)", "- 2) * (width - 2)", "the ledger has"),
+            ("- 2 * i) * (width - 2 * i)", "- 2) * (width - 2)", "got 33600"),
         ],
     },
     "02": {
@@ -30,7 +30,7 @@ WRONG = {
             ("dx, dw\n", "dx\n", "return a tuple, (dx, dw)"),
             ("->oc", "->noc", "every image uses the same w"),
             ("x)\n", "x) / len(x)\n", "do not average"),
-            ('"oc,noij->ncij", w,', '"oc,noij->ncij", w.flip(1),', "what stands beside x"),
+            ('"oc,noij->ncij", w,', '"oc,noij->ncij", w.flip(1),', "what multiplies x"),
             ("dx = ", "dx = F.conv_transpose2d(dy, w[:, :, None, None])\n    _ = ", "calls a convolution"),
         ],
         "check_grads_transposed": [
@@ -67,7 +67,7 @@ WRONG = {
             (
                 "blocks(dz * per_channel(gamma))",
                 "blocks(dz)\n    std = std / blocks(per_channel(gamma).expand_as(y))",
-                "it must stand inside the sums",
+                "it must be inside the sums",
             ),
             ("(bracket / std)", "(dy_hat / std)", "lacks the paths through mean and variance"),
             ("(dz * y_hat.view_as(y))", "dz", "gamma is multiplied by y_hat"),
@@ -83,7 +83,7 @@ WRONG = {
             ("y = F.conv2d(x, w)\n", "y = F.conv2d(x, w, b)\n", "is the y that backward computes the y that"),
             ("torch.zeros_like(b)", "None", "db is None"),
             ("torch.zeros_like(b)", "dz.sum(OVER)", "db sums dz"),
-            ("x, w, b, mean, sqrt_var)\n        ctx", "x, w, b, mean, sqrt_var, y)\n        ctx", "is saved"),
+            ("x, w, b, mean, sqrt_var)\n        ctx", "x, w, b, mean, sqrt_var, y)\n        ctx", "a byte"),
         ],
         "check_mended": [
             ("(2 * sqrt_var)", "(2 * denom)", "the bug is still there"),
@@ -92,7 +92,7 @@ WRONG = {
         ],
         "check_conv_bn_relu": [
             ("z.relu_()", "z", "the output has the right shape, but wrong values"),
-            ("z > 0)", "z)", "a tensor of its shape is saved"),
+            ("z > 0)", "z)", "more than a byte a value"),
             ("dz * mask", "dz", "without ReLU"),
         ],
     },
@@ -111,8 +111,8 @@ WRONG = {
             ("self.conv_bn2(x), inplace", "self.conv_bn2(x.detach()), inplace", "a gradient is not"),
         ],
         "check_pool": [
-            ("position.to(torch.uint8)", "position", "more than a byte a value is kept"),
-            ("(position.to", "(x, position.to", "more than a byte a value is kept"),
+            ("position.to(torch.uint8)", "position", "more than a byte a value"),
+            ("(position.to", "(x, position.to", "more than a byte a value"),
             ("windows.max(-1)", "windows.min(-1)", "does a window have 2 rows and 2 columns"),
             ("dout[..., None])", "dout[..., None] / 4)", "each value goes to one place"),
             (".transpose(3, 4).flatten(4, 5)", ".transpose(4, 5).transpose(3, 4).flatten(4, 5)", "mind rows"),
@@ -151,20 +151,20 @@ WRONG = {
             (
                 "mean, var, *recipe.inputs)",
                 "mean, var, *recipe.inputs, y)\n        recipe.inputs[0]",
-                "kept for backward",
+                "more than a byte a value",
             ),
             ("mul_(1 - ctx.alpha)", "mul_(1)", "wrong values"),
             (
                 "F.leaky_relu_(normalise(y, gamma, beta, mean, var), alpha)",
                 "normalise(y, gamma, beta, mean, var)",
-                "a has the right shape",
+                "the output has the right shape",
             ),
         ],
     },
     "07": {
         "check_index": [
             ("offsets.long() // kernel, offsets.long()", "offsets // kernel, offsets", "a byte overflows"),
-            ("r * width + q", "r * width + q.double()", "must be int64"),
+            ("r * width + q", "r * width + q.double()", "must be torch.int64"),
             ("r, q =", "q, r =", "have changed places"),
             ("    first =", "    padding = 0\n    first =", "subtract the padding"),
             ("    first =", "    stride = 1\n    first =", "the stride is missing"),
@@ -175,7 +175,7 @@ WRONG = {
             ("(n - 1) * k + n * b * k\n", "(n - 1) * k\n", "behind the 1x1 convolution keeps its input"),
             ("2 * wide + 2 * n * b * k", "2 * wide + n * b * k", "two tensors between its convolutions"),
             ("2 * wide + 2 * n * b * k", "2 * wide", "between a layer's convolutions are missing"),
-            ("2 * wide + 2 * n * b * k", "2 * wide + 3 * n * b * k", "kept by nobody"),
+            ("2 * wide + 2 * n * b * k", "2 * wide + 3 * n * b * k", "keeps the output of a norm"),
             ("(n - 1) * k + n * b * k\n", "(n - 1) * k + 2 * n * b * k\n", "is made again"),
             ("return plain, recipes", "return plain", "return a tuple"),
         ],
@@ -237,7 +237,7 @@ WRONG = {
             (".peak\n", ".forward\n", "the peak must"),
             ("if parts > 1 else 0", "* 0", "the gradients of the parts before"),
             ("sorted(prices)", "prices", "there is a lower price"),
-            ("sorted(prices)", "[max(prices)]", "it is (1, 0), got (2, 40)"),
+            ("sorted(prices)", "[max(prices)]", "is (1, 0), got (2, 40)"),
             ("return parts, price", "return parts", "return a tuple"),
         ],
         "check_lean": [

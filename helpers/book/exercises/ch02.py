@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.book.exercises import CHANNELS, grads, hint, hint_tuple
+from helpers.book.exercises import grads, hint, hint_tuple
 
 
 class Convolutions(TorchDispatchMode):
@@ -17,14 +17,6 @@ class Convolutions(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += "convolution" in func.name()
         return func(*args, **(kwargs or {}))
-
-
-def check_grad_bias(answer) -> str:
-    """Chapter 2: db from dy."""
-    dy = torch.randn(3, 4, 2, 5)
-    mistakes = {"that is the mean; every entry that b is added to counts in full": dy.mean(CHANNELS)}
-    wrong = hint(1, "db", answer(dy.clone()), dy.sum(CHANNELS), mistakes, ": sum over all but o")
-    return wrong or "exercise 1: right"
 
 
 def check_grads_1x1(answer) -> str:
@@ -101,3 +93,16 @@ def check_grads_by_patches(answer) -> str:
             if wrong := hint(4, name, grad, right, mistakes):
                 return f"{wrong} ({', '.join(f'{key} {value}' for key, value in options.items())})"
     return "exercise 4: right"
+
+
+def check_grad_weight(answer) -> str:
+    """Chapter 2: dw of a plain convolution from (dy, x)."""
+    x, w, dy = torch.randn(2, 3, 7, 5), torch.randn(4, 3, 3, 2), torch.randn(2, 4, 5, 4)
+    got, (right,) = answer(dy.clone(), x.clone()), grads(lambda w: F.conv2d(x, w), (w,), dy)
+    mistakes = {
+        "dw is averaged over the images; sum": right / len(x),
+        "dw is flipped, but F.conv2d does not flip its kernel": right.flip(2, 3),
+    }
+    swapped = getattr(got, "shape", None) == right.transpose(0, 1).shape
+    shape = "; exchange dimensions 0 and 1" if swapped else ""
+    return hint(1, "dw", got, right, mistakes, shape) or "exercise 1: right"

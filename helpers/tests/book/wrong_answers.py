@@ -21,10 +21,10 @@ WRONG = {
         ],
     },
     "02": {
-        "check_grad_bias": [
-            ("sum(", "mean(", "that is the mean"),
-            ("(0, 2, 3)", "(2, 3)", "sum over all but o"),
-            ("dy.sum((0, 2, 3))", "1.0", "db must be a tensor"),
+        "check_grad_weight": [
+            ("dy.transpose(0, 1)).transpose(0, 1)", "dy.transpose(0, 1))", "exchange dimensions 0 and 1"),
+            ("return F", "return 1 / len(x) * F", "averaged over the images"),
+            ("dy.transpose(0, 1))", "dy.transpose(0, 1)).flip(2, 3)", "dw is flipped"),
         ],
         "check_grads_1x1": [
             ("dx, dw\n", "dx\n", "return a tuple, (dx, dw)"),

@@ -16,20 +16,6 @@ def closed_form(dz: Tensor, y_hat: Tensor, gamma: Tensor, std: Tensor, over=CHAN
     return gamma / std * (dz - mean_dz - y_hat * mean_dz_y_hat)
 
 
-def check_grad_input_eval(answer) -> str:
-    """Chapter 3: dy in eval mode from (dz, gamma, running_var, eps)."""
-    dz, gamma, var, eps = torch.randn(3, 2, 4, 5), torch.tensor([2.0, -3.0]), torch.tensor([0.5, 4.0]), 0.7
-    right = per_channel(gamma / (var + eps).sqrt()) * dz
-    mistakes = {
-        "gamma is missing": right / per_channel(gamma),
-        "eps is missing": right * per_channel(((var + eps) / var).sqrt()),
-        "eps belongs inside the root": per_channel(gamma / (var.sqrt() + eps)) * dz,
-        "divide by the root of the variance, not by the variance": right / per_channel((var + eps).sqrt()),
-        "subtract no mean: here it does not depend on y": right - right.mean(CHANNELS, keepdim=True),
-    }
-    return hint(1, "dy", answer(dz.clone(), gamma, var, eps), right, mistakes) or "exercise 1: right"
-
-
 def check_grad_from_output(answer) -> str:
     """Chapter 3: dy in training from (dz, z, gamma, beta, std)."""
     gamma, beta, y = torch.tensor([0.5, -2.0]), torch.tensor([1.0, 3.0]), torch.randn(3, 2, 4, 5) * 2 + 1
@@ -81,3 +67,22 @@ def check_grads_group_norm(answer) -> str:
         if wrong := hint(3, name, grad, right, mistakes):
             return wrong
     return "exercise 3: right"
+
+
+def check_through_gamma(answer) -> str:
+    """Chapter 3: (dgamma, dy_hat) of scaled = gamma y_hat from (dscaled, gamma, y_hat)."""
+    dscaled, gamma, y_hat = torch.randn(3, 2, 4, 5), torch.tensor([0.5, -2.0]), torch.randn(3, 2, 4, 5)
+    got = answer(dscaled.clone(), gamma.clone(), y_hat.clone())
+    if wrong := hint_tuple(1, "dgamma, dy_hat", got):
+        return wrong
+    want = grads(lambda gamma, y_hat: per_channel(gamma) * y_hat, (gamma, y_hat), dscaled)
+    mistakes = {
+        "dgamma is a mean; a number that is used m times collects a sum": want[0] / (y_hat.numel() / 2),
+        "dgamma sums dscaled alone; gamma is multiplied by y_hat": dscaled.sum(CHANNELS),
+        "dy_hat lacks gamma": dscaled,
+    }
+    shape = ": one gamma multiplies all values of its channel, so sum over them"
+    for name, grad, right, more in zip(("dgamma", "dy_hat"), got, want, (shape, ""), strict=True):
+        if wrong := hint(1, name, grad, right, mistakes, more):
+            return wrong
+    return "exercise 1: right"

@@ -50,11 +50,12 @@ WRONG = {
         ],
     },
     "03": {
-        "check_grad_input_eval": [
-            ("gamma / ", "1 / ", "gamma is missing"),
-            (" + eps)", ")", "eps is missing"),
-            ("sqrt(running_var + eps)", "sqrt(running_var).add(eps)", "eps belongs inside the root"),
-            ("torch.sqrt", "", "not by the variance"),
+        "check_through_gamma": [
+            ("(dscaled * y_hat).sum(OVER)", "dscaled * y_hat", "so sum over them"),
+            (".sum(OVER)", ".mean(OVER)", "collects a sum"),
+            ("(dscaled * y_hat)", "dscaled", "sums dscaled alone"),
+            ("dscaled * per_channel(gamma)", "dscaled", "dy_hat lacks gamma"),
+            ("return dgamma, dy_hat", "return dgamma", "return a tuple"),
         ],
         "check_grad_from_output": [
             ("(z - per_channel(beta)) / per_channel(gamma)", "z", "undo gamma and beta"),

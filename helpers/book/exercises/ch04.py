@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.batch_norm import per_channel
-from helpers.book.exercises import CHANNELS, hint
+from helpers.book.exercises import CHANNELS, grads, hint, hint_tuple
 from helpers.memory import saved_by
 
 
@@ -52,26 +54,7 @@ def check_function(number: int, function, leaves, want: Tensor, names: tuple[str
     return f"exercise {number}: right"
 
 
-def check_biased(function) -> str:
-    """Chapter 4: the tutorial's function with a bias, apply(x, w, b)."""
-    x, w, b = leaves = [torch.randn(s, requires_grad=True) for s in ((3, 2, 6, 5), (4, 2, 3, 2), (4,))]
-    want = simple_norm(F.conv2d(x, w, b))
-
-    def mistakes(dz):
-        y, mean = F.conv2d(x, w), F.conv2d(x, w, b).mean(CHANNELS)
-        dy = tutorials_backward(dz, y, mean, y.std(CHANNELS), 1e-3, bug=False)
-        return {
-            "is the y that backward computes the y that mean belongs to?": (
-                "dx",
-                torch.autograd.grad(y, x, dy)[0],
-            ),
-            "db sums dz, but b reaches z through the mean as well": ("db", dz.sum(CHANNELS)),
-        }
-
-    return check_function(1, function, leaves, want, ("dx", "dw", "db"), mistakes)
-
-
-def check_mended(answer) -> str:
+def check_repaired(answer) -> str:
     """Chapter 4: the tutorial's norm, backward, without the bug, from (dz, y, mean, sqrt_var, eps)."""
     y, dz = torch.randn(3, 4, 5, 6) * 2 + 1, torch.randn(3, 4, 5, 6)
     for eps in (1e-3, 0.5):
@@ -96,3 +79,23 @@ def check_conv_bn_relu(function) -> str:
         return {f"{name} is the gradient without ReLU; mask dz": (name, grad) for name, grad in unmasked}
 
     return check_function(3, function, leaves, z.relu(), names, mistakes)
+
+
+def check_six_steps(answer) -> str:
+    """Chapter 4: the tutorial's function, backward, (dx, dw, None) from (ctx, dz)."""
+    x, w, eps = torch.randn(3, 2, 6, 5), torch.randn(4, 2, 3, 2), 0.5
+    y = F.conv2d(x, w)
+    saved, dz = (x, w, y.mean(CHANNELS), y.std(CHANNELS)), torch.randn_like(y)
+    given = dz.clone()
+    got = answer(SimpleNamespace(saved_tensors=tuple(t.clone() for t in saved), eps=eps), given)
+    if wrong := hint_tuple(1, "dx, dw, None", got):
+        return wrong
+    if not given.equal(dz):
+        return "exercise 1: dz was overwritten; it belongs to autograd, and others may need it"
+    want = grads(lambda x, w: simple_norm(F.conv2d(x, w), eps), (x, w), dz)
+    of_dz = grads(F.conv2d, (x, w), dz)
+    for name, grad, right, skipped in zip(("dx", "dw"), got[:2], want, of_dz, strict=True):
+        mistakes = {f"{name} is the convolution's alone; step 4 turns dz into dy": skipped}
+        if wrong := hint(1, name, grad, right, mistakes):
+            return wrong
+    return "exercise 1: right" if got[2] is None else "exercise 1: eps has no gradient, return None for it"

@@ -80,13 +80,14 @@ WRONG = {
         ],
     },
     "04": {
-        "check_biased": [
-            ("y = F.conv2d(x, w)\n", "y = F.conv2d(x, w, b)\n", "is the y that backward computes the y that"),
-            ("torch.zeros_like(b)", "None", "db is None"),
-            ("torch.zeros_like(b)", "dz.sum(OVER)", "db sums dz"),
-            ("x, w, b, mean, sqrt_var)\n        ctx", "x, w, b, mean, sqrt_var, y)\n        ctx", "is saved"),
+        "check_six_steps": [
+            ("return dx, dw, None", "return dx, dw", "return a tuple, (dx, dw, None)"),
+            ("conv_backward(dy, x, w)", "conv_backward(dz, x, w)", "step 4 turns dz into dy"),
+            ("return dx, dw, None", "dz.zero_()\n    return dx, dw, None", "dz was overwritten"),
+            ("return dx, dw, None", "return dx, dw, 0.0", "return None for it"),
+            ("ctx.eps", "0.0", "wrong values"),
         ],
-        "check_mended": [
+        "check_repaired": [
             ("(2 * sqrt_var)", "(2 * denom)", "the bug is still there"),
             ("(m - 1)", "m", "wrong values"),
             ("return dy.addcdiv_", "return dy.sum(OVER)\n    dy.addcdiv_", "dy must have shape"),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.book.exercises import CHANNELS, compare, compare_all, exercise, grads, require
+from helpers.book.exercises import compare, compare_all, exercise, grads, require
 
 
 class Convolutions(TorchDispatchMode):
@@ -18,14 +18,16 @@ class Convolutions(TorchDispatchMode):
 
 
 @exercise(1)
-def check_grad_bias(answer):
-    """db from dy."""
-    dy = torch.randn(3, 4, 2, 5)
+def check_grad_weight(answer):
+    """dw of a plain convolution from (dy, x)."""
+    x, w, dy = torch.randn(2, 3, 7, 5), torch.randn(4, 3, 3, 2), torch.randn(2, 4, 5, 4)
+    (dw,) = grads(lambda w: F.conv2d(x, w), (w,), dy)
     mistakes = {
-        "that is the mean; every entry that b is added to counts in full": dy.mean(CHANNELS),
-        "every image uses the same b: sum over all but o": dy.sum((2, 3)),
+        "dw is averaged over the images; sum": dw / len(x),
+        "dw is flipped, but F.conv2d does not flip its kernel": dw.flip(2, 3),
+        "dw has its channels the wrong way round; exchange dimensions 0 and 1": dw.transpose(0, 1),
     }
-    compare("db", answer(dy.clone()), dy.sum(CHANNELS), mistakes)
+    compare("dw", answer(dy.clone(), x.clone()), dw, mistakes)
 
 
 @exercise(2)

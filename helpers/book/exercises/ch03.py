@@ -16,18 +16,18 @@ def closed_form(dz, y_hat, gamma, std, over=CHANNELS):
 
 
 @exercise(1)
-def check_grad_input_eval(answer):
-    """dy in eval mode from (dz, gamma, running_var, eps)."""
-    dz, gamma, var, eps = torch.randn(3, 2, 4, 5), torch.tensor([2.0, -3.0]), torch.tensor([0.5, 4.0]), 0.7
-    right = per_channel(gamma / (var + eps).sqrt()) * dz
+def check_through_gamma(answer):
+    """(dgamma, dy_hat) of scaled = gamma y_hat from (dscaled, gamma, y_hat)."""
+    dscaled, gamma, y_hat = torch.randn(3, 2, 4, 5), torch.tensor([0.5, -2.0]), torch.randn(3, 2, 4, 5)
+    want = grads(lambda gamma, y_hat: per_channel(gamma) * y_hat, (gamma, y_hat), dscaled)
     mistakes = {
-        "gamma is missing": right / per_channel(gamma),
-        "eps is missing": per_channel(gamma / var.sqrt()) * dz,
-        "eps belongs inside the root": per_channel(gamma / (var.sqrt() + eps)) * dz,
-        "divide by the root of the variance, not by the variance": per_channel(gamma / (var + eps)) * dz,
-        "subtract no mean: here it does not depend on y": right - right.mean(CHANNELS, keepdim=True),
+        "dgamma is a mean; a number that is used m times collects a sum": want[0] / (y_hat.numel() / 2),
+        "dgamma sums dscaled alone; gamma is multiplied by y_hat": dscaled.sum(CHANNELS),
+        "one gamma multiplies all values of its channel, so sum over them": dscaled * y_hat,
+        "dy_hat lacks gamma": dscaled,
     }
-    compare("dy", answer(dz.clone(), gamma, var, eps), right, mistakes)
+    got = answer(dscaled.clone(), gamma.clone(), y_hat.clone())
+    compare_all("dgamma, dy_hat", got, want, mistakes)
 
 
 @exercise(2)

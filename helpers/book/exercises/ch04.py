@@ -1,10 +1,21 @@
 """The checkers of chapter 4."""
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 
 from helpers.batch_norm import per_channel
-from helpers.book.exercises import CHANNELS, compare, compare_function, exercise
+from helpers.book.exercises import (
+    CHANNELS,
+    attempted,
+    compare,
+    compare_all,
+    compare_function,
+    exercise,
+    grads,
+    require,
+)
 
 
 def simple_norm(y, eps=1e-3):
@@ -22,25 +33,24 @@ def tutorials_backward(dz, y, mean, sqrt_var, eps, bug: bool):
 
 
 @exercise(1)
-def check_biased(function):
-    """The tutorial's function with a bias, apply(x, w, b)."""
-    x, w, b = leaves = [torch.randn(s, requires_grad=True) for s in ((3, 2, 6, 5), (4, 2, 3, 2), (4,))]
-
-    def mistakes(dz, got):
-        y, mean = F.conv2d(x, w), F.conv2d(x, w, b).mean(CHANNELS)
-        dy = tutorials_backward(dz, y, mean, y.std(CHANNELS), 1e-3, bug=False)
-        (dx,), db = torch.autograd.grad(y, x, dy), dz.sum(CHANNELS)
-        return {
-            "dx is wrong; is the y that backward computes the y that mean belongs to?": dx,
-            "db sums dz, but b reaches z through the mean as well": db,
-        }
-
-    want = simple_norm(F.conv2d(x, w, b))
-    compare_function(function.apply, "dx, dw, db", leaves, want, mistakes, leaves)
+def check_six_steps(answer):
+    """The tutorial's function, backward, (dx, dw, None) from (ctx, dz)."""
+    x, w, eps = torch.randn(3, 2, 6, 5), torch.randn(4, 2, 3, 2), 0.5
+    y = F.conv2d(x, w)
+    saved, dz = (x, w, y.mean(CHANNELS), y.std(CHANNELS)), torch.randn_like(y)
+    given = dz.clone()
+    got = attempted(answer(SimpleNamespace(saved_tensors=tuple(t.clone() for t in saved), eps=eps), given))
+    require(torch.equal(given, dz), "dz was overwritten; it belongs to autograd, and others may need it")
+    require(isinstance(got, (tuple, list)) and len(got) == 3, "return a tuple, (dx, dw, None)")
+    of_dz = zip(("dx", "dw"), grads(F.conv2d, (x, w), dz), strict=True)
+    mistakes = {f"{name} is the convolution's alone; step 4 turns dz into dy": grad for name, grad in of_dz}
+    want = grads(lambda x, w: simple_norm(F.conv2d(x, w), eps), (x, w), dz)
+    compare_all("dx, dw", got[:2], want, mistakes)
+    require(got[2] is None, "eps has no gradient, return None for it")
 
 
 @exercise(2)
-def check_mended(answer):
+def check_repaired(answer):
     """The tutorial's norm, backward, without the bug, from (dz, y, mean, sqrt_var, eps)."""
     y, dz = torch.randn(3, 4, 5, 6) * 2 + 1, torch.randn(3, 4, 5, 6)
     for eps in (1e-3, 0.5):

@@ -21,10 +21,10 @@ WRONG = {
         ],
     },
     "02": {
-        "check_grad_bias": [
-            ("sum(", "mean(", "that is the mean"),
-            ("(0, 2, 3)", "(2, 3)", "sum over all but o"),
-            ("dy.sum((0, 2, 3))", "1.0", "db must be a tensor"),
+        "check_grad_weight": [
+            ("dy.transpose(0, 1)).transpose(0, 1)", "dy.transpose(0, 1))", "exchange dimensions 0 and 1"),
+            ("return F", "return 1 / len(x) * F", "averaged over the images"),
+            ("dy.transpose(0, 1))", "dy.transpose(0, 1)).flip(2, 3)", "dw is flipped"),
         ],
         "check_grads_1x1": [
             ("dx, dw\n", "dx\n", "return a tuple, (dx, dw)"),
@@ -50,11 +50,12 @@ WRONG = {
         ],
     },
     "03": {
-        "check_grad_input_eval": [
-            ("gamma / ", "1 / ", "gamma is missing"),
-            (" + eps)", ")", "eps is missing"),
-            ("sqrt(running_var + eps)", "sqrt(running_var).add(eps)", "eps belongs inside the root"),
-            ("torch.sqrt", "", "not by the variance"),
+        "check_through_gamma": [
+            ("(dscaled * y_hat).sum(OVER)", "dscaled * y_hat", "so sum over them"),
+            (".sum(OVER)", ".mean(OVER)", "collects a sum"),
+            ("(dscaled * y_hat)", "dscaled", "sums dscaled alone"),
+            ("dscaled * per_channel(gamma)", "dscaled", "dy_hat lacks gamma"),
+            ("return dgamma, dy_hat", "return dgamma", "return a tuple"),
         ],
         "check_grad_from_output": [
             ("(z - per_channel(beta)) / per_channel(gamma)", "z", "undo gamma and beta"),
@@ -79,13 +80,14 @@ WRONG = {
         ],
     },
     "04": {
-        "check_biased": [
-            ("y = F.conv2d(x, w)\n", "y = F.conv2d(x, w, b)\n", "is the y that backward computes the y that"),
-            ("torch.zeros_like(b)", "None", "db is None"),
-            ("torch.zeros_like(b)", "dz.sum(OVER)", "db sums dz"),
-            ("x, w, b, mean, sqrt_var)\n        ctx", "x, w, b, mean, sqrt_var, y)\n        ctx", "a byte"),
+        "check_six_steps": [
+            ("return dx, dw, None", "return dx, dw", "return a tuple, (dx, dw, None)"),
+            ("conv_backward(dy, x, w)", "conv_backward(dz, x, w)", "step 4 turns dz into dy"),
+            ("return dx, dw, None", "dz.zero_()\n    return dx, dw, None", "dz was overwritten"),
+            ("return dx, dw, None", "return dx, dw, 0.0", "return None for it"),
+            ("ctx.eps", "0.0", "wrong values"),
         ],
-        "check_mended": [
+        "check_repaired": [
             ("(2 * sqrt_var)", "(2 * denom)", "the bug is still there"),
             ("(m - 1)", "m", "wrong values"),
             ("return dy.addcdiv_", "return dy.sum(OVER)\n    dy.addcdiv_", "dy must have shape"),

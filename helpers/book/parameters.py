@@ -42,7 +42,7 @@ class Parameter(NamedTuple):
         """``value``, if the parameter takes it; an int will do for a float."""
         kind = TYPES[self.type]
         choices = re.match(r"((?:\w+, )*\w+ or \w+): ", self.help)
-        limits = re.findall(r"(at least|at most|above) ([\d,.]*\d)", self.help) if kind is not str else []
+        limits = re.findall(r"(at least|at most|above) (-?[\d,.]*\d)", self.help) if kind is not str else []
         if not (
             (type(value) is kind or (kind is float and type(value) is int))
             and (kind is str or math.isfinite(value))
@@ -93,12 +93,13 @@ def read_parameters(path: Path) -> dict[str, Parameter]:
     """The parameters that the notebook at ``path`` declares, by name."""
     found = {}
     for line in "".join(parameters_cell(path)["source"]).splitlines():
-        match = LINE.fullmatch(line)
-        if not match:
-            raise ParameterError(f"{path.name}: a parameter must read {LINE.pattern}, got {line!r}")
-        name, kind, default, comment = match.groups()
-        found[name] = Parameter(name, kind, ast.literal_eval(default), comment)
-        found[name].accept(found[name].default)
+        try:
+            name, kind, default, comment = LINE.fullmatch(line).groups()
+            found[name] = Parameter(name, kind, ast.literal_eval(default), comment)
+            found[name].accept(found[name].default)
+        except (AttributeError, SyntaxError, ValueError):
+            form = "`NAME: TYPE = VALUE  # what it takes`, with a value that it takes"
+            raise ParameterError(f"{path.name}: a parameter must read {form}, got {line!r}") from None
     return found
 
 

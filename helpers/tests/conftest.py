@@ -21,6 +21,18 @@ settings.register_profile(
 )
 settings.load_profile("collection")
 
+MARKERS = {
+    "browser": "drives a Chromium",
+    "notebooks": "runs pages",
+    "distributed": "starts several processes that talk to each other",
+}
+
+
+def pytest_configure(config):
+    """The markers: `make test PYTEST_ARGS="-m 'not notebooks'"` leaves out what takes longest."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
+
 
 @pytest.fixture
 def write_pages(tmp_path):

@@ -985,6 +985,7 @@ def distributed(rank, folder):
 
 
 @pytest.mark.skipif(test_distributed.pytestmark.args[0], reason="needs torch.distributed with gloo")
+@pytest.mark.distributed
 def test_two_processes(tmp_path):
     assert two_processes(tmp_path, distributed) == [0, 0]
 

@@ -62,7 +62,7 @@ help:
 run: check $(INSTALLED)
 	@$(PY) -m helpers.book.run run $(PARAMETERS)
 
-# Two at a time: a page takes up to 3 GB.
+# Two processes and no more: each may run a page.
 test: $(INSTALLED)
 	@$(PY) -m ruff check .
 	@$(PY) -m pytest -n 2 --dist worksteal -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import mimetypes
 import re
 import shutil
 from collections import Counter
@@ -48,14 +49,11 @@ class Page(NamedTuple):
     notebook: str = ""  # the address of its notebook
 
 
-# From Markdown to HTML -----------------------------------------------------------------------------------
-
-
 class Renderer(IPythonRenderer):
     """nbconvert's, with MathML in the place of TeX; ``where`` names the notebook and the cell."""
 
     def __init__(self, where: str, **options):
-        super().__init__(escape=False, embed_images=True, **options)
+        super().__init__(escape=False, **options)
         self.where = where
 
     def mathml(self, formula: str, display: bool) -> str:
@@ -81,17 +79,13 @@ class Renderer(IPythonRenderer):
 @pass_context
 def markdown2html(context, source: str) -> str:
     """The filter of that name: Markdown to HTML."""
-    cell, about = context["cell"], context["resources"]["metadata"]
-    where = f"{about['name']}, cell {cell['id']}"
-    renderer = Renderer(where, path=about["path"], attachments=cell.get("attachments", {}))
+    cell, name = context["cell"], context["resources"]["metadata"]["name"]
+    renderer = Renderer(f"{name}, cell {cell['id']}", attachments=cell.get("attachments", {}))
     return MarkdownWithMath(renderer=renderer).render(source)
 
 
 def highlight_code(*args, **named) -> str:
     return PLAIN.sub(r"\1", Highlight2HTML(pygments_lexer="ipython3")(*args, **named))
-
-
-# What the text of a page still needs ---------------------------------------------------------------------
 
 
 def shown_width(src: str) -> int | None:
@@ -119,10 +113,13 @@ def finish_formulas(soup: BeautifulSoup) -> None:
             formula.wrap(soup.new_tag("span", attrs={"class": "long", "tabindex": "0"}))
 
 
-def frame_images(soup: BeautifulSoup) -> None:
-    """Each image gets a card to lie on, and its width, so that nothing moves later."""
+def frame_images(soup: BeautifulSoup, folder: Path) -> None:
+    """Each image comes into the page, gets a card to lie on, and its width, so that nothing moves later."""
     for image in soup.main("img"):
-        card = image.parent
+        path, card = folder / unquote(image["src"]), image.parent
+        if not image["src"].startswith("data:") and path.is_file():
+            content = base64.b64encode(path.read_bytes()).decode()
+            image["src"] = f"data:{mimetypes.guess_type(path)[0]};base64,{content}"
         if card.name == "p":
             card.name = "div"
         card["class"], card["tabindex"] = [*card.get("class", []), "figure"], "0"
@@ -201,7 +198,7 @@ class Site:
     def make_page(self, notebook: nbformat.NotebookNode, folder: Path, page: Page, **steps) -> str:
         """The notebook as HTML; its relative links start in ``folder``."""
         name = Path(page.notebook).name or "README.md"
-        resources = {"metadata": {"name": name, "path": str(folder)}, "page": page, **steps}
+        resources = {"metadata": {"name": name}, "page": page, **steps}
         exporter = HTMLExporter(
             filters={"markdown2html": markdown2html, "highlight_code": highlight_code},
             template_name=TEMPLATE.name,
@@ -216,14 +213,11 @@ class Site:
         for pre in soup.main("pre"):
             pre["tabindex"] = "0"
         finish_formulas(soup)
-        frame_images(soup)
+        frame_images(soup, folder)
         frame_tables(soup)
         list_headings(soup)
         self.rewrite_links(soup.main, folder, name)
         return str(soup)
-
-
-# The pages -----------------------------------------------------------------------------------------------
 
 
 def plain(markdown: str) -> str:

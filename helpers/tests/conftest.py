@@ -5,15 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# The tensors are small: threads would wait for one another.
-torch.set_num_threads(1)
+# The tensors are small: threads would wait for one another, here and in the kernels that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Timing is never a test. CI draws the same examples every time, so that a red run can be repeated.
 settings.register_profile(

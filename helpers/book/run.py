@@ -27,6 +27,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from torchvision.models import list_models
 
+from helpers.book.data import load_mnist
 from helpers.book.pages import PageError, export
 from helpers.book.parameters import (
     NOTEBOOKS,
@@ -39,7 +40,7 @@ from helpers.book.parameters import (
     read_parameters,
     tags,
 )
-from helpers.book.training import pick_device
+from helpers.book.training import check_batch_size, pick_device
 
 ROOT = NOTEBOOKS.parent
 BUILD = ROOT / "build"
@@ -99,14 +100,19 @@ def headlines(notebook: dict) -> list[str]:
 
 
 def check_here(values: dict[Path, dict[str, Any]]) -> None:
-    """Refuse a device that this machine does not have, and a network that torchvision does not have."""
-    for given in values.values():
+    """Refuse what this machine does not have: a device, a network of torchvision, images of MNIST."""
+    for path, given in values.items():
+        value = {p.name: p.default for p in read_parameters(path).values()} | given
+        networks = value.get("NETWORKS", "resnet50").split()
         try:
-            pick_device(given.get("DEVICE", "auto"))
-        except ValueError as error:
+            pick_device(value.get("DEVICE", "auto"))
+            if value.get("DATA", "full") != "full":  # the whole set has yet to be downloaded
+                train_split, _ = load_mnist(value["DATA"], value["TRAIN_IMAGES"], value["TEST_IMAGES"])
+                check_batch_size(train_split, value["BATCH_SIZE"])
+        except (OSError, ValueError) as error:
             raise ParameterError(error) from None
-        if unknown := set(given.get("NETWORKS", "").split()) - set(list_models()):
-            raise ParameterError(f"NETWORKS must be names of torchvision.models, got {', '.join(unknown)}")
+        if not networks or not set(networks) <= set(list_models()):
+            raise ParameterError(f"NETWORKS must be in torchvision.models.list_models(), got {networks}")
 
 
 def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECUTED) -> int:

@@ -141,10 +141,21 @@ def test_checking_needs_the_standard_library_alone():
     assert re.search(r"^  SEED +int +0 ", table, re.M) and "Traceback" not in table
 
 
-@pytest.mark.parametrize("wrong", ["SED=1", "DEVICE=abacus", "NETWORKS=resnet51"])
+HERE = """\
+DEVICE: str = "auto"  # where
+NETWORKS: str = "resnet50"  # which
+DATA: str = "sample"  # which
+BATCH_SIZE: int = 9  # images
+TRAIN_IMAGES: int = 99  # images
+TEST_IMAGES: int = 9  # images"""
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["SED=1", "DEVICE=abacus", "NETWORKS=resnet51", "NETWORKS=", "BATCH_SIZE=100", "TRAIN_IMAGES=60000"],
+)
 def test_a_wrong_parameter_is_refused_before_any_run(write_pages, tmp_path, wrong):
-    lines = "DEVICE: str = 'auto'  # where\nNETWORKS: str = 'resnet50'  # which"
-    source = write_pages("01_a", f"open({str(tmp_path / 'ran')!r}, 'w')", parameters=lines).parent
+    source = write_pages("01_a", f"open({str(tmp_path / 'ran')!r}, 'w')", parameters=HERE).parent
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "01_a.ipynb").write_text("the last run's")
     with pytest.raises(ParameterError, match=wrong.partition("=")[0]):
@@ -382,7 +393,7 @@ sys.exit(run.main(["run"]))
 
 
 def test_full_data_is_downloaded_first(write_pages, tmp_path, monkeypatch):
-    source = write_pages("01_a", parameters='DATA: str = "auto"  # which').parent
+    source = write_pages("01_a", parameters=HERE).parent
     calls, codes = [], iter([1, 0])
 
     def download(command, cwd):

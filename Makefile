@@ -1,18 +1,21 @@
 # `make` lists what there is to make. Everything lands in .venv/ and build/, the whole of MNIST in data/MNIST/.
 
 PYTHON ?= python3
-QUICK ?=
+LOCKED ?=
 EXECUTED ?=
 PYTEST_ARGS ?=
 
-# What else stands on the command line is a parameter of the notebooks: make run EPOCHS=3 DEVICE=cpu
-OWN := PYTHON QUICK EXECUTED PYTEST_ARGS MAKEFLAGS MAKEOVERRIDES SHELL
+# What else is on the command line is a parameter: make run EPOCHS=3 DEVICE=cpu
+OWN := PYTHON LOCKED EXECUTED PYTEST_ARGS MAKEFLAGS MAKEOVERRIDES SHELL
 NAMES := $(filter-out $(OWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))
 quote = '$(subst ','\'',$1)'
 PARAMETERS = $(foreach v,$(sort $(NAMES)),$(call quote,$v=$(value $v)))
 
 BUILD := $(CURDIR)/build
 PY := .venv/bin/python
+LOCK := $(filter-out 0,$(LOCKED))
+REQUIREMENTS := $(if $(LOCK),.requirements.lock,requirements.txt)
+INSTALLED := .venv/.installed$(if $(LOCK),-locked)
 
 # Caches, settings and temporary files stay in the clone.
 export HYPOTHESIS_STORAGE_DIRECTORY := $(BUILD)/hypothesis
@@ -42,8 +45,9 @@ endif
 .NOTPARALLEL:
 
 help:
-	@echo 'make run        run every notebook into build/notebooks/; QUICK=1 for small sizes'
-	@echo '                parameters: make run EPOCHS=3 DEVICE=cpu (a wrong one lists them all)'
+	@echo 'make run        run every notebook into build/notebooks/; QUICK=1 for small sizes,'
+	@echo '                ONLY="05 07" for some chapters; their parameters, such as EPOCHS=3'
+	@echo '                DEVICE=cpu, go on the same line (a wrong one lists them all)'
 	@echo 'make test       lint, and test everything'
 	@echo 'make data       download the whole of MNIST into data/MNIST/'
 	@echo 'make notebooks  run the notebooks with their defaults and keep the outputs in notebooks/'
@@ -53,27 +57,29 @@ help:
 	@echo 'make bench      time and measure the layers; takes parameters as make run does'
 	@echo 'make clean      remove build/ and .venv/'
 	@echo 'PYTHON=...      the interpreter for .venv/, 3.10 or later; python3 by default'
+	@echo 'LOCKED=1        install the versions that made the committed outputs'
 
-run: check .venv/.installed
-	@$(PY) helpers/book/run.py run $(if $(filter-out 0,$(QUICK)),--quick) $(PARAMETERS)
+run: check $(INSTALLED)
+	@$(PY) -m helpers.book.run run $(PARAMETERS)
 
-test: .venv/.installed
+# Two processes and no more: each may run a page.
+test: $(INSTALLED)
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist worksteal -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
 
-data: .venv/.installed
+data: $(INSTALLED)
 	@$(PY) -m helpers.book.data download
 
-notebooks: .venv/.installed
-	@$(PY) helpers/book/run.py refresh
+notebooks: $(INSTALLED)
+	@$(PY) -m helpers.book.run refresh
 
-html: .venv/.installed
-	@$(PY) helpers/book/run.py html $(if $(filter-out 0,$(EXECUTED)),--executed)
+html: $(INSTALLED)
+	@$(PY) -m helpers.book.run html $(if $(filter-out 0,$(EXECUTED)),--executed)
 
-lab: .venv/.installed
+lab: $(INSTALLED)
 	@$(PY) -m jupyterlab
 
-bench: .venv/.installed
+bench: $(INSTALLED)
 	@$(PY) -m helpers.book.bench $(PARAMETERS)
 
 clean:
@@ -89,12 +95,12 @@ python:
 
 # Before anything is installed: a wrong parameter must not cost an installation.
 check: python
-	@$(PYTHON) helpers/book/run.py check $(PARAMETERS)
+	@$(PYTHON) helpers/book/parameters.py $(PARAMETERS)
 
 # The stamp is made last, so that an installation that broke off is taken up again.
-.venv/.installed: requirements.txt | python
-	@echo 'Installing requirements.txt into .venv/ (PyTorch is large: some minutes)'
+$(INSTALLED): $(REQUIREMENTS) | python
 	@$(PYTHON) -m venv .venv
-	@$(PY) -m pip install --requirement requirements.txt
+	@rm -f .venv/.installed*
+	@$(PYTHON) helpers/book/install.py $<
 	@rm -rf build/pip
 	@touch $@

@@ -1,7 +1,7 @@
 """Export the notebooks as pages: what `make html` calls.
 
-A page asks for nothing but the fonts beside it, and has no script: formulas become MathML here, and the style
-stands in the page. Template, style and fonts are in `template/`; the index page is made from the README.
+A page needs nothing but the fonts next to it, and has no script: formulas become MathML here, and the style
+is in the page. Template, style and fonts are in `template/`; the index page is made from the README.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import io
 import mimetypes
 import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote, urldefrag
+from urllib.parse import unquote
 
 import nbformat
 import PIL.Image
@@ -25,8 +26,7 @@ from math_core import LatexError, LatexToMathML
 from nbconvert import HTMLExporter
 from nbconvert.filters import Highlight2HTML
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
-
-__all__ = ["Page", "PageError", "export"]
+from nbconvert.preprocessors import ClearOutputPreprocessor
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "template"
@@ -40,27 +40,13 @@ class PageError(ValueError):
     """A page that cannot be made; the message names the notebook, the cell and what is wrong."""
 
 
-class Neighbour(NamedTuple):
-    """Where a step leads."""
-
-    file: str
-    title: str
-
-
 class Page(NamedTuple):
     """What the frame of a page says; `index.html.j2` reads it."""
 
     file: str
     title: str
     description: str
-    book: str
-    made: str = ""
-    notebook: str = ""
-    previous: Neighbour | None = None
-    next: Neighbour | None = None
-
-
-# From Markdown to HTML -----------------------------------------------------------------------------------
+    notebook: str = ""  # the address of its notebook
 
 
 class Renderer(IPythonRenderer):
@@ -90,28 +76,16 @@ class Renderer(IPythonRenderer):
         return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
 
 
-class Exporter(HTMLExporter):
-    """nbconvert's, with our template and our renderer."""
-
-    def __init__(self):
-        highlight = Highlight2HTML(pygments_lexer="ipython3")
-        super().__init__(
-            filters={"highlight_code": lambda *args, **named: PLAIN.sub(r"\1", highlight(*args, **named))},
-            template_name=TEMPLATE.name,
-            extra_template_basedirs=[str(TEMPLATE.parent)],
-            exclude_input_prompt=True,
-            exclude_output_prompt=True,
-        )
-
-    @pass_context
-    def markdown2html(self, context, source: str) -> str:
-        """The filter of that name: Markdown to HTML."""
-        cell, name = context["cell"], context["resources"]["metadata"]["name"]
-        renderer = Renderer(f"{name}, cell {cell['id']}", attachments=cell.get("attachments", {}))
-        return MarkdownWithMath(renderer=renderer).render(source)
+@pass_context
+def markdown2html(context, source: str) -> str:
+    """The filter of that name: Markdown to HTML."""
+    cell, name = context["cell"], context["resources"]["metadata"]["name"]
+    renderer = Renderer(f"{name}, cell {cell['id']}", attachments=cell.get("attachments", {}))
+    return MarkdownWithMath(renderer=renderer).render(source)
 
 
-# What the text of a page still needs ---------------------------------------------------------------------
+def highlight_code(*args, **named) -> str:
+    return PLAIN.sub(r"\1", Highlight2HTML(pygments_lexer="ipython3")(*args, **named))
 
 
 def shown_width(src: str) -> int | None:
@@ -140,13 +114,12 @@ def finish_formulas(soup: BeautifulSoup) -> None:
 
 
 def frame_images(soup: BeautifulSoup, folder: Path) -> None:
-    """Each image comes into the page, gets a card to stand on, and its width, so that nothing moves later."""
+    """Each image comes into the page, gets a card to lie on, and its width, so that nothing moves later."""
     for image in soup.main("img"):
-        path = folder / unquote(image["src"])
+        path, card = folder / unquote(image["src"]), image.parent
         if not image["src"].startswith("data:") and path.is_file():
-            kind, _ = mimetypes.guess_type(path)
-            image["src"] = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-        card = image.parent
+            content = base64.b64encode(path.read_bytes()).decode()
+            image["src"] = f"data:{mimetypes.guess_type(path)[0]};base64,{content}"
         if card.name == "p":
             card.name = "div"
         card["class"], card["tabindex"] = [*card.get("class", []), "figure"], "0"
@@ -166,119 +139,85 @@ def frame_tables(soup: BeautifulSoup) -> None:
                 header["scope"] = "col" if header.find_parent("thead") else "row"
 
 
-def make_ids_unique(soup: BeautifulSoup) -> None:
-    """A second heading of the same words gets a number, and its permalink with it."""
-    seen: dict[str, int] = {}
-    for tag in soup.main(id=True):
-        name = tag["id"]
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            tag["id"] = f"{name}-{seen[name]}"
-            for link in tag("a", "anchor-link"):
-                link["href"] = f"#{tag['id']}"
-
-
-def fill_contents(soup: BeautifulSoup) -> None:
-    """List the headings of the second and third level in the page's navigation."""
-    details = soup.find("nav", "toc").details
-    levels = {"h2": soup.new_tag("ol")}
-    for heading in soup.main(["h2", "h3"]):
-        link = heading.find("a", "anchor-link")
-        if link is None:
-            continue
+def list_headings(soup: BeautifulSoup) -> None:
+    """Put the second and third level into the navigation; a second heading of one text gets a number."""
+    seen, contents = Counter(), soup.new_tag("ol")
+    for heading in soup.main(re.compile("^h[1-6]$"), id=True):
+        link, name = heading.find("a", "anchor-link"), heading["id"]
+        seen[name] += 1
+        heading["id"] = name if seen[name] == 1 else f"{name}-{seen[name]}"
+        link["href"] = f"#{heading['id']}"
         link["aria-label"] = f"Permalink: {heading.get_text().removesuffix(link.get_text()).strip()}"
-        item, entry = soup.new_tag("li"), soup.new_tag("a", href=link["href"])
-        copied = BeautifulSoup(str(heading), "html.parser").find(heading.name)
-        copied.find("a", "anchor-link").decompose()
-        entry.extend(list(copied.contents))
-        item.append(entry)
-        if heading.name == "h2":
-            levels["h2"].append(item)
-            levels.pop("h3", None)
-        else:
-            if "h3" not in levels:
-                levels["h3"] = soup.new_tag("ol")
-                (levels["h2"].find_all("li", recursive=False) or [levels["h2"]])[-1].append(levels["h3"])
-            levels["h3"].append(item)
-    if levels["h2"].contents:
-        details.append(levels["h2"])
+        if heading.name in ("h2", "h3"):
+            item = soup.new_tag("li", attrs={"class": heading.name})
+            entry = deepcopy(heading)
+            entry.find("a", "anchor-link").decompose()
+            entry.name, entry.attrs = "a", {"href": link["href"]}
+            item.append(entry)
+            contents.append(item)
+    if contents.contents:
+        soup.find("nav", "toc").details.append(contents)
     else:
-        details.parent.decompose()
+        soup.find("nav", "toc").decompose()
 
 
 class Site:
-    """The pages that are being made, and the files beside them."""
+    """The pages that are being made, and the files that go with them."""
 
     def __init__(self, chapters: Sequence[Path], base: Path):
-        self.base = base  # where the notebooks stand in the collection
-        self.chapters = {path.stem: path for path in chapters}
+        self.base = base  # where the notebooks are in the collection
+        self.names = {path.name: f"{path.stem}.html" for path in chapters}
         self.files: dict[str, bytes] = {}  # address -> what is in the file
 
-    def keep(self, path: Path) -> str:
-        """Put the file at ``path`` beside the pages and return its address."""
-        inside = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
-        address = f"files/{inside.as_posix()}"
-        self.files[address] = path.read_bytes()
-        return address
-
-    def keep_notebook(self, path: Path, notebook: nbformat.NotebookNode) -> str:
-        """Put the notebook beside the pages, without the outputs that its page shows; return its address."""
-        bare = deepcopy(notebook)
-        for cell in bare.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        bare.metadata.pop("collection", None)
-        address = f"files/{path.name}"
-        self.files[address] = nbformat.writes(bare).encode()
-        return address
-
     def address(self, href: str, folder: Path) -> str | None:
-        """Where a link in a text that stands in ``folder`` leads on the site; None if nowhere."""
-        target, fragment = urldefrag(href)
+        """Where a link leads on the site, from a text in ``folder``; a file comes along. None: nowhere."""
+        target, sign, fragment = href.partition("#")
         path = (folder / unquote(target)).resolve()
-        if path.parent == self.base and path.suffix == ".ipynb" and path.stem in self.chapters:
-            target = f"{path.stem}.html"
+        if path.parent == self.base and path.name in self.names:
+            target = self.names[path.name]
         elif path == ROOT / "README.md":
             target = "index.html"
         elif path.is_file():
-            target = self.keep(path)
+            inside = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+            target = f"files/{inside.as_posix()}"
+            self.files[target] = path.read_bytes()
         else:
             return None
-        return f"{target}#{fragment}" if fragment else target
+        return target + sign + fragment
 
+    def rewrite_links(self, main: Tag, folder: Path, name: str) -> None:
+        """From notebook to notebook becomes from page to page; other files of the collection come along."""
+        for link in main("a", href=re.compile(r"^(?!\w+:|#)")):
+            address = self.address(link["href"], folder)
+            if address is None:
+                cell = link.find_parent(id=re.compile("^cell-id="))
+                where = f"{name}, cell {cell['id'].removeprefix('cell-id=')}" if cell else name
+                raise PageError(f"{where}: the link {link['href']!r} leads nowhere")
+            link["href"] = address
 
-def rewrite_links(main: Tag, site: Site, folder: Path, name: str) -> None:
-    """From notebook to notebook becomes from page to page; other files of the collection come along."""
-    for link in main("a", href=True):
-        if re.match(r"\w+:|#", link["href"]):
-            continue
-        address = site.address(link["href"], folder)
-        if address is None:
-            cell = link.find_parent(id=re.compile("^cell-id="))
-            where = f"{name}, cell {cell['id'].removeprefix('cell-id=')}" if cell else name
-            raise PageError(f"{where}: the link {link['href']!r} leads nowhere")
-        link["href"] = address
-
-
-def make_page(notebook: nbformat.NotebookNode, page: Page, site: Site, folder: Path) -> str:
-    """The notebook as HTML; its relative links start in ``folder``."""
-    name = Path(page.notebook).name or "README.md"
-    html, _ = Exporter().from_notebook_node(notebook, {"metadata": {"name": name}, "page": page})
-    soup = BeautifulSoup(html, "html.parser")
-    for tag in soup.main(["script", "style", "iframe", "link"]):
-        tag.decompose()
-    for pre in soup.main("pre"):
-        pre["tabindex"] = "0"
-    finish_formulas(soup)
-    frame_images(soup, folder)
-    frame_tables(soup)
-    make_ids_unique(soup)
-    fill_contents(soup)
-    rewrite_links(soup.main, site, folder, name)
-    return str(soup)
-
-
-# The pages -----------------------------------------------------------------------------------------------
+    def make_page(self, notebook: nbformat.NotebookNode, folder: Path, page: Page, **steps) -> str:
+        """The notebook as HTML; its relative links start in ``folder``."""
+        name = Path(page.notebook).name or "README.md"
+        resources = {"metadata": {"name": name}, "page": page, **steps}
+        exporter = HTMLExporter(
+            filters={"markdown2html": markdown2html, "highlight_code": highlight_code},
+            template_name=TEMPLATE.name,
+            extra_template_basedirs=[str(TEMPLATE.parent)],
+            exclude_input_prompt=True,
+            exclude_output_prompt=True,
+        )
+        html, _ = exporter.from_notebook_node(notebook, resources)
+        soup = BeautifulSoup(html, "html.parser")
+        for tag in soup.main(["script", "style", "iframe", "link"]):
+            tag.decompose()
+        for pre in soup.main("pre"):
+            pre["tabindex"] = "0"
+        finish_formulas(soup)
+        frame_images(soup, folder)
+        frame_tables(soup)
+        list_headings(soup)
+        self.rewrite_links(soup.main, folder, name)
+        return str(soup)
 
 
 def plain(markdown: str) -> str:
@@ -293,15 +232,6 @@ def title_and_lead(markdown: str, default: str) -> tuple[str, str]:
     return (plain(found[1]), plain(found[2])) if found else (default, "")
 
 
-def made(notebook: nbformat.NotebookNode) -> str:
-    """With what the outputs were made."""
-    about = notebook.metadata.get("collection", {})
-    if not {"date", "torch", "device"} <= about.keys():
-        return ""
-    with_what = f"PyTorch {about['torch']}, device {about['device']}"
-    return f"The outputs on this page were made on {about['date']}: {with_what}."
-
-
 def index_source(readme: str) -> str:
     """The part of the README that the index page shows: its introduction, and its map of the notebooks."""
     introduction, *sections = re.split(r"^(?=## )", readme, flags=re.MULTILINE)
@@ -310,57 +240,41 @@ def index_source(readme: str) -> str:
 
 
 def export(paths: Sequence[Path], folder: Path, base: Path, readme: Path = ROOT / "README.md") -> list[str]:
-    """Export the notebooks at ``paths`` and an index page to ``folder``, and return the pages' names.
+    """Export the notebooks at ``paths`` and an index page, made from ``readme``; return the pages' names.
 
-    Args:
-        paths: the notebooks, in order.
-        folder: is made anew, and left as it was if a page cannot be made.
-        base: where notebooks stand in the collection: their links are read from there.
-        readme: the index page is made from it.
+    ``folder`` is made anew, and left as it was if a page cannot be made. Links of the notebooks are read from
+    ``base``, where they are in the collection.
 
     Raises:
-        PageError: a formula does not convert, or a link leads nowhere.
+        PageError: there are no notebooks, a formula does not convert, or a link leads nowhere.
     """
-    site = Site(paths, base.resolve())
-    text = readme.read_text(encoding="utf-8")
-    book, introduction = title_and_lead(text, readme.stem)
-    notebooks = [nbformat.read(path, as_version=4) for path in paths]
-    sources = ["\n".join(c.source for c in n.cells if c.cell_type == "markdown") for n in notebooks]
-    titles = [title_and_lead(source, path.stem) for source, path in zip(sources, paths, strict=True)]
-    steps = [Neighbour("index.html", book)]
-    steps += [Neighbour(f"{path.stem}.html", title) for path, (title, _) in zip(paths, titles, strict=True)]
-
+    if not paths:
+        raise PageError("there are no notebooks to export: `make run` comes first")
+    site, text = Site(paths, base.resolve()), readme.read_text(encoding="utf-8")
     index = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(index_source(text), id="readme")])
-    page = Page("index.html", book, introduction, book, next=steps[1] if paths else None)
-    pages = {page.file: make_page(index, page, site, readme.resolve().parent)}
-    for i, (path, notebook, (title, lead)) in enumerate(zip(paths, notebooks, titles, strict=True), start=1):
-        page = Page(
-            steps[i].file,
-            title,
-            lead,
-            book,
-            made(notebook),
-            site.keep_notebook(path, notebook),
-            steps[i - 1] if i > 1 else None,
-            steps[i + 1] if i + 1 < len(steps) else None,
-        )
-        pages[page.file] = make_page(notebook, page, site, site.base)
-    write(pages, site, folder)
-    return list(pages)
+    notebooks, pages = [index], [Page("index.html", *title_and_lead(text, readme.stem))]
+    for path in paths:
+        notebook = nbformat.read(path, as_version=4)
+        prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        title = title_and_lead(prose, path.stem)
+        pages.append(Page(f"{path.stem}.html", *title, f"files/{path.name}"))
+        notebooks.append(notebook)
+        bare, _ = ClearOutputPreprocessor().preprocess(deepcopy(notebook), {})
+        bare.metadata.pop("collection", None)  # what made the outputs
+        site.files[pages[-1].notebook] = nbformat.writes(bare).encode()
 
+    for i, (notebook, page) in enumerate(zip(notebooks, pages, strict=True)):
+        steps = {"book": pages[0].title, "previous": pages[i - 1] if i > 1 else None}
+        steps["next"] = pages[i + 1] if i + 1 < len(pages) else None
+        html = site.make_page(notebook, site.base if i else readme.resolve().parent, page, **steps)
+        site.files[page.file] = html.encode()
 
-def write(pages: dict[str, str], site: Site, folder: Path) -> None:
-    """Write the site to ``folder`` whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")  # so that the site is written whole or not at all
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, html in pages.items():
-        (partial / name).write_text(html, encoding="utf-8")
-    shutil.copytree(
-        TEMPLATE / "fonts", partial / "fonts", ignore=shutil.ignore_patterns("*.py", "__pycache__")
-    )
+    shutil.copytree(TEMPLATE / "fonts", partial / "fonts", ignore=shutil.ignore_patterns("*.py", "__*"))
     for address, content in site.files.items():
         (partial / address).parent.mkdir(parents=True, exist_ok=True)
         (partial / address).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+    return [page.file for page in pages]

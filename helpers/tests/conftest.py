@@ -5,21 +5,32 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-# The tensors are small: threads would wait for one another.
-torch.set_num_threads(1)
+# The tensors are small: threads would wait for one another, here and in the kernels that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Timing is never a test. CI draws the same examples every time, so that a red run can be repeated.
 settings.register_profile(
     "collection", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True
 )
 settings.load_profile("collection")
+
+MARKERS = {
+    "browser": "drives a Chromium",
+    "notebooks": "runs pages",
+    "distributed": "starts several processes that talk to each other",
+}
+
+
+def pytest_configure(config):
+    """The markers: `make test PYTEST_ARGS="-m 'not notebooks'"` leaves out what takes longest."""
+    for name, meaning in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {meaning}")
 
 
 @pytest.fixture

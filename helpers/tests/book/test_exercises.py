@@ -16,7 +16,7 @@ import matplotlib
 import pytest
 import torch
 
-from helpers.book.run import find_notebooks, read_json, read_quick, tags
+from helpers.book.parameters import find_notebooks, read_json, read_quick, tags
 from helpers.tests.book.wrong_answers import WRONG
 
 PAGES = {path.name[:2]: path for path in find_notebooks()}

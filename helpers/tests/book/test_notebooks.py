@@ -1,21 +1,16 @@
 """The pages: each runs from top to bottom, and the outputs in the file belong to the code beside them."""
 
 import re
+from pathlib import Path
 
 import nbformat
 import pytest
 
-from helpers.book.run import (
-    code_cells,
-    code_hash,
-    find_notebooks,
-    read_parameters,
-    read_quick,
-    run_notebook,
-    tags,
-)
+from helpers.book.parameters import code_cells, find_notebooks, read_parameters, read_quick, tags
+from helpers.book.run import code_hash, run_notebook
 
 PAGES = find_notebooks()
+assert PAGES
 each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 
 
@@ -60,10 +55,7 @@ def problems(notebook):
     return found
 
 
-def test_there_are_pages():
-    assert PAGES
-
-
+@pytest.mark.notebooks
 @each_page
 def test_runs_with_quick_parameters(path, tmp_path):
     quick = read_quick(path)
@@ -74,6 +66,14 @@ def test_runs_with_quick_parameters(path, tmp_path):
 
 
 @each_page
+def test_a_page_outside_the_clone_says_what_is_missing(path, monkeypatch):
+    [setup] = [cell for cell in nbformat.read(path, as_version=4).cells if cell.id == "setup"]
+    monkeypatch.setattr(Path, "cwd", lambda: Path("/"))
+    with pytest.raises(AssertionError, match="clone the collection and `make lab`"):
+        exec(setup.source, {})
+
+
+@each_page
 def test_committed_outputs(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
@@ -81,33 +81,22 @@ def test_committed_outputs(path):
 
 
 @each_page
-def test_size(path):
-    assert path.stat().st_size <= 400 * 1024
-
-
-@each_page
 def test_parameters_are_explained_and_used(path):
     code = code_cells(nbformat.read(path, as_version=4))
     rest = "\n".join(cell["source"] for cell in code if "parameters" not in tags(cell))
     for parameter in read_parameters(path).values():
-        assert parameter.help, f"{parameter.name} has no comment that says what it does"
         assert re.search(rf"\b{parameter.name}\b", rest), f"{parameter.name} is never used"
+        bounded = parameter.type == "str" or re.search(r"(at least|above) \d", parameter.help)
+        assert bounded, f"the comment of {parameter.name} must say which numbers are allowed"
 
 
 @each_page
-def test_ids_are_readable(path):
+def test_the_file_is_small_and_its_links_lead_somewhere(path):
+    assert path.stat().st_size <= 400 * 1024
     for cell in nbformat.read(path, as_version=4).cells:
-        assert re.fullmatch(r"[a-z][a-z0-9-]{1,63}", cell.id), cell.id
-
-
-@each_page
-def test_links_between_pages_hold(path):
-    for cell in nbformat.read(path, as_version=4).cells:
-        if cell.cell_type == "markdown":
-            for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", cell.source):
-                assert (path.parent / target).exists(), (
-                    f"cell {cell.id} links to {target}, which is not there"
-                )
+        assert re.fullmatch(r"[a-z][a-z0-9-]{1,63}", cell.id), f"{cell.id} is not a readable id"
+        for target in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", cell.source * (cell.cell_type == "markdown")):
+            assert (path.parent / target).exists(), f"cell {cell.id} links to {target}, which is not there"
 
 
 # That `problems` finds each of its problems ---------------------------------------------------------------

@@ -11,8 +11,8 @@ import pytest
 from bs4 import BeautifulSoup
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from helpers.book.pages import PageError, export, index_source, shown_width, title_and_lead
-from helpers.book.run import NOTEBOOKS, ROOT, find_notebooks
+from helpers.book.pages import ROOT, TEMPLATE, PageError, export, index_source, shown_width, title_and_lead
+from helpers.book.parameters import NOTEBOOKS, find_notebooks
 
 v4 = nbformat.v4
 CHAPTERS = {path.stem: path for path in find_notebooks()}
@@ -178,7 +178,7 @@ def test_every_formula_is_there(pages, name):
 
 def test_formulas_have_only_signs_of_the_font(pages):
     """The browser would take another sign from wherever it finds one, or draw a box."""
-    ranges = runpy.run_path(str(ROOT / "helpers" / "template" / "fonts" / "cut.py"))["MATH"]
+    ranges = runpy.run_path(str(TEMPLATE / "fonts" / "cut.py"))["MATH"]
     signs = {sign for page in pages.values() for formula in page.main("math") for sign in formula.get_text()}
     assert len(signs) > 50 and "字" not in signs
     assert [s for s in signs if not any(first <= ord(s) <= last for first, last in ranges)] == []
@@ -186,11 +186,13 @@ def test_formulas_have_only_signs_of_the_font(pages):
 
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_the_frame(site, pages, name):
-    """Title, line, steps, provenance, notebook."""
+    """Title, line, contents, steps, provenance, notebook."""
     page, notebook = pages[name], nbformat.read(CHAPTERS[name], as_version=4)
     title, lead = title_and_lead(notebook.cells[0].source, "")
     assert page.h1.get_text().removesuffix("¶") == title and page.title.get_text().startswith(title)
     assert page.find("meta", {"name": "description"})["content"] == lead and len(lead) > 20
+    listed = [a["href"].removeprefix("#") for a in page.select("nav.toc a")]
+    assert listed == [h["id"] for h in page.main(["h2", "h3"])] and len(listed) > 5
     i = NAMES.index(name)
     for rel, j in (("prev", i - 1), ("next", i + 1)):
         links = {a["href"] for a in page("a", rel=rel)}
@@ -202,13 +204,6 @@ def test_the_frame(site, pages, name):
     nbformat.validate(bare)
     assert [c.source for c in bare.cells] == [c.source for c in notebook.cells]
     assert not any(c.get("outputs") for c in bare.cells)
-
-
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_contents_of_a_page(pages, name):
-    page = pages[name]
-    listed = [a["href"].removeprefix("#") for a in page.select("nav.toc a")]
-    assert listed == [h["id"] for h in page.main(["h2", "h3"])] and len(listed) > 5
 
 
 def test_index_is_made_from_the_readme(pages):
@@ -259,10 +254,8 @@ def test_a_figure_is_shown_at_the_size_it_was_drawn_for(pages):
 
 
 def test_an_image_beside_the_text_comes_into_the_page(make, tmp_path):
-    (tmp_path / "a dot.png").write_bytes(base64.b64decode(PNG))
-    page = make(
-        [text("# One\n\n![a small dot](a%20dot.png)\n\n<details><summary>s</summary>\n\nf\n\n</details>")]
-    )
+    (tmp_path / "dot.png").write_bytes(base64.b64decode(PNG))
+    page = make([text("# One\n\n![a dot](dot.png)\n\n<details><summary>s</summary>\n\nf\n\n</details>")])
     assert [image["src"] for image in page.main("img")] == [f"data:image/png;base64,{PNG}"]
     assert page.main.details.get_text(strip=True) == "sf"
 
@@ -305,11 +298,16 @@ def test_links(make, tmp_path):
 # What a browser says -------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="there is no chromium, whose verdict this test is")
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+
+
+def in_browser(test):
+    """Mark a test that has a browser's verdict."""
+    skip = pytest.mark.skipif(BROWSER is None, reason="there is no chromium, whose verdict this test is")
+    return pytest.mark.browser(skip(test))
 
 
 @pytest.fixture(scope="module")
@@ -334,13 +332,6 @@ def visit(browser, path):
     page.evaluate("document.fonts.ready")
     page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
     return SimpleNamespace(page=page, path=path, requests=requests, messages=messages)
-
-
-@pytest.fixture(scope="module", params=NAMES)
-def opened(request, site, browser):
-    seen = visit(browser, site / f"{request.param}.html")
-    yield seen
-    seen.page.close()
 
 
 def requests_outside(seen):
@@ -401,56 +392,36 @@ def violations(seen, scheme):
     ]
 
 
-@needs_browser
-def test_no_request_leaves_the_page(opened):
-    assert requests_outside(opened) == []
-    assert any("fonts/text.woff2" in url for url in opened.requests)
-
-
-@needs_browser
-def test_no_console_errors(opened):
-    assert opened.messages == []
-
-
-@needs_browser
-def test_formulas_have_a_box(opened):
-    assert empty_formulas(opened) == []
-
-
-@needs_browser
-def test_formulas_are_set_in_the_font_of_the_page(opened):
-    assert foreign_fonts(opened) == []
-
-
-@needs_browser
-def test_no_tex_is_visible(opened):
-    assert raw_tex(opened) == []
-
-
-@needs_browser
-def test_no_sideways_scroll_on_a_phone(opened):
-    assert too_wide(opened) == 0
-
-
-@needs_browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(opened, scheme):
-    assert violations(opened, scheme) == []
-
-
-@needs_browser
-def test_nothing_is_cut_off_in_print(opened):
-    page = opened.page
-    page.emulate_media(media="print")
-    page.set_viewport_size({"width": 672, "height": 900})  # what A4 leaves between the margins
-    cut = page.evaluate("""() => [...document.querySelectorAll('main *')]
+def cut_off_in_print(seen):
+    """What is wider than the paper."""
+    seen.page.emulate_media(media="print")
+    seen.page.set_viewport_size({"width": 672, "height": 900})  # what A4 leaves between the margins
+    return seen.page.evaluate("""() => [...document.querySelectorAll('main *')]
         .filter(tag => tag.getBoundingClientRect().right > 673).map(tag => tag.outerHTML.slice(0, 120))""")
-    page.emulate_media(media="screen")
-    page.set_viewport_size({"width": 360, "height": 800})
-    assert cut == []
 
 
-@needs_browser
+CHECKS = {
+    "requests and messages": requests_outside,
+    "formulas without a box": empty_formulas,
+    "formulas in another font": foreign_fonts,
+    "visible TeX": raw_tex,
+    "wider than a phone": lambda seen: [width] if (width := too_wide(seen)) else [],
+    "axe, light": lambda seen: violations(seen, "light"),
+    "axe, dark": lambda seen: violations(seen, "dark"),
+    "cut off in print": cut_off_in_print,
+}
+
+
+@in_browser
+@pytest.mark.parametrize("name", NAMES)
+def test_a_browser_finds_nothing(site, browser, name):
+    seen = visit(browser, site / f"{name}.html")
+    assert {check: found for check in CHECKS if (found := CHECKS[check](seen))} == {}
+    assert any("fonts/text.woff2" in url for url in seen.requests)
+    seen.page.close()
+
+
+@in_browser
 def test_light_and_dark_are_the_readers_choice(site, browser):
     page = browser.new_page(color_scheme="dark")
     page.goto((site / "index.html").as_uri())
@@ -465,22 +436,13 @@ def test_light_and_dark_are_the_readers_choice(site, browser):
     page.close()
 
 
-@needs_browser
+@in_browser
 def test_faults_are_found(make, tmp_path, browser):
     """Every check of this section says something about a page that has all faults."""
     make([text("# One\n\n$x$ and `$in code$`"), code("x = 1  # why")])
     path = tmp_path / "html" / "01_chapter.html"
     seen = visit(browser, path)
-    checks = {
-        "requests": requests_outside,
-        "boxes": empty_formulas,
-        "fonts": foreign_fonts,
-        "tex": raw_tex,
-        "width": too_wide,
-        "light": lambda seen: violations(seen, "light"),
-        "dark": lambda seen: violations(seen, "dark"),
-    }
-    assert [name for name, check in checks.items() if check(seen)] == []
+    assert [name for name, check in CHECKS.items() if check(seen)] == []
     seen.page.close()
 
     page = path.read_text()
@@ -488,16 +450,16 @@ def test_faults_are_found(make, tmp_path, browser):
     faults = (
         '<img src="https://example.invalid/x.png" alt="an image"><math></math>'
         '<math style="font-family: monospace"><mi>a</mi></math>'
-        r"<p>$\alpha$</p><div style='width: 500px'>wide</div>"
+        r"<p>$\alpha$</p><div style='width: 700px'>wide</div>"
         "<style>.c1 { color: #777 !important }</style>"
     )
     path.write_text(page.replace("</main>", faults + "</main>"))
     seen = visit(browser, path)
-    assert [name for name, check in checks.items() if check(seen)] == list(checks)
+    assert [name for name, check in CHECKS.items() if check(seen)] == list(CHECKS)
     seen.page.close()
 
 
-@needs_browser
+@in_browser
 def test_a_page_cannot_ask_for_more(make, tmp_path, browser):
     """Whatever an output holds: the page's own policy stops it."""
     image = '<img src="https://example.invalid/x.png" alt="a picture from elsewhere" onerror="alert(1)">'

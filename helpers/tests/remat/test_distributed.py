@@ -96,6 +96,7 @@ def trains_as_the_pair(rank, folder, way):
     assert not any(torch.equal(t, s) for t, s in zip(ours, start, strict=True) if t.dim() == 4)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("way", WAYS)
 def test_trains_as_the_pair_does_in_two_processes(tmp_path, way):
     assert two_processes(tmp_path, functools.partial(trains_as_the_pair, way=way)) == [0, 0]

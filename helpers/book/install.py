@@ -1,0 +1,55 @@
+"""Install the packages that a file names into .venv/, and show one line of progress: what `make` calls.
+
+    python helpers/book/install.py requirements.txt
+
+It needs the standard library alone. What pip says goes to build/install.log; its end is shown if pip fails.
+"""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+VENV, LOG = ROOT / ".venv", ROOT / "build" / "install.log"
+
+
+def progress(log: str, there: int) -> tuple[int, str]:
+    """How far pip has come that wrote ``log``, with ``there`` packages in place: steps, and a bar of them."""
+    found = len(re.findall(r"^Collecting ", log, re.MULTILINE))
+    fetched = len(re.findall(r"^ *(?:Downloading|Using cached) \S+(?<!\.metadata) \(", log, re.MULTILINE))
+    steps = min(fetched, found) + min(there, found)
+    bar = "#" * (30 * steps // (2 * found or 1))
+    return steps, f"[{bar:30}] {fetched} of {found} packages fetched, {there} installed"
+
+
+def say(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def main(requirements: str) -> int:
+    """Install, and return pip's exit code."""
+    last, on_screen = 0, sys.stderr.isatty()
+    say(f"Installing {requirements} into .venv/ (PyTorch is large: some minutes)" + on_screen * "\n")
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--requirement", requirements]
+    with LOG.open("w") as log:
+        pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        while pip.poll() is None:
+            time.sleep(0.2)
+            there = len(list(VENV.glob("lib/python*/site-packages/*.dist-info")))
+            steps, bar = progress(LOG.read_text(errors="replace"), there)
+            if on_screen:
+                say(f"\r{bar}")
+            elif steps >= last + 10:
+                say(f" {steps}")
+                last = steps
+    say("\n")
+    if pip.returncode:
+        tail = LOG.read_text(errors="replace").splitlines()[-15:]
+        say("\n".join([*tail, f"The installation failed; all that pip said is in {LOG}", ""]))
+    return pip.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -18,7 +18,7 @@ def saved_bars(ax, bars: Sequence[tuple[str, float, bool]]) -> None:
     for row, (_, size, hatched) in enumerate(bars):
         colour, edge, hatch = (COLOURS["unfused"], "white", "///") if hatched else ("#c8c8c8", "#888888", "")
         ax.barh(row, size, color=colour, edgecolor=edge, hatch=hatch)
-        text = f"  {size:.2f}" + ("  y: can be computed again" if hatched else "")
+        text = f"  {size:.2f}" + ("  y: can be recomputed" if hatched else "")
         ax.text(size, row, text, va="center", color=ink(colour) if hatched else LINE)
     ax.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
     ax.set(xlabel="MiB", xlim=(0, 1.65 * max(size for _, size, _ in bars)))

@@ -55,7 +55,7 @@ def check_bottleneck(answer):
         norm = "the norm behind the 1x1 convolution keeps its input, too"
         for name, mine, right, less, more in (
             ("plain", got[0], held[0], two, "no operation keeps the output of a norm"),
-            ("recipes", got[1], held[1], norm, "the ReLU between the convolutions is made again"),
+            ("recipes", got[1], held[1], norm, "the ReLU between the convolutions is recomputed"),
         ):
             mistakes = {
                 "the last layer's output is read by nothing that needs it in backward": right + k,
@@ -90,7 +90,7 @@ def check_silu(function):
         memory.mark("end of forward")
     held = memory.marks["end of forward"] > 1.5 * out.nbytes
     require(not held, "a tensor of image size is held until backward; hold the recipe that makes z")
-    require(made.make, "made.make is missing, so nothing can make a again")
+    require(made.make, "made.make is missing, so a cannot be recomputed")
     require(torch.equal(made.tensor(), F.silu(z)), "made.make is called with z and must return a")
     require(torch.equal(source.kept, z), "made.make writes over its argument, which may be a kept tensor")
 
@@ -126,7 +126,7 @@ def check_dropout(function):
     torch.manual_seed(1)
     words = "torch.manual_seed does not decide; draw the seed with torch's random numbers"
     require(torch.equal(function.apply(leaf, p), out), words)
-    words = "next to the output, a tensor of its size is kept; keep what makes the mask again"
+    words = "next to the output, a tensor of its size is kept; keep what the mask can be recomputed from"
     require(memory.marks["end of forward"] <= 1.1 * out.nbytes, words)
 
     def mistakes(da, got):

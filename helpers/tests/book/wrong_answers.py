@@ -178,7 +178,7 @@ WRONG = {
             ("2 * wide + 2 * n * b * k", "2 * wide + n * b * k", "two tensors between its convolutions"),
             ("2 * wide + 2 * n * b * k", "2 * wide", "between a layer's convolutions are missing"),
             ("2 * wide + 2 * n * b * k", "2 * wide + 3 * n * b * k", "keeps the output of a norm"),
-            ("(n - 1) * k + n * b * k\n", "(n - 1) * k + 2 * n * b * k\n", "is made again"),
+            ("(n - 1) * k + n * b * k\n", "(n - 1) * k + 2 * n * b * k\n", "is recomputed"),
             ("return plain, recipes", "return plain", "return a tuple"),
         ],
         "check_silu": [

@@ -1,0 +1,132 @@
+"""An accelerator's passes: a norm's activation made again, and its backward, each in one pass over memory.
+
+PyTorch needs two kernels for a = act(z) of a norm's z, and the whole of z or a for the backward. Here both
+start from y, the norm's input: in a Triton kernel where there is one, else in PyTorch's (`reference`).
+
+A norm's own forward and backward stay PyTorch's, cuDNN's or ATen's: the same to the bit as without remat, and
+in as few passes (the sums read dz and y; the last pass reads them again and writes dy).
+
+Nothing here waits for the device, so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from helpers.remat.operations import Kind
+
+# What the kernel knows. It computes in float32.
+KINDS = "relu hardtanh leaky_relu elu silu hardsigmoid hardswish mish sigmoid tanh gelu gelu_tanh".split()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Norm(NamedTuple):
+    """z = γ (y - μ) / σ + β: a value for each channel, in float32 where y is in half precision."""
+
+    mean: Tensor
+    invstd: Tensor
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+
+def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+    """z from the norm's input y (N, C, ...), in ``out`` if it is given. ATen has this pass on CUDA."""
+    mean, invstd, gamma, beta = norm
+    if y.is_cuda:
+        return torch.batch_norm_elemt(y, gamma, beta, mean, invstd, 0.0, out=out)
+    if one_pass("none", y, out):
+        return launch(None, y, None, norm, "none", (), out)
+    scale = invstd if gamma is None else invstd * gamma  # with 1/σ in γ, and a variance of 1
+    z = torch.batch_norm(y, scale, beta, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
+    return z if out is None else out.copy_(z)
+
+
+def norm_act(
+    y: Tensor, norm: Norm, kind: Kind, added: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """a = act(z) from the norm's input y, or act(z + added): all (N, C, ...), of one dtype.
+
+    Rounded to that dtype wherever PyTorch's own kernels, one after the other, would write: it is their result
+    up to float32's last digits, and in general not to the bit. ``out`` may be ``added``.
+    """
+    if one_pass(kind.name, y, added, out):
+        return launch(None, y, added, norm, kind.name, kind.numbers, out)
+    z = reference(y, norm, added)
+    return kind.forward(z, z if out is None else out)
+
+
+def act_backward(
+    da: Tensor, y: Tensor, norm: Norm, kind: Kind, added: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """dz = da act'(z), or da act'(z + added), with the z of `norm_act`: neither z nor a is made whole.
+
+    Where z is within rounding of a corner, such as ReLU's 0, the slope may be that of the other side. ``out``
+    may be da or ``added``.
+    """
+    if da.dtype == y.dtype and one_pass(kind.name, y, added, out):
+        da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
+        return launch(da, y, added, norm, kind.name, kind.numbers, out)
+    z = reference(y, norm, added)
+    x = kind.forward(z, z) if kind.from_result else z
+    return kind.backward(da, x, x if out is None else out)
+
+
+def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
+    """z, or z + added, by PyTorch's kernels."""
+    z = normalise(y, norm)
+    return z if added is None else z.add_(added)
+
+
+def one_pass(name: str, y: Tensor, *others: Tensor | None) -> bool:
+    """Whether there is a kernel for these, all of one dtype and one dense layout."""
+    if not ((name in KINDS or name == "none") and y.dtype in DTYPES and has_kernel(y.device.type)):
+        return False
+    rows = matrix(y)
+    same = [t is None or (t.dtype, t.shape, matrix(t)) == (y.dtype, y.shape, rows) for t in others]
+    return bool(rows) and all(same)
+
+
+@functools.cache
+def has_kernel(device: str) -> bool:
+    """Whether Triton is there for it. "meta" plays an accelerator, and a CPU interprets if told to."""
+    devices = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
+    return device == "meta" or (device in devices and importlib.util.find_spec("triton") is not None)
+
+
+def matrix(y: Tensor) -> list[int]:
+    """y as a matrix: rows, columns, and whether the columns are the channels; [] if y is not dense."""
+    n, c, pixels = (*y.shape[:2], math.prod(y.shape[2:])) if y.dim() > 1 else (0, 0, 0)
+    if n * c * pixels and y.movedim(1, -1).is_contiguous():
+        return [n * pixels, c, 1]
+    return [n * c, pixels, 0] if n * c * pixels and y.is_contiguous() else []
+
+
+def launch(da, y, added, norm: Norm, name: str, numbers: tuple, out: Tensor | None) -> Tensor:
+    out, numbers = torch.empty_like(y) if out is None else out, [*numbers, 0.0, 0.0, 0.0][:3]
+    torch.ops.remat.norm_act(da, y, added, *norm, name, numbers, matrix(y), out)
+    return out
+
+
+def run(*arguments) -> None:
+    from helpers.remat import kernels  # only now: it imports Triton
+
+    kernels.launch(*arguments)
+
+
+# An operator of PyTorch's, so that profilers and those who count passes see it.
+library = torch.library.Library("remat", "DEF")
+library.define(
+    "norm_act(Tensor? da, Tensor y, Tensor? added, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta, "
+    "str act, float[] numbers, int[] matrix, Tensor(a!) out) -> ()"
+)
+for key in ("CPU", "CUDA", "XPU"):
+    library.impl("norm_act", run, key)
+library.impl("norm_act", lambda *arguments: None, "Meta")

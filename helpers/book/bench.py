@@ -1,395 +1,296 @@
-"""`make bench`: memory and time of the layers, each beside the unfused pair, in one run.
+"""`make bench`: memory and time of the layers, each next to the unfused pair, in one run.
 
-    python -m helpers.book.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [QUICK=1] [FRONT=1]
+    python -m helpers.book.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [TIME_LIMIT=9] [QUICK=1] [FRONT=1]
 
-prints a table for each workload and writes data/measurements/bench_<device>.json (with ONLY, a record of its
-own name). With FRONT=1 the workloads are four networks, under `remat` at eight prices, with checkpoints and
-compiled, and the record is front_<device>.json: chapter 8 draws it.
+prints tables and writes data/measurements/bench_<device>.json (with ONLY, a record of its own name), each row
+as soon as it is there. What fails costs its own row, which carries the error. ONLY takes the tables with that
+in their title. TIME_LIMIT is in minutes; 0 is none on a CPU, and 9 on an accelerator. With FRONT=1 the tables
+are four networks, under `remat` at eight prices, with checkpoints and compiled, and the record is
+front_<device>.json: chapter 8 draws it. Torch, torchvision and matplotlib are enough to run all of this.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
 and the median of the ratios is shown with their range. Short steps have more than REPEATS rounds. Each
-workload has a process of its own, as a training has: memory that an earlier one left to the process would
+table has a process of its own, as a training has: memory that an earlier one left to the process would
 speed up those that use the most. On Linux a tensor of over 32 MiB is fresh pages at each allocation, which
-punishes those that use the most, too: there each workload is timed a second time (and of the front, only
+punishes those that use the most, too: there each table with times is measured again (and of the front, only
 so), in a process whose allocator keeps its memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
+import math
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchvision.ops import StochasticDepth
 
+from helpers.book.networks import (
+    FRONT,
+    NETWORKS,
+    PRICES,
+    Remat,
+    TutorialConvBN2d,
+    chain,
+    front_of,
+    of_pairs,
+    real_network,
+    unfused,
+    ways,
+)
+from helpers.book.steps import MIB, Report, brief, compare, print_table, table, tidy, timed
 from helpers.book.training import Net, pick_device
-from helpers.fused import FusedConvBN2d
 from helpers.memory import MemoryTrace, describe_device, memory_device
-from helpers.remat import remat
+from helpers.predict import largest_batch, standing
+from helpers.remat.compare import compare as compare_gradients
 
-__all__ = ["METHODS", "NETWORKS", "TutorialConvBN2d", "chain", "compare", "print_table", "real_network"]
+__all__ = ["PARAMETERS", "Remat", "TutorialConvBN2d", "chain", "compare", "front_of", "print_table",
+           "real_network", "recorded", "unfused", "ways"]  # fmt: skip
 
-MIB = 2**20
-ROUNDS_SECONDS = 20  # at least, for each workload, whatever REPEATS says
-PARAMETERS = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": "", "FRONT": 0}
+PARAMETERS = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": "", "FRONT": 0, "TIME_LIMIT": 0.0}
 MEASUREMENTS = Path(__file__).resolve().parents[2] / "data" / "measurements"
 
 
-class TutorialConvBN2dFunction(torch.autograd.Function):
-    """The kernel of PyTorch's tutorial as it stands there, but for ``padding``: what ours is measured by.
-
-    Unbiased variance, ε outside the root, no γ and β; the weight gradient as a convolution of transposed
-    inputs. Chapter 4 explains it.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, padding, eps=1e-3):
-        ctx.save_for_backward(x, weight)
-        ctx.padding, ctx.eps = padding, eps
-        y = F.conv2d(x, weight, padding=padding)
-        ctx.m = y.numel() / y.shape[1]
-        ctx.sum = y.sum((0, 2, 3))
-        ctx.std = y.var((0, 2, 3), unbiased=True).sqrt()
-        z = y - (ctx.sum / ctx.m)[:, None, None]
-        z /= (ctx.std + eps)[:, None, None]
-        return z
-
-    @staticmethod
-    def backward(ctx, dz):
-        x, weight = ctx.saved_tensors
-        y = F.conv2d(x, weight, padding=ctx.padding)
-        m, denom = ctx.m, (ctx.std + ctx.eps)[:, None, None]
-        mean = (ctx.sum / m)[:, None, None]
-        dvar = -((y - mean) * dz).sum((0, 2, 3)) / (ctx.std + ctx.eps) ** 2 / (2 * ctx.std)
-        dmean = (dz / denom).sum((0, 2, 3)) / -m
-        dy = y * (dvar * m)[:, None, None]
-        dy += (-dvar * ctx.sum)[:, None, None]
-        dy *= 2 / ((m - 1) * m)
-        dy += dmean[:, None, None]
-        dy *= denom
-        dy += dz
-        dy /= denom
-        p = ctx.padding
-        dw = F.conv2d(x.transpose(0, 1), dy.transpose(0, 1), padding=p).transpose(0, 1)
-        dx = F.conv_transpose2d(dy, weight, padding=p)
-        return dx, dw, None, None
+# What is measured ------------------------------------------------------------------------------------------
 
 
-class TutorialConvBN2d(nn.Module):
-    """The tutorial's layer: ``TutorialConvBN2dFunction`` with a weight."""
+class Mode(NamedTuple):
+    """How numbers are computed, and how images lie in memory."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False).weight
-        self.padding = padding
+    name: str
+    amp: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
 
-    def forward(self, x: Tensor) -> Tensor:
-        return TutorialConvBN2dFunction.apply(x, self.weight, self.padding)
+    def network(self, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+        return make().to(device).to(memory_format=self.memory_format)
 
+    def images(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.randn(shape, device=device).contiguous(memory_format=self.memory_format)
 
-def unfused(c_in: int, c_out: int, kernel: int, padding: int = 0) -> nn.Sequential:
-    """nn.Conv2d without bias, then nn.BatchNorm2d."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=False), nn.BatchNorm2d(c_out))
-
-
-class Checkpointed(nn.Module):
-    """A module under torch.utils.checkpoint."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        # A dense block appends to the list that it hands in: backward must find the list as it was.
-        inputs = [list(i) if isinstance(i, list) else i for i in inputs]
-        return checkpoint(self.module, *inputs, use_reentrant=False)
+    def autocast(self, device: torch.device):
+        return torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None)
 
 
-class Remat(nn.Module):
-    """A module under `helpers.remat`."""
-
-    def __init__(self, module: nn.Module, max_cost: float) -> None:
-        super().__init__()
-        self.module, self.max_cost = module, max_cost
-
-    def forward(self, x: Tensor) -> Tensor:
-        with remat(self.max_cost):
-            return self.module(x)
+FLOAT32, TF32 = Mode("float32"), Mode("float32 with TF32")
+BFLOAT16 = Mode("bfloat16 autocast, channels_last", torch.bfloat16, torch.channels_last)
 
 
-def under_remat(make: Callable[[], nn.Module], *prices: float) -> dict[str, Callable[[], nn.Module]]:
-    """The network of ``make`` under `remat`, at each price."""
-    return {f"remat, {price:g}": lambda price=price: Remat(make(), price) for price in prices}
+class Table(NamedTuple):
+    """What fills one table: ``run(device, repeats, report)``; and whether it has times as its point."""
+
+    run: Callable[[torch.device, int, Report], None]
+    timed: bool = False
 
 
-def block_by_block(model: nn.Module) -> nn.Module:
-    """Each block of one of torchvision's networks under a checkpoint of its own."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ in BLOCKS:
-                setattr(module, name, Checkpointed(child))
-    return model
+def side_by_side(makers: dict[str, Callable], shape: tuple, mode: Mode, seconds: float) -> Table:
+    """`compare` of these networks."""
+
+    def run(device, repeats, report):
+        networks = {name: mode.network(make, device) for name, make in makers.items()}
+        compare(networks, mode.images(shape, device), repeats, mode.amp, seconds, report)
+
+    return Table(run, timed=True)
 
 
-def stage_by_stage(model: nn.Module) -> nn.Module:
-    """Each stage of one of torchvision's networks, its blocks of one width, under a checkpoint of its own."""
-    if isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
-        stages: list[list[nn.Module]] = []
-        for block in model.features:
-            if not getattr(block, "use_res_connect", False):  # the first of its width
-                stages.append([])
-            stages[-1].append(block)
-        model.features = nn.Sequential(*[nn.Sequential(*stage) for stage in stages])
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            blocks = isinstance(child, nn.Sequential) and {type(block).__name__ for block in child}
-            if (blocks and blocks <= {*BLOCKS}) or type(child).__name__ == "_DenseBlock":
-                setattr(module, name, Checkpointed(child))
-    return model
+def one_by_one(names, measure: Callable[[torch.device, str], Iterator[dict]]) -> Table:
+    """A row for each of ``names``: ``measure(device, name)`` yields parts of it."""
+
+    def run(device, repeats, report):
+        for name in names:
+            row = {"name": name}
+            try:
+                for part in measure(device, name):
+                    row |= part
+                    report(row)
+            except Exception as error:
+                report(row | {"error": brief(error)})
+            tidy(device)
+
+    return Table(run)
 
 
-def compiled(model: nn.Module, budget: float) -> nn.Module:
-    """``model`` under torch.compile; with a ``budget`` below 1 the compiler keeps about that share of memory.
+def errors(name: str, shape: tuple, mode: Mode) -> Table:
+    """How far gradients under `remat` are from plain's, next to how far plain's are from float64's."""
 
-    The model must draw no random numbers: with a budget the compiler draws a dropout's mask anew in backward,
-    and the gradients are wrong (seen in torch 2.14.1).
-    """
-    inductor = torch._dynamo.lookup_backend("inductor")
+    def measure(device, method):
+        model, x = mode.network(functools.partial(real_network, name), device), mode.images(shape, device)
+        with mode.autocast(device):
+            found = compare_gradients(model, x, max_cost=float(method.split()[-1]), rounds=1)
+        yield {"forward_equal": found.equal, "difference": found.difference, "rounding": found.rounding}
 
-    def backend(graph, inputs):
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            return inductor(graph, inputs)
-
-    return torch.compile(model, backend=backend, dynamic=False)
+    return one_by_one([f"remat, {price}" for price in PRICES], measure)
 
 
-def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
-    """A factory of ours, with that slab size."""
-    return lambda c_in, c_out, kernel, padding=0: FusedConvBN2d(
-        c_in, c_out, kernel, padding=padding, bias=False, slab_size=slab_size
-    )
-
-
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "unfused": unfused,
-    "tutorial": TutorialConvBN2d,
-    "checkpoint": lambda *args: Checkpointed(unfused(*args)),
-    "fused, whole batch": fused("batch"),
-    "fused, slabs": fused(None),
+KINDS = {  # the first of which a part is in the name of a kernel or an operator
+    "norm": ("batch_norm", "batchnorm", "bn_fw", "bn_bw"),
+    "one pass": ("one_pass", "remat::"),
+    "pooling": ("pool",),
+    "copy": ("copy", "memcpy", "cat", "transpose", "nchwtonhwc", "nhwctonchw", "contiguous"),
+    "convolution": ("conv", "mm", "cudnn", "cutlass", "xmma", "wgrad", "dgrad", "fprop"),
+    "elementwise": ("elementwise", "threshold", "clamp", "hardtanh", "lu", "add", "mul", "fill", "zero"),
 }
 
 
-def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: int) -> nn.Sequential:
-    """``blocks`` equal blocks conv, batch norm, ReLU that keep the image's size."""
-    block = [nn.Sequential(make(channels, channels, kernel, kernel // 2), nn.ReLU()) for _ in range(blocks)]
-    return nn.Sequential(*block)
+def time_by_kind(name: str, shape: tuple, mode: Mode) -> Table:
+    """Seconds of a step, and of its kernels (on a CPU, of its operators) by kind, and their number."""
+    makers = ways(name, PRICES[:2])
 
+    def measure(device, method):
+        network, x = mode.network(makers[method], device), mode.images(shape, device)
 
-BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
-PRICES = (0, 150, 600)
-FRONT = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
-FRONT_PRICES = (0, 9, 32, 64, 150, 300, 600, 1200)
-BUDGETS = {"resnet50": (0.4,)}  # compiling takes minutes on a CPU
-NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
-
-
-def real_network(name: str) -> nn.Module:
-    """torchvision's network ``name``, always with the same weights and without dropout.
-
-    Raises:
-        ValueError: torchvision has no such network.
-    """
-    if name not in torchvision.models.list_models():
-        raise ValueError(
-            f"name must be a network of torchvision, such as {', '.join(NETWORKS)}; got {name!r}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None)
-    for module in model.modules():  # what is dropped would differ from method to method
-        if isinstance(module, (nn.Dropout, StochasticDepth)):
-            module.p = 0.0
-    return model
-
-
-def ways(name: str, prices: tuple[float, ...]) -> dict[str, Callable[[], nn.Module]]:
-    """The ways to train torchvision's network ``name`` in less memory, unfused first."""
-    make = functools.partial(real_network, name)
-    return {
-        "unfused": make,
-        **under_remat(make, *prices),
-        "checkpoint, blocks": lambda: block_by_block(make()),
-    }
-
-
-def front_of(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """More of them, for chapter 8's figure."""
-    make = functools.partial(real_network, name)
-    return {
-        **ways(name, FRONT_PRICES),
-        "checkpoint, stages": lambda: stage_by_stage(make()),
-        **{f"compile, {b:g}": lambda b=b: compiled(make(), b) for b in BUDGETS.get(name, ())},
-    }
-
-
-def compare(
-    networks: dict[str, nn.Module],
-    x: Tensor,
-    repeats: int = 5,
-    amp: torch.dtype | None = None,
-    seconds: float = 0,
-) -> list[dict]:
-    """Peak, end of forward and time of one step of each network on ``x``, beside the first network's.
-
-    Args:
-        networks: all on ``x``'s device, and that device one that ``memory_device`` returns unchanged.
-        repeats: rounds of timing; 0 for memory alone.
-        amp: an autocast dtype, or None.
-        seconds: go on with the rounds for so long: short steps spread more than long ones.
-
-    Returns:
-        A row each: name, peak, forward (bytes above the start), on a CPU tensor_peak, too (see
-        `MemoryTrace`), seconds (median), and the ratios ``peak_ratio``, ``forward_ratio``, ``time_ratio``
-        with ``time_range``.
-    """
-    device = x.device
-
-    def forward(network: nn.Module) -> Tensor:
-        with torch.autocast(device.type, dtype=amp, enabled=amp is not None):
-            return network(x)
-
-    def step(network: nn.Module, mark: Callable[[str], None] = lambda name: None) -> None:
-        out = forward(network)
-        mark("end of forward")
-        out.backward(grad_out)
-
-    with torch.no_grad():
-        grad_out = torch.randn_like(forward(next(iter(networks.values()))))
-    rows, times = [], {name: [] for name in networks}
-    for name, network in networks.items():
-        step(network)  # warm: libraries choose their algorithms
-        network.zero_grad()
-        with MemoryTrace(device) as trace:
-            step(network, trace.mark)
-        network.zero_grad()
-        rows.append({"name": name, "peak": trace.peak, "forward": trace.marks["end of forward"]})
-        if trace.tensor_peak is not None:
-            rows[-1]["tensor_peak"] = trace.tensor_peak
-    base = next(iter(networks))
-    while repeats and (len(times[base]) < repeats or sum(map(sum, times.values())) < seconds):
-        for name, network in networks.items():
-            times[name].append(timed(lambda network=network: step(network), device))
+        def step() -> None:
+            with mode.autocast(device):
+                out = network(x)
+            out.backward(torch.ones_like(out))
             network.zero_grad()
-    for row in rows:
-        row["peak_ratio"], row["forward_ratio"] = (row[k] / rows[0][k] for k in ("peak", "forward"))
-        if repeats:
-            ratios = [a / b for a, b in zip(times[row["name"]], times[base], strict=True)]
-            row["seconds"] = statistics.median(times[row["name"]])
-            row["time_ratio"], row["time_range"] = statistics.median(ratios), (min(ratios), max(ratios))
-    return rows
+
+        step()
+        yield {"step": timed(step, device)}
+        activities, cpu = [torch.profiler.ProfilerActivity.CPU], device.type == "cpu"
+        activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+        with torch.profiler.profile(activities=activities) as found:
+            timed(step, device)
+        here = [e for e in found.key_averages() if e.device_type.name.lower() == device.type]
+        spent = {kind: 0.0 for kind in (*KINDS, "other")}
+        for e in here:
+            fits = (kind for kind, parts in KINDS.items() if any(part in e.key.lower() for part in parts))
+            own = e.self_cpu_time_total if cpu else e.self_device_time_total
+            spent[next(fits, "other")] += own / 1e6
+        yield {"calls": sum(e.count for e in here), **spent}
+
+    return one_by_one(makers, measure)
 
 
-def timed(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds that ``run`` takes: on a CUDA device between two of its own events."""
+def largest(name: str, shape: tuple, budget: int) -> Table:
+    """The largest batch whose step fits into ``budget`` bytes, with momentum, next to the predicted one."""
+    prices = {"unfused": None, **{f"remat, {price}": price for price in PRICES[:2]}}
+
+    def fits(device: torch.device, network: nn.Module, n: int) -> bool:
+        optimizer, x = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9), None
+        try:
+            for p in network.parameters():
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            x = torch.randn(n, *shape, device=device)
+            with MemoryTrace(device) as trace:
+                network(x).square().mean().backward()
+                optimizer.step()
+            return standing(network, 1) + x.nbytes + trace.peak <= budget
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            optimizer.zero_grad()
+            del optimizer, x
+            tidy(device)
+
+    def measure(device, method):
+        if device.type == "cuda":  # so that libraries, too, see no more
+            torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info(device)[1], device)
+        model, price = real_network(name), prices[method]
+        n = predicted = largest_batch(model, shape, budget, max_cost=price)
+        yield {"budget": budget, "predicted": predicted}
+        network = (model if price is None else Remat(model, price)).to(device)
+        low, high, fine = 0, 2 * predicted, max(1, predicted // 32)
+        for tried in range(16):
+            low, high = (n, high) if fits(device, network, n) else (low, n)
+            if high - low <= fine:
+                break
+            n = (n + fine if n == low else n - fine) if not tried else (low + high) // 2
+        yield {"batch": low, "too_large": high}
+
+    return one_by_one(prices, measure)
+
+
+def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
+    """By title, the most wanted first."""
+    cpu, cuda = device.type == "cpu", device.type == "cuda"
+    batches = [(16, 3, 160, 160)] if cpu else [(n, 3, 224, 224) for n in (184, 272)]
+    batches = [(4, 3, 64, 64)] if quick else batches
+    modes, names = [TF32, BFLOAT16] if cuda else [FLOAT32], NETWORKS if cpu else FRONT
+    digits, images, seconds = (64, 4, 0) if quick else (2048, 32, 20) if cpu else (2048, 256, 4)
+    found: dict[str, Table] = {}
+
+    def whole(shape: tuple, names: tuple[str, ...], makers: Callable[[str], dict]) -> None:
+        for name in names:
+            for mode in modes:
+                title = f"{name}, {times(shape)}, {mode.name}"
+                found[title] = side_by_side(makers(name), shape, mode, seconds)
+
+    if front:
+        whole(batches[-1], FRONT, front_of)
+        return found
+    title = f"MNIST network, batch {digits}, {modes[0].name}"
+    found[title] = side_by_side(of_pairs(Net), (digits, 1, 28, 28), modes[0], seconds)
+    whole(batches[0], names, lambda name: ways(name, PRICES))
+    for mode in modes:
+        title = f"time by kind, resnet50, {times(batches[0])}, {mode.name}"
+        found[title] = time_by_kind("resnet50", batches[0], mode)
+    budget = 100 * MIB if quick else 2**30 if cpu else 2**34
+    for name in FRONT[1:2] if quick else FRONT[:2]:
+        title = f"largest batch, {name}, {budget / MIB:,.0f} MiB, float32"
+        found[title] = largest(name, batches[0][1:], budget)
+    for name in FRONT:
+        for mode in (FLOAT32, BFLOAT16):
+            shape = (2, 3, 32, 32) if quick else (8, 3, 96, 96)
+            found[f"errors, {name}, {times(shape)}, {mode.name}"] = errors(name, shape, mode)
+    for shape in batches[1:]:
+        whole(shape, names, lambda name: ways(name, PRICES))
+    for kind, (channels, kernel) in {"3x3, 32 channels": (32, 3), "1x1, 128 channels": (128, 1)}.items():
+        shape = images, channels, 56, 56
+        makers = of_pairs(lambda make, c=channels, k=kernel: chain(make, 12, c, k))
+        title = f"12 blocks conv, norm, ReLU: {kind}, {images}x56x56, {modes[0].name}"
+        found[title] = side_by_side(makers, shape, modes[0], seconds)
+    return found
+
+
+def times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+# The run ---------------------------------------------------------------------------------------------------
+
+KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+
+
+def fill(device: torch.device, quick: bool, front: bool, title: str, repeats: int, pipe) -> None:
+    """Send the rows of one table: what a process of its own does."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter() - begin
-
-
-def table(rows: list[dict]) -> str:
-    """``compare``'s rows as text, one line a network."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"{'':{width}}      peak          end of forward   step"]
-    for row in rows:
-        line = f"{row['name']:{width}}  {row['peak'] / MIB:7.1f} MiB {row['peak_ratio']:5.3f}"
-        line += f"  {row['forward'] / MIB:7.1f} MiB {row['forward_ratio']:5.3f}"
-        if "seconds" in row:
-            low, high = row["time_range"]
-            line += f"  {row['seconds'] * 1e3:6.0f} ms {row['time_ratio']:5.3f} ({low:.2f} to {high:.2f})"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-def print_table(title: str, rows: list[dict]) -> None:
-    """Print ``compare``'s rows under ``title``."""
-    print(f"\n{title}\n{table(rows)}", flush=True)
-
-
-def workloads(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, ...], dict[str, Callable]]]:
-    """Title -> (input shape, {method: function that makes the network})."""
-    batch, n = (64, 4) if quick else (2048, 32 if device.type == "cpu" else 256)
-    kinds = {"3x3, 32 channels": (32, 3), "1x1, 128 channels": (128, 1)}
-
-    def of_pairs(build: Callable[[Callable], nn.Module]) -> dict[str, Callable]:
-        networks = {name: functools.partial(build, make) for name, make in METHODS.items()}
-        return {**networks, **under_remat(networks["unfused"], *PRICES)}
-
-    works = {f"MNIST network, batch {batch}": ((batch, 1, 28, 28), of_pairs(Net))}
-    for kind, (channels, kernel) in kinds.items():
-        networks = of_pairs(lambda make, c=channels, k=kernel: chain(make, 12, c, k))
-        works[f"12 blocks conv, norm, ReLU: {kind}, {n}x56x56"] = ((n, channels, 56, 56), networks)
-    shape = image_shape(device, quick)
-    for name in NETWORKS:
-        works[f"{name}, {'x'.join(map(str, shape))}"] = (shape, ways(name, PRICES))
-    return works
-
-
-def fronts(device: torch.device, quick: bool) -> dict[str, tuple[tuple[int, ...], dict[str, Callable]]]:
-    """The same for memory against time."""
-    shape = image_shape(device, quick)
-    return {f"{name}, {'x'.join(map(str, shape))}": (shape, front_of(name)) for name in FRONT}
-
-
-def image_shape(device: torch.device, quick: bool) -> tuple[int, ...]:
-    """Of the batch that a whole network gets."""
-    return (4, 3, 64, 64) if quick else (16, 3, 160, 160) if device.type == "cpu" else (256, 3, 224, 224)
-
-
-def modes(device: torch.device) -> dict[str, tuple[torch.dtype | None, torch.memory_format]]:
-    """Title -> (autocast's dtype or None, memory format)."""
-    if device.type != "cuda":
-        return {"float32": (None, torch.contiguous_format)}
-    return {
-        "float32 with TF32": (None, torch.contiguous_format),
-        "bfloat16 autocast, channels_last": (torch.bfloat16, torch.channels_last),
-    }
-
-
-def measure(
-    works: Callable, device: torch.device, mode: str, title: str, repeats: int, quick: bool
-) -> list[dict]:
-    """`compare`'s rows of one of ``works``, `workloads` or `fronts`, on a device as `compare` takes it."""
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
-    amp, memory_format = modes(device)[mode]
-    shape, makers = works(device, quick)[title]
+        tf32 = not title.endswith(f", {FLOAT32.name}")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.manual_seed(0)
-    networks = {n: make().to(device).to(memory_format=memory_format) for n, make in makers.items()}
-    x = torch.randn(shape, device=device).contiguous(memory_format=memory_format)
-    return compare(networks, x, repeats, amp, 0 if quick else ROUNDS_SECONDS)
+    try:
+        tables(device, quick, front)[title].run(device, repeats, pipe.send)
+    except Exception as error:
+        pipe.send({"name": "all", "error": brief(error)})
+
+
+def measured(environment: dict[str, str], until: float, *arguments) -> Iterator[dict]:
+    """The rows of `fill` in a process that starts with these variables and is stopped at ``until``."""
+    ours, theirs = get_context("spawn").Pipe(duplex=False)
+    process, error = get_context("spawn").Process(target=fill, args=(*arguments, theirs)), None
+    with patch.dict(os.environ, environment):
+        process.start()
+    theirs.close()
+    try:
+        with contextlib.suppress(EOFError):
+            while ours.poll(min(until - time.monotonic(), 1e6)) if until > time.monotonic() else False:
+                yield ours.recv()
+            error = "stopped at the time limit"
+    finally:
+        if error or sys.exc_info()[0]:
+            process.kill()
+        process.join()
+    if error or process.exitcode:
+        yield {"name": "all", "error": error or f"the process ended with {process.exitcode}"}
 
 
 def run(
@@ -399,44 +300,46 @@ def run(
     write: bool = True,
     only: str = "",
     front: bool = False,
+    time_limit: float = 0.0,
 ) -> dict:
-    """Measure the workloads with ``only`` in their title; print the tables; return (and write) the record."""
+    """Measure the tables with ``only`` in their title; print them; return (and write) the record."""
     device, how = memory_device(pick_device(device_name))
-    works, name = (fronts, "front") if front else (workloads, "bench")
-    record = {
-        "date": datetime.date.today().isoformat(),
-        **describe_device(device),
-        "memory": how,
-        "tables": {},
-    }
-    print(", ".join(f"{k}: {v}" for k, v in record.items() if k != "tables"))
+    about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
+    print(", ".join(f"{k}: {v}" for k, v in about.items()))
+    until = time.monotonic() + 60 * (time_limit or (math.inf if device.type == "cpu" else 9))
+    name = f"{'front' if front else 'bench'}_{device.type}{only and '_' + only.replace(' ', '_')}.json"
+    path, record = MEASUREMENTS / name, {**about, "tables": {}}
     allocators = {"": {}}
     if device.type == "cpu" and sys.platform == "linux":
-        held_still = {", allocator keeps its memory": KEEPS_MEMORY}
-        allocators = held_still if front else allocators | held_still
-    for mode in modes(device):
-        for title in (title for title in works(device, quick) if only in title):
-            for allocator, environment in allocators.items():
-                rows = measured(environment, works, device, mode, title, repeats, quick)
-                record["tables"][f"{title}, {mode}{allocator}"] = rows
-                print_table(f"{title}, {mode}{allocator}", rows)
+        allocators = ({} if front else allocators) | {", allocator keeps its memory": KEEPS_MEMORY}
+    for title, one in tables(device, quick, front).items():
+        for allocator, environment in (allocators if one.timed else {"": {}}).items():
+            if only not in title:
+                continue
+            rows: dict[str, dict] = {}
+            for row in measured(environment, until, device, quick, front, title, repeats):
+                rows[row["name"]] = row
+                record["tables"][title + allocator] = list(rows.values())
+                if write:  # at once, and whole: this run may be stopped
+                    path.parent.mkdir(exist_ok=True)
+                    new = path.with_suffix(".new")
+                    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+                    os.replace(new, path)
+            print_table(title + allocator, list(rows.values()))
     if write:
-        MEASUREMENTS.mkdir(exist_ok=True)
-        path = MEASUREMENTS / f"{name}_{device.type}{only and '_' + only.replace(' ', '_')}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(
-            f"\nwritten to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path.name}"
-        )
+        print(f"\nwritten to {os.path.relpath(path)}")
     return record
 
 
-KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-
-
-def measured(environment: dict[str, str], *arguments) -> list[dict]:
-    """`measure` in a process of its own, which starts with these variables."""
-    with patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(measure, *arguments).result()
+def recorded(device: str, only: str = "") -> str:
+    """The tables with ``only`` in their title of the committed record of a device, or that there is none."""
+    path = MEASUREMENTS / f"bench_{device}.json"
+    if not path.is_file():
+        return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
+    record = json.loads(path.read_text(encoding="utf-8"))
+    about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
+    found = [f"{title}\n{table(rows)}" for title, rows in record["tables"].items() if only in title]
+    return "\n\n".join([about, *found])
 
 
 def main(arguments: list[str]) -> int:
@@ -454,12 +357,17 @@ def main(arguments: list[str]) -> int:
                 raise ValueError(f"{name} must be of type {kind.__name__}, got {text!r}") from None
         if values["REPEATS"] < 1:
             raise ValueError(f"REPEATS must be at least 1, got {values['REPEATS']}")
-        pick_device(values["DEVICE"])
+        if not 0 <= values["TIME_LIMIT"] < math.inf:
+            raise ValueError(f"TIME_LIMIT must be minutes, 0 or more, got {values['TIME_LIMIT']}")
+        device, _ = memory_device(pick_device(values["DEVICE"]))
+        quick, front, only = bool(values["QUICK"]), bool(values["FRONT"]), values["ONLY"]
+        titles = list(tables(device, quick, front))
+        if not any(only in title for title in titles):
+            raise ValueError(f"ONLY must be part of a title, got {only!r}; there are: {'; '.join(titles)}")
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    quick = bool(values["QUICK"])
-    run(values["DEVICE"], values["REPEATS"], quick, not quick, values["ONLY"], bool(values["FRONT"]))
+    run(values["DEVICE"], values["REPEATS"], quick, not quick, only, front, values["TIME_LIMIT"])
     return 0
 
 

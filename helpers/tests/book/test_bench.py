@@ -1,14 +1,20 @@
-"""The benchmark's networks: each is the same function, and holds what its name says."""
+"""The benchmark: each network is the same function and holds what its name says; and it runs anywhere."""
 
 import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from helpers.book import bench
+from helpers.book import bench, networks
 
 
-@pytest.mark.parametrize("under_checkpoints", [bench.block_by_block, bench.stage_by_stage])
+@pytest.mark.parametrize("under_checkpoints", [networks.block_by_block, networks.stage_by_stage])
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121"])
 def test_checkpoints_change_no_gradient(name, under_checkpoints):
     make = functools.partial(bench.real_network, name)
@@ -16,7 +22,7 @@ def test_checkpoints_change_no_gradient(name, under_checkpoints):
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     want, got = plain(x), ours(x)
     assert torch.equal(got, want)
-    assert any(isinstance(m, bench.Checkpointed) for m in ours.modules())
+    assert any(isinstance(m, networks.Checkpointed) for m in ours.modules())
     grad_out = torch.randn_like(want)
     want.backward(grad_out)
     got.backward(grad_out)
@@ -27,15 +33,125 @@ def test_checkpoints_change_no_gradient(name, under_checkpoints):
 def test_front_has_every_way():
     for name in bench.FRONT:
         ways = list(bench.front_of(name))
-        assert ways[0] == "unfused" and ways[1:9] == [f"remat, {q}" for q in bench.FRONT_PRICES]
+        assert ways[0] == "unfused" and ways[1:9] == [f"remat, {q}" for q in networks.FRONT_PRICES]
         assert ways[9:11] == ["checkpoint, blocks", "checkpoint, stages"]
-        assert len(ways) == 11 + len(bench.BUDGETS.get(name, ()))
+        assert len(ways) == 11 + len(networks.BUDGETS.get(name, ()))
 
 
-def test_front_is_a_parameter(monkeypatch, capsys):
+def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys):
     called = []
     monkeypatch.setattr(bench, "run", lambda *args: called.append(args))
-    assert bench.main(["FRONT=1", "QUICK=1"]) == 0 and called[0][-1] is True
-    assert bench.main(["QUICK=1"]) == 0 and called[1][-1] is False
-    assert bench.main(["FRONT=much"]) == 2
-    assert "FRONT must be of type int" in capsys.readouterr().err
+    assert bench.main(["FRONT=1", "QUICK=1", "DEVICE=cpu"]) == 0 and called.pop()[5] is True
+    assert bench.main(["TIME_LIMIT=2.5", "ONLY=MNIST", "DEVICE=cpu"]) == 0 and called.pop()[4:] == ("MNIST", False, 2.5)
+    for wrong, said in {
+        "FRONT=much": "FRONT must be of type int",
+        "TIME_LIMIT=-1": "TIME_LIMIT must be minutes",
+        "TIME_LIMIT=inf": "TIME_LIMIT must be minutes",
+        "REPEATS=0": "REPEATS must be at least 1",
+        "ONLY=vgg99": "ONLY must be part of a title, got 'vgg99'; there are: MNIST",
+        "DEVICE=abacus": "DEVICE must be one of",
+        "SPEED=1": "SPEED is no parameter",
+    }.items():
+        assert bench.main([wrong, *([] if "DEVICE" in wrong else ["DEVICE=cpu"])]) == 2
+        assert said in capsys.readouterr().err
+    assert not called
+
+
+def test_every_table_of_a_card_has_a_title():
+    titles = list(bench.tables(torch.device("cuda"), False, False))
+    for name in bench.FRONT:
+        for n in (184, 272):
+            for mode in (bench.TF32, bench.BFLOAT16):
+                assert f"{name}, {n}x3x224x224, {mode.name}" in titles
+    for part in ("MNIST", "time by kind", "largest batch", "errors"):
+        assert any(part in title for title in titles)
+
+
+class Breaks(nn.Module):
+    def forward(self, x):
+        raise RuntimeError("out of everything\nand more")
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_network_that_fails_costs_its_own_row(first):
+    made = {"good": nn.Linear(3, 3), "bad": Breaks(), "other": nn.Linear(3, 3)}
+    made = {name: made[name] for name in (("bad", "good", "other") if first else made)}
+    said = []
+    rows = bench.compare(made, torch.randn(2, 3), 2, report=lambda row: said.append(dict(row)))
+    assert [row["name"] for row in rows] == list(made)
+    found = {row["name"]: row for row in rows}
+    assert found["bad"] == {"name": "bad", "error": "RuntimeError: out of everything"}
+    assert found["other"]["seconds"] > 0 and ("time_ratio" in found["other"]) == (not first)
+    assert ("peak_ratio" in found["other"]) == (not first)
+    assert [row["name"] for row in said[:3]] == list(made) and "seconds" not in said[2]  # as soon as it is there
+    assert "out of everything" in bench.table(rows)
+    with pytest.raises(RuntimeError, match="out of everything"):
+        bench.compare(made, torch.randn(2, 3), 1)
+
+
+# One of each kind of table; a process for each.
+@pytest.mark.parametrize("only", ["MNIST", "time by kind", "largest", "errors, mobilenet"])
+def test_runs_from_end_to_end(only, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "MEASUREMENTS", tmp_path)
+    record = bench.run("cpu", 1, quick=True, only=only)
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+    assert {"date", "device", "torch", "memory"} < record.keys() and record["tables"]
+    for title, rows in record["tables"].items():
+        assert only in title
+        for row in rows:
+            assert "error" not in row, (title, row)
+    (title, rows), *_ = record["tables"].items()
+    names = [row["name"] for row in rows]
+    if only == "MNIST":
+        assert names == ["unfused", *list(networks.METHODS)[1:], "remat, 0", "remat, 150", "remat, 600"]
+        assert all(row["peak_ratio"] > 0 and row["time_ratio"] > 0 for row in rows)
+    if only == "time by kind":
+        assert names == ["unfused", "remat, 0", "remat, 150", "checkpoint, blocks"]
+        for row in rows:
+            assert row["convolution"] > 0 and row["norm"] > 0 and row["calls"] > 100
+            assert row["other"] < 0.5 * sum(row[kind] for kind in (*bench.KINDS, "other"))
+    if only == "largest":
+        batches = [row["batch"] for row in rows]
+        assert names == ["unfused", "remat, 0", "remat, 150"] and batches[0] < batches[1]
+    if only.startswith("errors"):
+        assert names == ["remat, 0", "remat, 150", "remat, 600"] and len(record["tables"]) == 2
+        assert all(row["forward_equal"] and row["difference"] < 1 for row in rows)
+
+
+def breaks_off(*arguments):
+    pipe = arguments[-1]
+    pipe.send({"name": "first"})
+    if arguments[0] == "dies":
+        sys.exit(7)
+    time.sleep(600)
+
+
+def test_a_table_that_dies_or_takes_too_long_keeps_its_rows(monkeypatch):
+    monkeypatch.setattr(bench, "fill", breaks_off)
+    first, last = bench.measured({}, time.monotonic() + 300, "dies")
+    assert first == {"name": "first"} and last == {"name": "all", "error": "the process ended with 7"}
+    assert list(bench.measured({}, time.monotonic() - 1, "sleeps")) == [
+        {"name": "all", "error": "stopped at the time limit"}
+    ]
+
+
+def test_what_is_recorded_is_shown_and_that_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "MEASUREMENTS", tmp_path)
+    assert bench.recorded("cuda") == "There is no record of cuda yet: `make bench DEVICE=cuda` makes one."
+    rows = [{"name": "unfused", "peak": 2**20, "forward": 2**20, "peak_ratio": 1.0, "forward_ratio": 1.0}]
+    record = {"date": "2020-01-02", "device": "a card", "torch": "3", "tables": {"MNIST, x": rows, "other": rows}}
+    (tmp_path / "bench_cuda.json").write_text(json.dumps(record))
+    shown = bench.recorded("cuda", "MNIST")
+    assert "date 2020-01-02, device a card, torch 3" in shown and "1.0 MiB 1.000" in shown and "other" not in shown
+
+
+def test_torch_torchvision_and_matplotlib_are_enough():
+    """What a bare machine lacks is not imported, by the bench or by what it imports."""
+    absent = "tqdm IPython papermill nbformat nbclient nbconvert hypothesis pytest triton scipy pandas".split()
+    source = f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+    source += "from helpers.book import bench\n"
+    source += "assert bench.main(['DEVICE=cpu', 'ONLY=nothing']) == 2\n"
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", source], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "ONLY must be part of a title" in done.stderr, done.stderr

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from helpers.remat import passes
 from helpers.remat.task import Task, slabs
 from helpers.remat.values import Recipe, Value, View
 
@@ -65,33 +66,32 @@ class Normalise(Recipe):
 
     name, passes = "norm", 1.0
 
-    def __init__(self, y: Tensor, gamma, beta, mean, invstd) -> None:
-        self.parameter = weak(gamma)
-        gamma, beta = (None if t is None else t.detach() for t in (gamma, beta))
-        self.beta = None if beta is None else beta.clone()
-        self.mean, self.eps = mean, 0.0
-        if y.device.type in ("cpu", "meta"):
-            self.gamma, self.var = invstd if gamma is None else invstd * gamma, None
-        else:
-            self.gamma, self.var = None if gamma is None else gamma.clone(), invstd
+    def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
+        self.parameter, self.invstd, self.eps = weak(gamma), invstd, eps
+        copies = (None if t is None else t.detach().clone() for t in (gamma, beta, var))
+        self.gamma, self.beta, self.var = copies
+        self.mean = mean if var is None else mean.clone()
 
     @classmethod
     def constant(cls, gamma, beta, mean, var, eps: float) -> Normalise:
         """With running statistics: forward's call, with copies of what may change."""
-        recipe = cls.__new__(cls)
-        recipe.parameter, recipe.eps = weak(gamma), eps
-        copies = (None if t is None else t.detach().clone() for t in (gamma, beta, mean, var))
-        recipe.gamma, recipe.beta, recipe.mean, recipe.var = copies
-        return recipe
+        return cls(gamma, beta, mean, None, var, eps)
+
+    def norm(self) -> passes.Norm:
+        """For an accelerator."""
+        invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
+        return passes.Norm(self.mean, invstd, self.gamma, self.beta)
 
     def run(self, out, y):
-        if not self.eps and y.device.type not in ("cpu", "meta"):
-            return torch.batch_norm_elemt(y, self.gamma, self.beta, self.mean, self.var, 0.0, out=out)
-        var = torch.ones_like(self.mean) if self.var is None else self.var
-        how = (y, self.gamma, self.beta, self.mean, var, False, 0.0, self.eps)
-        if out is None or out.device.type != "cpu":
-            z = torch.batch_norm(*how, False)
-            return z if out is None else out.copy_(z)
+        if not y.is_cpu:
+            return passes.normalise(y, self.norm(), out)
+        gamma, var = self.gamma, self.var
+        if var is None:
+            gamma = self.invstd if gamma is None else self.invstd * gamma
+            var = torch.ones_like(self.mean)
+        how = (y, gamma, self.beta, self.mean, var, False, 0.0, self.eps)
+        if out is None:
+            return torch.batch_norm(*how, False)
         none = self.mean.new_empty(0), self.mean.new_empty(0)  # the kernel keeps constant statistics
         return aten.native_batch_norm.out(*how, out=out, save_mean=none[0], save_invstd=none[1])[0]
 
@@ -131,7 +131,7 @@ class BatchNorm(Operation):
         self.running = None, None
         dtype = self.invstd.dtype
         if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
-            return Normalise(y, gamma, beta, self.mean, self.invstd)
+            return Normalise(gamma, beta, self.mean, self.invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
         how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
@@ -240,7 +240,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
 }
-FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # their backward takes a, not u
+FROM_RESULT = passes.FROM_RESULT
 EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 
 
@@ -268,6 +268,30 @@ class Activate(Recipe):
     def run(self, out, u):
         return self.kind.forward(u, torch.empty_like(u) if out is None else out)
 
+    def merged(self, parents, alone):
+        """On an accelerator: with the norm before it, and with what is added to the norm's result."""
+        (z,), added = parents, ()
+        if not passes.has_kernel(z.view.device.type) or not alone(z):
+            return None
+        if isinstance(z.recipe, Elementwise) and z.recipe.function is torch.add and len(z.parents) == 2:
+            for norm, other in (z.parents, z.parents[::-1]):
+                if isinstance(norm.recipe, Normalise) and alone(norm) and other.view[:1] == z.view[:1]:
+                    z, added = norm, (other,)
+                    break
+        if not isinstance(z.recipe, Normalise):
+            return None
+        return NormActivate(z.recipe, self.kind), (*z.parents, *added)
+
+
+class NormActivate(Recipe):
+    """a = act(norm(y)), or act(norm(y) + added), in one pass."""
+
+    def __init__(self, normalise: Normalise, kind: Kind) -> None:
+        self.normalise, self.kind = normalise, kind
+
+    def run(self, out, y, added=None):
+        return passes.norm_act(y, self.normalise.norm(), self.kind, added, out)
+
 
 class Activation(Operation):
     """Its backward takes the result where possible: it is often held already."""
@@ -276,6 +300,14 @@ class Activation(Operation):
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
 
     def backward(self, task, dz, needs, saved):
+        if task.at_hand(self.value) is None:  # an accelerator can do without it
+            from_result = self.kind.name in FROM_RESULT
+            recipe = self.value.recipe if from_result else Activate(self.kind)
+            parents = self.value.parents if from_result else (self.value,)
+            if merged := recipe.merged(parents, lambda v: task.at_hand(v) is None):
+                recipe, parents = merged
+                y, *added = (task.start(v) for v in parents)
+                return [passes.act_backward(dz, y, recipe.normalise.norm(), self.kind, *added)]
         x, mine = task.get(self.value)
         return [self.kind.backward(dz, x, x if mine and x.dtype == dz.dtype else torch.empty_like(x))]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # What the kernel knows. It computes in float32.
 KINDS = "relu hardtanh leaky_relu elu silu hardsigmoid hardswish mish sigmoid tanh gelu gelu_tanh".split()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward takes a, not z
 
 
 class Norm(NamedTuple):
@@ -75,7 +76,7 @@ def act_backward(
         da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
         return launch(da, y, added, norm, kind.name, kind.numbers, out)
     z = reference(y, norm, added)
-    x = kind.forward(z, z) if kind.from_result else z
+    x = kind.forward(z, z) if kind.name in FROM_RESULT else z
     return kind.backward(da, x, x if out is None else out)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from helpers.remat.values import Moment, Part, Table, Value
+from helpers.remat.values import Moment, Part, Recipe, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22
@@ -61,6 +62,15 @@ class Task:
         elif value not in self.holding and self.room >= value.nbytes:
             self.hold(value, t)
         return t, value not in self.holding
+
+    def start(self, value: Value) -> Tensor:
+        """The tensor from which a pass starts; held if it cost a convolution or others will need it."""
+        t = self.at_hand(value)
+        if t is None:
+            t = self.recompute(value)
+            if value.recipe.price or (value.needs and self.room >= value.nbytes):
+                self.hold(value, t)
+        return t
 
     def at_hand(self, value: Value) -> Tensor | None:
         """The tensor for a recipe, if it need not be recomputed."""
@@ -126,9 +136,10 @@ class Task:
                 if v is not last:
                     room -= v.nbytes
                     self.hold(v, whole[id(v)])
-        inside = {id(v) for v in steps}
-        given = {id(p): self.at_hand(p) for v in steps for p in v.parents if id(p) not in inside}
-        program = Program(steps, whole, given, places_of(steps, last, whole))
+        merged = merge(steps, whole)
+        steps = [v for v in steps if id(v) in merged]
+        given = {id(p): self.at_hand(p) for v in steps for p in merged[id(v)][1] if id(p) not in merged}
+        program = Program(steps, merged, whole, given, places_of(steps, merged, whole))
         result = whole[id(last)]
         n = result.shape[0] if result.dim() else 1
         one = any(v.recipe.whole for v in steps)
@@ -141,12 +152,14 @@ class Program(NamedTuple):
     """Steps, each after those that it needs, to run on all images at once or on some of them.
 
     Attributes:
+        merged: the recipe and the parents of each step, which may stand for some steps before it too.
         whole: memory for all images of the steps whose results are wanted.
         given: the tensors that the steps start from.
         places: for each step, the step in whose memory it is computed.
     """
 
     steps: list[Value]
+    merged: dict[int, tuple[Recipe, tuple[Value, ...]]]
     whole: dict[int, Tensor]
     given: dict[int, Tensor]
     places: dict[int, int]
@@ -156,7 +169,8 @@ class Program(NamedTuple):
         room: dict[int, Tensor] = {}
         for v in self.steps:
             key, place, inputs = id(v), self.places[id(v)], []
-            for p in v.parents:
+            recipe, parents = self.merged[key]
+            for p in parents:
                 t = made.get(id(p))
                 inputs.append(part(self.given[id(p)], v, images) if t is None else t)
             out = room.get(place)
@@ -169,7 +183,28 @@ class Program(NamedTuple):
                 continue
             if out is None:
                 out = room[place] = v.view.empty(None if images is None else images.stop - images.start)
-            made[key] = v.recipe.run(out, *inputs)
+            made[key] = recipe.run(out, *inputs)
+
+
+def merge(steps: list[Value], whole: dict[int, Tensor]) -> dict[int, tuple[Recipe, tuple[Value, ...]]]:
+    """Recipe and parents of each step that is left where later ones do the work of earlier ones."""
+    readers = readers_of(v.parents for v in steps)
+    merged, gone = {}, set()
+    for v in reversed(steps):
+        if id(v) not in gone:
+            found = v.recipe.merged(v.parents, lambda p: readers.get(id(p)) == 1 and id(p) not in whole)
+            merged[id(v)] = found or (v.recipe, v.parents)
+            stack = [p for p in v.parents if found and p not in found[1]]
+            while stack:
+                p = stack.pop()
+                gone.add(id(p))
+                stack.extend(q for q in p.parents if q not in found[1])
+    return merged
+
+
+def readers_of(parents) -> dict[int, int]:
+    """How often each value is read."""
+    return Counter(id(p) for some in parents for p in some)
 
 
 def slabs(n: int, like: Tensor) -> list[slice]:
@@ -181,16 +216,13 @@ def slabs(n: int, like: Tensor) -> list[slice]:
     return cut[:1] if isinstance(like, FakeTensor) else cut
 
 
-def places_of(steps: list[Value], last: Value, whole: dict[int, Tensor]) -> dict[int, int]:
+def places_of(steps: list[Value], merged: dict, whole: dict[int, Tensor]) -> dict[int, int]:
     """For each step, the id of the step in whose memory it is computed: itself, or its only reader."""
-    readers: dict[int, int] = {}
-    for v in steps:
-        for p in v.parents:
-            readers[id(p)] = readers.get(id(p), 0) + 1
+    readers = readers_of(merged[id(v)][1] for v in steps)
     places = {id(v): id(v) for v in steps}
     for v in reversed(steps):
-        first = v.parents[0]
-        if v.recipe.reuse and id(first) in places and id(first) not in whole and readers[id(first)] == 1:
+        recipe, (first, *_) = merged[id(v)]
+        if recipe.reuse and id(first) in places and id(first) not in whole and readers[id(first)] == 1:
             if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
                 places[id(first)] = places[id(v)]
     return places

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ class Recipe:
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
         """The value from its parents' tensors, of all images or of some; in ``out`` if given."""
         raise NotImplementedError
+
+    def merged(self, parents: tuple[Value, ...], alone: Callable[[Value], bool]):
+        """``(recipe, its parents)`` that does this step and some before it in one pass, or None.
+
+        ``alone(v)`` says whether ``v`` is not at hand and no other step reads it.
+        """
+        return None
 
 
 class View(NamedTuple):

@@ -18,28 +18,28 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from helpers.remat import operations as ops
 from helpers.remat import passes, remat
+from helpers.remat.operations import ACTIVATIONS, Kind
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = find_spec("triton") is not None
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() and not INTERPRETED else [])]
 KINDS = {
-    "relu": (ops.RELU, F.relu),
-    "relu6": (ops.hardtanh(0.0, 6.0), F.relu6),
-    "hardtanh": (ops.hardtanh(-1.0, 0.5), lambda u: F.hardtanh(u, -1.0, 0.5)),
-    "leaky_relu": (ops.leaky_relu(0.1), lambda u: F.leaky_relu(u, 0.1)),
-    "elu": (ops.elu(1.3), lambda u: F.elu(u, 1.3)),
-    "celu": (ops.elu(0.7, 1.0, 1 / 0.7), lambda u: F.celu(u, 0.7)),
-    "selu": (ops.elu(1.6732632423543772, 1.0507009873554805), F.selu),
-    "silu": (ops.SILU, F.silu),
-    "hardswish": (ops.HARDSWISH, F.hardswish),
-    "hardsigmoid": (ops.HARDSIGMOID, F.hardsigmoid),
-    "mish": (ops.MISH, F.mish),
-    "gelu": (ops.gelu("none"), F.gelu),
-    "gelu tanh": (ops.gelu("tanh"), lambda u: F.gelu(u, approximate="tanh")),
-    "sigmoid": (ops.SIGMOID, torch.sigmoid),
-    "tanh": (ops.TANH, torch.tanh),
+    "relu": (Kind("relu"), F.relu),
+    "relu6": (Kind("hardtanh", (0.0, 6.0)), F.relu6),
+    "hardtanh": (Kind("hardtanh", (-1.0, 0.5)), lambda u: F.hardtanh(u, -1.0, 0.5)),
+    "leaky_relu": (Kind("leaky_relu", (0.1,)), lambda u: F.leaky_relu(u, 0.1)),
+    "elu": (Kind("elu", (1.3, 1.0, 1.0)), lambda u: F.elu(u, 1.3)),
+    "celu": (Kind("elu", (0.7, 1.0, 1 / 0.7)), lambda u: F.celu(u, 0.7)),
+    "selu": (Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)), F.selu),
+    "silu": (Kind("silu"), F.silu),
+    "hardswish": (Kind("hardswish"), F.hardswish),
+    "hardsigmoid": (Kind("hardsigmoid"), F.hardsigmoid),
+    "mish": (Kind("mish"), F.mish),
+    "gelu": (Kind("gelu"), F.gelu),
+    "gelu tanh": (Kind("gelu_tanh"), lambda u: F.gelu(u, approximate="tanh")),
+    "sigmoid": (Kind("sigmoid"), torch.sigmoid),
+    "tanh": (Kind("tanh"), torch.tanh),
 }
 CORNERS = (-3.0, -1.0, 0.0, 0.5, 3.0, 6.0)
 SHAPES = [(3, 5, 7, 5), (2, 16, 4, 4), (33, 7), (2, 3, 1100), (2, 4, 3, 5, 2), (4, 1, 3, 3), (5, 9, 1, 1)]
@@ -93,7 +93,7 @@ def check(got, want, z, dtype, scale):
 @pytest.mark.parametrize("name", KINDS)
 def test_activations(name, dtype, device):
     kind, act = KINDS[name]
-    assert kind.name in passes.KINDS
+    assert kind.name in passes.KINDS and {*passes.KINDS} == {*ACTIVATIONS}
     for last in (False, True):
         for plus in (False, True):
             y, norm, added, da = example((3, 5, 7, 5), dtype, device, last)
@@ -228,7 +228,7 @@ def counted(forward, y, *, ours):
     return first, second
 
 
-ACTIVATIONS = {
+IN_A_BLOCK = {
     "relu": F.relu,
     "relu in place": lambda z: F.relu(z, inplace=True),
     "relu6": F.relu6,
@@ -240,9 +240,9 @@ ACTIVATIONS = {
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", IN_A_BLOCK)
 def test_passes_of_a_block(name, dtype, last):
-    forward, y = block(dtype, last, ACTIVATIONS[name])
+    forward, y = block(dtype, last, IN_A_BLOCK[name])
     plain, ours = (counted(forward, y, ours=o) for o in (False, True))
     assert [p.between() for p in plain] == [5, 8]
     assert [p.between() for p in ours] == [5, 10], ours[1].counts
@@ -251,10 +251,10 @@ def test_passes_of_a_block(name, dtype, last):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", IN_A_BLOCK)
 def test_passes_of_a_residual_block(name, dtype):
     """What is added takes part in the same pass."""
-    forward, y = block(dtype, True, ACTIVATIONS[name], plus=True)
+    forward, y = block(dtype, True, IN_A_BLOCK[name], plus=True)
     plain, ours = (counted(forward, y, ours=o) for o in (False, True))
     assert [p.between() for p in plain] == [8, 11]  # one for y's two gradients
     assert [p.between() for p in ours] == [8, 15], ours[1].counts

@@ -51,7 +51,7 @@ from helpers.book.networks import (
 from helpers.book.steps import MIB, Report, brief, compare, print_table, table, tidy, timed
 from helpers.book.training import Net, pick_device
 from helpers.memory import MemoryTrace, describe_device, memory_device
-from helpers.predict import largest_batch, standing
+from helpers.predict import largest_batch
 from helpers.remat.compare import compare as compare_gradients
 
 __all__ = ["PARAMETERS", "Remat", "TutorialConvBN2d", "chain", "compare", "front_of", "print_table",
@@ -180,11 +180,12 @@ def largest(name: str, shape: tuple, budget: int) -> Table:
         try:
             for p in network.parameters():
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            before = [*network.parameters(), *network.parameters(), *network.buffers()]  # and the momentum
             x = torch.randn(n, *shape, device=device)
             with MemoryTrace(device) as trace:
                 network(x).square().mean().backward()
                 optimizer.step()
-            return standing(network, 1) + x.nbytes + trace.peak <= budget
+            return sum(t.nbytes for t in (*before, x)) + trace.peak <= budget
         except torch.OutOfMemoryError:
             return False
         finally:

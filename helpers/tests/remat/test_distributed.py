@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def start(rank, folder, work):
     method = (Path(folder) / "rendezvous").as_uri()
     dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2, timeout=timeout)
     work(rank, Path(folder))
+    dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
+    os._exit(0)  # now and then gloo aborts while the interpreter shuts down, after all work is done
 
 
 def two_processes(folder, work):

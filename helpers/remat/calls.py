@@ -7,7 +7,6 @@ serve goes to PyTorch unchanged. `HANDLERS` at the end is the whole list.
 from __future__ import annotations
 
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat import operations as ops
-from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear
+from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
 from helpers.remat.values import SMALL, Row, Value, View
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except (Unfit, TypeError, AttributeError, KeyError):
+            except (Unfit, TypeError, AttributeError, KeyError, ZeroDivisionError):
                 pass
         return leave(mode, function, args, kwargs) if run is None else run()
 
@@ -115,6 +114,11 @@ def geometry_of(
     return Geometry(stride, padding, dilation, transposed, extra, groups)
 
 
+def fixed(v):
+    """An argument that the caller cannot change any more."""
+    return tuple(v) if isinstance(v, list) else v
+
+
 def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     """The dtype to which autocast casts a convolution's arguments, if it does."""
     device = tensors[0].device.type
@@ -132,15 +136,16 @@ def convolution(mode: Mode, function, input, weight, bias=None, stride=1, paddin
     fit(needs_grad(input, weight, bias) and input.numel() > 0)
     names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
     given = {"stride": stride, "padding": padding, **dict(zip(names, rest, strict=False)), **named}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given = {name: fixed(v) for name, v in given.items()}
     geometry = geometry_of(weight.shape[2:], transposed, **given)
+    price = geometry.price(weight)
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
     def make(a: Tensor, value: Value | None) -> ops.Operation:
         return Convolution(function, given, geometry, a, value, dtype)
 
-    return lambda: multiply(mode, function, input, weight, bias, given, geometry.price(weight), dtype, make)
+    return lambda: multiply(mode, function, input, weight, bias, given, price, dtype, make)
 
 
 def multiply(
@@ -176,29 +181,6 @@ def linear(mode, function, input, weight, bias=None):
     return lambda: multiply(mode, function, input, weight, bias, {}, float(weight.shape[1]), dtype, make)
 
 
-def may_run_again(weight: Tensor) -> bool:
-    """Whether ``weight`` will still exist in backward: sharded training frees it after forward.
-
-    FSDP1's weights are parts of a larger storage; FSDP2 keeps a list of its own.
-    """
-    if weight._is_view() or weight.untyped_storage().nbytes() != weight.nbytes or hasattr(weight, "ds_id"):
-        return False
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
-    if fsdp is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return True
-    states = sys.modules["torch.distributed._composable_state"]._module_state_mapping
-    for module in list(states):
-        state = states.get(module)
-        state = state() if isinstance(state, weakref.ref) else state
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
-            if group is not None and any(
-                getattr(p, "_unsharded_param", None) is weight for p in group.fsdp_params
-            ):
-                return False
-    return True
-
-
 def batch_norm(
     mode, function, input, running_mean, running_var, weight=None, bias=None, training=False, *rest, **named
 ):
@@ -230,14 +212,15 @@ def normalise(mode, input, running_mean, running_var, weight, bias, training, mo
 
 
 def group_norm(mode, function, input, num_groups, weight=None, bias=None, eps=1e-5):
-    fit(input.dim() >= 3)
+    fit(input.dim() >= 3 and type(eps) in (int, float))
     call = lambda y, *affine: function(y, num_groups, *affine, eps)  # noqa: E731
     return rerun(mode, "norm", 3.0, call, input, weight, bias)
 
 
 def layer_norm(mode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    fit(input.dim() > len(normalized_shape))
-    call = lambda y, *affine: function(y, normalized_shape, *affine, eps)  # noqa: E731
+    shape = fixed(normalized_shape)
+    fit(input.dim() > len(shape) and type(eps) in (int, float))
+    call = lambda y, *affine: function(y, shape, *affine, eps)  # noqa: E731
     return rerun(mode, "norm", 3.0, call, input, weight, bias)
 
 
@@ -270,17 +253,18 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
     fit(len(args) <= len(names) and plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
     fit(not (in_place and (u._is_view() or u.is_leaf)))
     kind = kind_of(**given)
+    fit(all(type(n) in (int, float) for n in kind.numbers))
 
     def run() -> Tensor:
-        source, from_result = mode.table.find(u), kind.name in ops.FROM_RESULT
-        if not from_result:
+        source = mode.table.find(u)
+        operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
+        if not operation.from_result:
             mode.needed(u, source)
         if in_place:
             mode.table.before_write(u)
-        operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
         a, call = mode.apply(operation, u)
         value = mode.made(call, a, ops.Activate(kind), source)
-        if from_result:
+        if operation.from_result:
             operation.value = mode.needed(a, value)
         return a
 
@@ -321,11 +305,17 @@ def note_elementwise(mode: Mode, function, operator, in_place: bool, p: Tensor, 
     return out
 
 
+def covers(p: Tensor, q: Tensor) -> bool:
+    """Whether ``q`` broadcasts to the shape of ``p``."""
+    pairs = zip(reversed(p.shape), reversed(q.shape), strict=False)
+    return p.dim() >= q.dim() and all(n in (1, m) for m, n in pairs)
+
+
 def product(mode: Mode, function, p: Tensor, q: Tensor) -> Tensor:
-    if p.shape != torch.broadcast_shapes(p.shape, q.shape):
+    if not covers(p, q):
+        if not covers(q, p):
+            return function(p, q)
         p, q = q, p
-    if p.shape != torch.broadcast_shapes(p.shape, q.shape):
-        return function(p, q)
     values = mode.needed(p), mode.needed(q)
     out, call = mode.apply(ops.Product(function, *values), p, q)
     mode.made(call, out, ops.Elementwise(torch.mul), *values)
@@ -354,6 +344,7 @@ def one_input(name: str, passes: float = 1.0) -> Callable:
 
     def bind(mode: Mode, function, x, /, *args, **kwargs):
         fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
+        args, kwargs = [fixed(v) for v in args], {name: fixed(v) for name, v in kwargs.items()}
 
         def run() -> Tensor:
             value = mode.table.find(x)

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.memory import MemoryTrace
-from helpers.remat.mode import remat
+from helpers.remat.mode import Mode, remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +60,34 @@ class Comparison:
 def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **kwargs) -> Comparison:
     """Run ``model(*inputs, **kwargs)`` and its backward, plainly and under ``remat(max_cost)``.
 
-    Each step runs on a copy of the model and of the inputs, from the same random numbers; backward starts
-    from all tensors returned, with random gradients. Nothing outside the copies changes, even if the model
-    raises. Under ``torch.autocast`` both run in autocast.
+    Each step runs on a deep copy of the model and of its arguments, from the same random numbers of PyTorch;
+    backward starts from all tensors returned, with random gradients. The originals do not change, even if the
+    model raises. Under ``torch.autocast`` both run in autocast.
 
     Args:
         model: on any device that `MemoryTrace` can measure.
         rounds: pairs of steps that are timed.
 
     Raises:
-        ValueError: an argument that does not fit.
+        ValueError: an argument that does not fit, or cannot be copied.
+        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be an int from 1 on, got {rounds!r}")
+    inside = any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
+    if inside or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        raise RuntimeError("compare must be called outside of remat and of saved-tensor hooks")
     contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
     step, traces = functools.partial(one_step, device), (MemoryTrace(device), MemoryTrace(device))
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         start = step(model, given).start  # libraries allocate at first use
         plain, ours = (step(model, given, start, *how) for how in zip(contexts, traces, strict=True))
         equal = [t.dtype for t in plain.values] == [t.dtype for t in ours.values]
-        equal = equal and all(map(torch.equal, plain.values, ours.values))
+        equal = equal and all(map(same, plain.values, ours.values))
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
@@ -108,8 +113,7 @@ class Step(NamedTuple):
 
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
-    model, fresh = copy.deepcopy(model), lambda t: t.detach().clone().requires_grad_(t.requires_grad)
-    args, kwargs = tree_map_only(Tensor, fresh, given)
+    model, (args, kwargs) = copy_of(model, given)
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]
@@ -133,10 +137,28 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     return Step(values, grads, start, fixed, seconds)
 
 
+def copy_of(model: nn.Module, given: tuple) -> tuple:
+    """Deep copies of the model and of its arguments, whose tensors become leaves."""
+    leaf = lambda t: t.detach().clone().requires_grad_(t.requires_grad)  # noqa: E731
+    try:
+        copies = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
+    except Exception as error:  # whatever a part may have against it
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model and its arguments must allow copy.deepcopy, got {what}") from error
+    if not all(p.is_leaf for p in copies[0].parameters()):
+        raise ValueError(f"model must have leaf parameters when it is copied, got {type(model).__name__}")
+    return copies
+
+
 def in_float64(what: tuple) -> tuple:
     """``(model, its arguments, gradients)`` as copies in float64."""
     wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
-    return copy.deepcopy(what[0]).double(), *tree_map_only(Tensor, wide, what[1:])
+    return copy_of(what[0], ())[0].double(), *tree_map_only(Tensor, wide, what[1:])
+
+
+def same(p: Tensor, q: Tensor) -> bool:
+    """Whether they are equal to the bit, a NaN equal to a NaN."""
+    return p.shape == q.shape and bool(((p == q) | ((p != p) & (q != q))).all())
 
 
 def no_autocast(device: torch.device):
@@ -167,9 +189,11 @@ def tensors_in(tree) -> list[Tensor]:
 
 def apart(found: list[Tensor], exact: list[Tensor]) -> float:
     """The largest difference, as `Comparison` defines it; NaN if one is NaN."""
-    norms = [q.double().norm().item() for q in exact]
+    norms = [wide(q).norm().item() for q in exact]
     least = max(norms, default=0.0) / 100 or 1.0
-    parts = [
-        (p.double() - q).norm() / max(norm, least) for p, q, norm in zip(found, exact, norms, strict=True)
-    ]
+    parts = [(wide(p) - q).norm() / max(norm, least) for p, q, norm in zip(found, exact, norms, strict=True)]
     return torch.tensor(parts or [0.0]).max().item()
+
+
+def wide(t: Tensor) -> Tensor:
+    return t.to(torch.complex128 if t.is_complex() else torch.float64)

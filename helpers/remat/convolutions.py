@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 from typing import NamedTuple
 
@@ -59,6 +60,29 @@ class Convolve(Recipe):
                 "no convolution"
             )
         return self.function(a, to(w, self.dtype), to(self.bias, self.dtype), **self.arguments)
+
+
+def may_run_again(weight: Tensor) -> bool:
+    """Whether ``weight`` will still exist in backward: sharded training frees it after forward.
+
+    FSDP1's weights are parts of a larger storage; FSDP2 keeps a list of its own.
+    """
+    if weight._is_view() or weight.untyped_storage().nbytes() != weight.nbytes or hasattr(weight, "ds_id"):
+        return False
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if fsdp is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return True
+    states = sys.modules["torch.distributed._composable_state"]._module_state_mapping
+    for module in list(states):
+        state = states.get(module)
+        state = state() if isinstance(state, weakref.ref) else state
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            if group is not None and any(
+                getattr(p, "_unsharded_param", None) is weight for p in group.fsdp_params
+            ):
+                return False
+    return True
 
 
 class Convolution(Operation):

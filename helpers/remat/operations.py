@@ -240,7 +240,6 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
 }
-FROM_RESULT = passes.FROM_RESULT
 EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 
 
@@ -298,12 +297,12 @@ class Activation(Operation):
 
     def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
+        self.from_result = passes.takes_result(kind, value.view.dtype)  # then `value` is to be the result's
 
     def backward(self, task, dz, needs, saved):
         if task.at_hand(self.value) is None:  # an accelerator can do without it
-            from_result = self.kind.name in FROM_RESULT
-            recipe = self.value.recipe if from_result else Activate(self.kind)
-            parents = self.value.parents if from_result else (self.value,)
+            recipe = self.value.recipe if self.from_result else Activate(self.kind)
+            parents = self.value.parents if self.from_result else (self.value,)
             if merged := recipe.merged(parents, lambda v: task.at_hand(v) is None):
                 recipe, parents = merged
                 y, *added = (task.start(v) for v in parents)

@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 # What the kernel knows. It computes in float32.
 KINDS = "relu hardtanh leaky_relu elu silu hardsigmoid hardswish mish sigmoid tanh gelu gelu_tanh".split()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward takes a, not z
+FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward can take a in place of z
+
+
+@functools.cache
+def takes_result(kind: Kind, dtype: torch.dtype) -> bool:
+    """Whether the backward may take a in place of z: not where half precision rounds hardtanh's limits."""
+    exact = dtype.itemsize > 2 or all(torch.tensor(n, dtype=dtype).item() == n for n in kind.numbers)
+    return kind.name in FROM_RESULT and exact
 
 
 class Norm(NamedTuple):
@@ -76,7 +83,7 @@ def act_backward(
         da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
         return launch(da, y, added, norm, kind.name, kind.numbers, out)
     z = reference(y, norm, added)
-    x = kind.forward(z, z) if kind.name in FROM_RESULT else z
+    x = kind.forward(z, z) if takes_result(kind, z.dtype) else z
     return kind.backward(da, x, x if out is None else out)
 
 

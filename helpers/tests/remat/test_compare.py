@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import threading
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 
-from helpers import compare, predict_memory
+from helpers import compare, predict_memory, remat
 from helpers.remat import convolutions, operations
 
 
@@ -191,6 +192,43 @@ def test_inputs_changed_in_place_and_no_grad_around():
     assert torch.equal(x, IMAGES)
 
 
+@dataclasses.dataclass
+class Batch:
+    images: torch.Tensor
+
+
+def test_arguments_that_are_no_trees():
+    """A dataclass whose tensor forward changes, a generator that it draws from, a module that it trains."""
+    batch, generator, other = Batch(IMAGES.clone()), torch.Generator().manual_seed(1), nn.Conv2d(8, 2, 1)
+    state = generator.get_state()
+
+    def forward(net, batch, generator, other):
+        return other(net(batch.images.mul_(2))) * torch.rand(1, generator=generator)
+
+    assert compare(Model(forward), batch, generator, other, rounds=1).equal
+    assert torch.equal(batch.images, IMAGES) and torch.equal(generator.get_state(), state)
+    assert other.weight.grad is None
+
+
+def test_complex_numbers_and_nan():
+    model = nn.Linear(3, 2, dtype=torch.complex64)
+    found = compare(model, torch.randn(4, 3, dtype=torch.complex64), rounds=1)
+    assert found.equal and found.difference == 0
+    assert compare(network(), torch.full_like(IMAGES, math.nan), rounds=1).equal
+
+
+def test_plain_must_be_plain():
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    for context in (remat(), hooks):
+        with context, pytest.raises(RuntimeError, match="^compare must be called outside of remat and of"):
+            compare(network(), IMAGES, rounds=1)
+
+
+def test_inside_of_inference_mode():
+    with torch.inference_mode():
+        assert compare(network(), IMAGES.clone(), rounds=1).equal
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -200,6 +238,10 @@ def test_inputs_changed_in_place_and_no_grad_around():
         (
             lambda: compare(nn.ReLU(), IMAGES),
             "model must return a tensor that requires a gradient, got <class",
+        ),
+        (
+            lambda: compare(Model(lambda net, x, lock: net(x)), IMAGES, threading.Lock()),
+            "model and its arguments must allow copy.deepcopy, got TypeError: cannot pickle",
         ),
         (lambda: compare(network(), IMAGES.to("meta")), "device must keep memory statistics, got meta"),
     ],

@@ -127,9 +127,7 @@ def test_without_gamma_and_beta_and_into_given_memory(dtype, device):
     for gamma, beta in ((None, norm.beta), (norm.gamma, None), (None, None)):
         some = norm._replace(gamma=gamma, beta=beta)
         ones = torch.ones_like(norm.mean)
-        full = some._replace(
-            gamma=ones if gamma is None else gamma, beta=0 * ones if beta is None else beta
-        )
+        full = some._replace(gamma=ones if gamma is None else gamma, beta=0 * ones if beta is None else beta)
         assert torch.equal(passes.norm_act(y, some, kind), passes.norm_act(y, full, kind))
     want = passes.norm_act(y, norm, kind, added), passes.act_backward(da, y, norm, kind, added)
     for place in (torch.empty_like(y), added.clone()):

@@ -939,6 +939,82 @@ def test_anomaly_mode():
     check(scenario)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limits", [(-0.7, 0.7), (-0.1, 0.3), (0.0, 6.0)])
+def test_limits_that_half_precision_rounds(dtype, limits):
+    """A clipped value passes no gradient, whatever its limit is rounded to."""
+
+    def scenario(context):
+        x = torch.tensor([[-5.0, 0.05, 5.0]], dtype=dtype, requires_grad=True)
+        with context():
+            out = F.hardtanh(x, *limits)
+        out.sum().backward()
+        return named(out.detach(), x.grad)
+
+    check(scenario)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, pair: F.pad(x, pair),
+        lambda x, pair: F.layer_norm(x, pair),
+        lambda x, pair: F.interpolate(x, pair),
+        lambda x, pair: F.conv2d(x, torch.ones(2, 2, 1, 1).double(), padding=pair),
+    ],
+    ids="pad layer_norm interpolate conv2d".split(),
+)
+def test_an_argument_that_the_caller_changes_later(call):
+    def scenario(context):
+        x, pair = image(2, 2, 3, 3, seed=1).requires_grad_(), [3, 3]
+        with context():
+            out = F.silu(call(F.relu(x * 2), pair))
+        pair[:] = [0, 1]
+        out.backward(torch.linspace(1, 2, out.numel()).double().view_as(out))
+        return named(out.detach(), x.grad)
+
+    check(scenario)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.leaky_relu(x, np.float32(0.3)),
+        lambda x: F.elu(x, torch.tensor(0.3)),
+        lambda x: F.hardtanh(x, np.int64(-1), np.int64(2)),
+    ],
+    ids="leaky_relu elu hardtanh".split(),
+)
+def test_numbers_of_other_types(call):
+    def scenario(context):
+        x = image(2, 3, 4).requires_grad_()
+        with context():
+            out = call(x * 3)
+        out.square().sum().backward()
+        return named(out.detach(), x.grad)
+
+    check(scenario)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.celu(x, 0),
+        lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 1, 1), stride=0),
+        lambda x: F.conv2d(x, torch.ones(0, 3, 1, 1)),
+        lambda x: x * torch.ones(2, 5, 1, 1, requires_grad=True),
+    ],
+    ids="celu stride weight shapes".split(),
+)
+def test_wrong_arguments_get_pytorchs_error(call):
+    x = torch.ones(2, 3, 4, 4, requires_grad=True)
+    with pytest.raises(RuntimeError) as wanted:
+        call(x)
+    with remat(), pytest.raises(RuntimeError) as found:
+        call(x)
+    assert str(found.value) == str(wanted.value)
+
+
 # Two processes -----------------------------------------------------------------------------------
 
 

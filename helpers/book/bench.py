@@ -332,14 +332,15 @@ def run(
     return record
 
 
-def recorded(device: str, only: str = "") -> str:
-    """The tables with ``only`` in their title of the committed record of a device, or that there is none."""
+def recorded(device: str, *only: str) -> str:
+    """The tables of a device's record with one of ``only`` in their title, or that there is no record."""
     path = MEASUREMENTS / f"bench_{device}.json"
     if not path.is_file():
         return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
     record = json.loads(path.read_text(encoding="utf-8"))
     about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
-    found = [f"{title}\n{table(rows)}" for title, rows in record["tables"].items() if only in title]
+    chosen = lambda title: not only or any(part in title for part in only)  # noqa: E731
+    found = [f"{title}\n{table(rows)}" for title, rows in record["tables"].items() if chosen(title)]
     return "\n\n".join([about, *found])
 
 

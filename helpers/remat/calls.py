@@ -249,7 +249,7 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
     kind_of = ACTIVATIONS[function]
     names = (*kind_of.__code__.co_varnames, "inplace")
     given = dict(zip(names, args, strict=False), **kwargs)
-    in_place = given.pop("inplace", False) or function.__name__.endswith("_")
+    in_place = given.pop("inplace", False) or writes(function)[0]
     fit(len(args) <= len(names) and plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
     fit(not (in_place and (u._is_view() or u.is_leaf)))
     kind = kind_of(**given)

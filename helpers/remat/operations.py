@@ -67,33 +67,20 @@ class Normalise(Recipe):
     name, passes = "norm", 1.0
 
     def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
-        self.parameter, self.invstd, self.eps = weak(gamma), invstd, eps
-        copies = (None if t is None else t.detach().clone() for t in (gamma, beta, var))
-        self.gamma, self.beta, self.var = copies
-        self.mean = mean if var is None else mean.clone()
-
-    @classmethod
-    def constant(cls, gamma, beta, mean, var, eps: float) -> Normalise:
-        """With running statistics: forward's call, with copies of what may change."""
-        return cls(gamma, beta, mean, None, var, eps)
+        # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
+        self.parameter, self.mean, self.invstd, self.var, self.eps = weak(gamma), mean, invstd, var, eps
+        self.gamma, self.beta = (None if t is None else t.detach().clone() for t in (gamma, beta))
 
     def norm(self) -> passes.Norm:
-        """For an accelerator."""
         invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
         return passes.Norm(self.mean, invstd, self.gamma, self.beta)
 
     def run(self, out, y):
         if not y.is_cpu:
             return passes.normalise(y, self.norm(), out)
-        gamma, var = self.gamma, self.var
-        if var is None:
-            gamma = self.invstd if gamma is None else self.invstd * gamma
-            var = torch.ones_like(self.mean)
-        how = (y, gamma, self.beta, self.mean, var, False, 0.0, self.eps)
-        if out is None:
-            return torch.batch_norm(*how, False)
-        none = self.mean.new_empty(0), self.mean.new_empty(0)  # the kernel keeps constant statistics
-        return aten.native_batch_norm.out(*how, out=out, save_mean=none[0], save_invstd=none[1])[0]
+        running = self.gamma, self.beta, self.mean, self.var
+        constants = self.norm().constants() if self.var is None else running
+        return passes.by_batch_norm(y, *constants, self.eps, out)
 
 
 class Again(Recipe):
@@ -127,7 +114,7 @@ class BatchNorm(Operation):
         s = self.settings
         if not s.training:
             self.running = s.running_mean.clone(), s.running_var.clone()
-            return Normalise.constant(gamma, beta, *self.running, s.eps)
+            return Normalise(gamma, beta, self.running[0], None, self.running[1], s.eps)
         self.running = None, None
         dtype = self.invstd.dtype
         if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):

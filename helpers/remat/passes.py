@@ -44,16 +44,29 @@ class Norm(NamedTuple):
     gamma: Tensor | None = None
     beta: Tensor | None = None
 
+    def constants(self) -> tuple:
+        """γ, β, μ and variance for `by_batch_norm` without ε: 1/σ is in γ, and the variance is 1."""
+        scale = self.invstd if self.gamma is None else self.invstd * self.gamma
+        return scale, self.beta, self.mean, torch.ones_like(self.mean)
+
 
 def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
     """z from the norm's input y (N, C, ...), in ``out`` if it is given. ATen has this pass on CUDA."""
-    mean, invstd, gamma, beta = norm
     if y.is_cuda:
+        mean, invstd, gamma, beta = norm
         return torch.batch_norm_elemt(y, gamma, beta, mean, invstd, 0.0, out=out)
     if one_pass("none", y, out):
         return launch(None, y, None, norm, "none", (), out)
-    scale = invstd if gamma is None else invstd * gamma  # with 1/σ in γ, and a variance of 1
-    z = torch.batch_norm(y, scale, beta, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
+    return by_batch_norm(y, *norm.constants(), 0.0, out)
+
+
+def by_batch_norm(y: Tensor, gamma, beta, mean, var, eps: float, out: Tensor | None = None) -> Tensor:
+    """z by PyTorch's kernel for constant statistics, in ``out`` if it is given."""
+    how = (y, gamma, beta, mean, var, False, 0.0, eps)
+    if out is not None and out.is_cpu:
+        none = [mean.new_empty(0) for _ in "12"]  # the kernel keeps constant statistics
+        return torch.ops.aten.native_batch_norm.out(*how, out=out, save_mean=none[0], save_invstd=none[1])[0]
+    z = torch.batch_norm(*how, False)
     return z if out is None else out.copy_(z)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from helpers.remat import operations as ops
 from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
@@ -30,15 +31,15 @@ BOTTLENECK = 4096
 TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
+# Everything here runs while the caches hold the data of large operations, so each look-up counts.
+tracing, hooks = torch._C._get_tracing_state, torch._C._autograd._top_saved_tensors_default_hooks
+is_any_autocast = torch._C._is_any_autocast_enabled
+
+
 def quiet() -> bool:
     """Whether forward runs in the ordinary way, so that remat's nodes may take part."""
-    return (
-        torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and torch.autograd.forward_ad._current_level < 0
-    )
+    grad = torch.is_grad_enabled() and tracing() is None
+    return grad and hooks(False) is None and forward_ad._current_level < 0
 
 
 def ordinary(t) -> bool:
@@ -49,7 +50,7 @@ def ordinary(t) -> bool:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary dense floating-point tensors (or None)."""
     for t in tensors:
-        if t is not None and not (ordinary(t) and t.is_floating_point()):
+        if t is not None and not (type(t) in TENSORS and t.is_floating_point() and ordinary(t)):
             return False
     return True
 
@@ -121,10 +122,10 @@ def fixed(v):
 
 def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     """The dtype to which autocast casts a convolution's arguments, if it does."""
-    device = tensors[0].device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.amp.is_autocast_available(device):
+    if not is_any_autocast():
         return None
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     fit(all(t is None or t.dtype != torch.float64 for t in tensors))
     return torch.get_autocast_dtype(device)
@@ -160,12 +161,13 @@ def multiply(
         value = mode.needed(a, value)
     elif value is None:
         value = table.find(input)
-    y, call = mode.apply(make(a, value if weight.requires_grad else None), input, weight, bias)
+    operation = make(a, value if weight.requires_grad else None)
+    y = mode.apply(operation, input, weight, bias)
     if price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
         recipe = Convolve(function, weight, bias, arguments, price, dtype)
         if table.max_cost:  # else it never runs again
             table.weights.setdefault(id(weight.untyped_storage()), weakref.WeakSet()).add(recipe)
-        mode.made(call, y, recipe, value)
+        table.note(y, recipe, (value,), operation)
     return y
 
 
@@ -204,8 +206,9 @@ def normalise(mode, input, running_mean, running_var, weight, bias, training, mo
         value = mode.needed(input) if need else mode.table.find(input)
         settings = ops.Statistics(running_mean, running_var, bool(training), momentum, eps)
         operation = ops.BatchNorm(settings, value if need else None)
-        z, call = mode.apply(operation, input, weight, bias)
-        mode.made(call, z, operation.recipe(input, weight, bias), value)
+        z = mode.apply(operation, input, weight, bias)
+        recipe, operation.recipe = operation.recipe, None  # the value's alone
+        mode.table.note(z, recipe, (value,), operation)
         return z
 
     return run
@@ -232,14 +235,16 @@ def prelu(mode, function, input, weight):
 def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parameters: Tensor | None):
     """``call(input, *parameters)``, a function of each image alone, which backward calls again."""
     fit(plain(input, *parameters) and input.requires_grad and input.numel() > 0)
-    fit(not torch._C._is_any_autocast_enabled())
+    fit(not is_any_autocast())
     fit(all(t is None or t.dtype == input.dtype for t in parameters))
 
     def run() -> Tensor:
         value = mode.needed(input)
         values = [None if t is None else t.detach().clone() for t in parameters]
-        out, node = mode.apply(ops.Rerun(call, value, len(parameters)), input, *parameters)
-        mode.made(node, out, ops.Again(name, lambda y: call(y, *values), passes, parameters[0]), value)
+        operation = ops.Rerun(call, value, len(parameters))
+        out = mode.apply(operation, input, *parameters)
+        recipe = ops.Again(name, lambda y: call(y, *values), passes, parameters[0])
+        mode.table.note(out, recipe, (value,), operation)
         return out
 
     return run
@@ -262,8 +267,8 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
             mode.needed(u, source)
         if in_place:
             mode.table.before_write(u)
-        a, call = mode.apply(operation, u)
-        value = mode.made(call, a, ops.Activate(kind), source)
+        a = mode.apply(operation, u)
+        value = mode.table.note(a, ops.Activate(kind), (source,), operation)
         if operation.from_result:
             operation.value = mode.needed(a, value)
         return a
@@ -272,6 +277,8 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 
 
 def elementwise(mode, function, p, q, **kwargs):
+    if not p.is_floating_point():  # a counter, most often
+        return None
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
         p, q, function = q, p, operator  # the larger one first
@@ -301,7 +308,7 @@ def note_elementwise(mode: Mode, function, operator, in_place: bool, p: Tensor, 
             mode.table.keep(value, t)
     if tensors[0].shape == out.shape and out.dtype == p.dtype:
         recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
-        mode.made(None, out, recipe, *values)
+        mode.table.note(out, recipe, tuple(values))
     return out
 
 
@@ -317,8 +324,9 @@ def product(mode: Mode, function, p: Tensor, q: Tensor) -> Tensor:
             return function(p, q)
         p, q = q, p
     values = mode.needed(p), mode.needed(q)
-    out, call = mode.apply(ops.Product(function, *values), p, q)
-    mode.made(call, out, ops.Elementwise(torch.mul), *values)
+    operation = ops.Product(function, *values)
+    out = mode.apply(operation, p, q)
+    mode.table.note(out, ops.Elementwise(torch.mul), values, operation)
     return out
 
 
@@ -332,7 +340,7 @@ def concatenate(mode, function, tensors, dim=0):
     def run() -> Tensor:
         values = [mode.table.find(t) for t in tensors]
         out = function(tensors, dim)
-        made = mode.made(None, out, ops.Concatenate(dim), *values)
+        made = mode.table.note(out, ops.Concatenate(dim), tuple(values))
         made.waiting = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
         return out
 
@@ -354,7 +362,8 @@ def one_input(name: str, passes: float = 1.0) -> Callable:
                 and out.shape[:1] == x.shape[:1]
                 and out.untyped_storage() is not x.untyped_storage()
             ):
-                mode.made(None, out, ops.Again(name, lambda t: function(t, *args, **kwargs), passes), value)
+                recipe = ops.Again(name, lambda t: function(t, *args, **kwargs), passes)
+                mode.table.note(out, recipe, (value,))
             return out
 
         return run
@@ -374,7 +383,7 @@ def max_pool(
         table = mode.table
         table.count_plain(table.find(input))
         operation = ops.MaxPool(window, bool(ceil_mode), input)
-        y, _ = mode.apply(operation, input)
+        y = mode.apply(operation, input)
         table.plain_bytes += 8 * y.numel()
         offsets = Row("offsets", None, View.of(operation.offsets))
         offsets.kept = True
@@ -403,10 +412,11 @@ def average_pool(
     def run() -> Tensor:
         value = mode.table.find(input)
         mode.table.count_plain(value)
-        out, call = mode.apply(ops.AveragePool(arguments, input), input)
+        operation = ops.AveragePool(arguments, input)
+        out = mode.apply(operation, input)
         passes = input.numel() / max(out.numel(), 1)
         again = ops.Again("avg_pool2d", lambda t: torch._C._nn.avg_pool2d(t, *arguments), passes)
-        mode.made(call, out, again, value)
+        mode.table.note(out, again, (value,), operation)
         return out
 
     return run
@@ -437,6 +447,11 @@ def writes(function) -> tuple[bool, int | None]:
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE, place
+
+
+def read(mode: Mode, function, args, kwargs):
+    """What a tensor is, not what is in it: the most frequent calls."""
+    return function(*args, **kwargs)
 
 
 def expose(mode: Mode, function, args, kwargs):
@@ -486,6 +501,8 @@ ELEMENTWISE = {
     for owner in (torch, Tensor)
     if hasattr(owner, name)
 }
+READING = (Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.shape.__get__,
+           Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__)  # fmt: skip
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
@@ -496,6 +513,7 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(
         (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), one_input("resize")
     ),
+    **dict.fromkeys(READING, read),
     **dict.fromkeys(EXPOSING, expose),
     F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),

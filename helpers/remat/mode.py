@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,10 +13,10 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
 
 from helpers.remat.calls import HANDLERS, leave
-from helpers.remat.operations import Operation, grown, weak
+from helpers.remat.operations import Operation, weak
 from helpers.remat.record import Record
 from helpers.remat.task import Task
-from helpers.remat.values import Moment, Recipe, Table, Value
+from helpers.remat.values import Moment, Table, Value
 
 TWICE = (
     "remat's backward cannot be differentiated again: the values that it recomputes have no graph. Run the "
@@ -35,26 +36,44 @@ class Node(torch.autograd.Function):
     """The node of one operation, with the edges that PyTorch's node would have."""
 
     @staticmethod
-    def forward(ctx, call: Call, *inputs):
-        ctx.call, ctx.tensors = call, [t is not None for t in inputs]
+    def forward(ctx, operation: Operation, *inputs):
+        ctx.operation = operation
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*[inputs[i] for i in call.operation.saved])
-        out = call.operation.forward(*inputs)
-        if call.operation.in_place:
+        if operation.prunes:
+            ctx.tensors = [i for i, t in enumerate(inputs) if t is not None]
+        if operation.saved:
+            ctx.save_for_backward(*[inputs[i] for i in operation.saved])
+        out = operation.forward(*inputs)
+        if operation.in_place:
             ctx.mark_dirty(inputs[0])
         return out
 
     @staticmethod
     def backward(ctx, dz):
-        saved = ctx.saved_tensors
-        if ctx.call is None:
+        saved, operation = ctx.saved_tensors, ctx.operation
+        if operation is None:
             raise RuntimeError(GONE)
-        grads = ctx.call.backward(dz, wanted(ctx), saved)
-        if torch.is_grad_enabled():
+        task, needs, twice = task_of(operation.table), wanted(ctx, operation), torch.is_grad_enabled()
+        task.moment = operation.moment
+        if dz is None or not any(needs):
+            grads = [None] * len(needs)
+        elif is_batched(dz):
+            raise RuntimeError(BATCHED)
+        elif twice or torch._C._is_any_autocast_enabled():
+            with torch.no_grad(), without_autocast(dz.device.type):
+                grads = operation.backward(task, dz, needs, saved)
+        else:
+            grads = operation.backward(task, dz, needs, saved)
+        if operation.output is not None:
+            task.drop(operation.output)
+        if twice:
             grads = once(ctx, dz, grads)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            ctx.call = None
+        if not keeps_graph():
+            ctx.operation = None
         return None, *grads
+
+
+keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Twice(torch.autograd.Function):
@@ -84,12 +103,11 @@ def once(ctx, dz: Tensor | None, grads: list) -> list:
     return [g if g is None else next(guarded) for g in grads]
 
 
-def wanted(ctx) -> list[bool]:
+def wanted(ctx, operation: Operation) -> list[bool]:
     """Which inputs' gradients this backward pass needs: it may be restricted to some inputs."""
     needs = list(ctx.needs_input_grad[1:])
-    if ctx.call.operation.prunes:
-        places = [i for i, there in enumerate(ctx.tensors) if there]
-        for i, (node, _) in zip(places, ctx.next_functions, strict=True):  # an edge for each tensor
+    if operation.prunes:
+        for i, (node, _) in zip(ctx.tensors, ctx.next_functions, strict=True):  # an edge for each tensor
             if node is not None:
                 try:
                     needs[i] = torch._C._will_engine_execute_node(node)
@@ -98,41 +116,10 @@ def wanted(ctx) -> list[bool]:
     return needs
 
 
-def is_batched(dz: Tensor | None) -> bool:
+def is_batched(dz: Tensor) -> bool:
     """Whether ``dz`` is a batch of gradients."""
     functorch = torch._C._functorch
-    return dz is not None and (functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz))
-
-
-class Call:
-    """One operation in one forward. A node of the graph holds it."""
-
-    __slots__ = ("moment", "operation", "output", "session", "weight", "__weakref__")
-
-    def __init__(self, session: Session, operation: Operation) -> None:
-        self.session, self.operation, self.output = session, operation, None
-        self.moment, self.weight = Moment(), None
-
-    def grown(self) -> int:
-        """Bytes that backward adds to what is held: the weight's gradient."""
-        w = self.weight and self.weight()
-        return 0 if w is None or not w.requires_grad else grown(w)
-
-    def backward(self, dz: Tensor | None, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
-        if is_batched(dz):
-            raise RuntimeError(BATCHED)
-        task = self.session.task()
-        task.moment = self.moment
-        if dz is None or not any(needs):
-            grads = [None] * len(needs)
-        elif torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-            with torch.no_grad(), without_autocast(dz.device.type):
-                grads = self.operation.backward(task, dz, needs, saved)
-        else:
-            grads = self.operation.backward(task, dz, needs, saved)
-        if self.output is not None:
-            task.drop(self.output)
-        return grads
+    return functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz)
 
 
 def without_autocast(device: str):
@@ -142,22 +129,21 @@ def without_autocast(device: str):
     return nullcontext()
 
 
-class Session:
-    """What the calls of one context share: the table in forward, the task in backward."""
+def task_of(table: Table) -> Task:
+    """The task of the current backward pass; it ends with the pass."""
+    key = torch._C._current_graph_task_id()
+    task = table.tasks.get(key)
+    task = task and task()
+    if task is None:
+        task = Task(table)
+        table.tasks[key] = weakref.ref(task, functools.partial(forget, table.tasks, key))
+        # The engine holds it until the pass ends or fails.
+        torch.autograd.Variable._execution_engine.queue_callback(task.end)
+    return task
 
-    def __init__(self, max_cost: float) -> None:
-        self.table = Table(max_cost)
-        self.tasks: weakref.WeakValueDictionary[int, Task] = weakref.WeakValueDictionary()
 
-    def task(self) -> Task:
-        """The task of the current backward pass; it ends with the pass."""
-        key = torch._C._current_graph_task_id()
-        task = self.tasks.get(key)
-        if task is None:
-            task = self.tasks[key] = Task(self.table)
-            # The engine holds it until the pass ends or fails.
-            torch.autograd.Variable._execution_engine.queue_callback(task.end)
-        return task
+def forget(tasks: dict, key: int, _) -> None:
+    tasks.pop(key, None)
 
 
 class Mode(TorchFunctionMode):
@@ -166,8 +152,7 @@ class Mode(TorchFunctionMode):
     def __init__(self, max_cost: float) -> None:
         super().__init__()
         self.price = str(max_cost)  # a string: the compiler would turn a number into an input
-        self.session = Session(max_cost)
-        self.table = self.session.table
+        self.table = Table(max_cost)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if torch.compiler.is_compiling():  # one graph of forward and backward, cut by the compiler
@@ -180,19 +165,16 @@ class Mode(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
 
-    def apply(self, operation: Operation, *inputs: Tensor | None) -> tuple[Tensor, Call]:
-        call = Call(self.session, operation)
-        out = Node.apply(call, *inputs)
+    def apply(self, operation: Operation, *inputs: Tensor | None) -> Tensor:
+        """The operation's result, from its node."""
+        table = operation.table = self.table
+        out = Node.apply(operation, *inputs)
         both = inputs[0].nbytes + out.nbytes  # of each, a gradient or the value
-        call.moment = Moment(both, both + operation.scratch(inputs, out))
+        operation.moment = Moment(both, both + operation.scratch(inputs, out))
         if operation.saved:
-            call.weight = weak(inputs[operation.saved[0]])
-        self.table.calls.append(weakref.ref(call))
-        return out, call
-
-    def made(self, call: Call | None, out: Tensor, recipe: Recipe, *parents: Value) -> Value:
-        """Note how ``out`` was made: by a call, or by PyTorch's node."""
-        return self.table.note(out, recipe, parents, call)
+            operation.weight = weak(inputs[operation.saved[0]])
+        table.operations.append(weakref.ref(operation))
+        return out
 
     def needed(self, t: Tensor, value: Value | None = None) -> Value:
         """A node needs ``t``, as PyTorch's node would."""

@@ -16,18 +16,26 @@ from torch import Tensor
 
 from helpers.remat import passes
 from helpers.remat.task import Task, slabs
-from helpers.remat.values import Recipe, Value, View
+from helpers.remat.values import Moment, Recipe, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
 
 
 class Operation:
-    """``forward(*inputs)``, and ``backward(task, dz, needs, saved)``: gradients of the inputs."""
+    """One call: ``forward(*inputs)``, and ``backward(task, dz, needs, saved)``, the inputs' gradients.
 
-    saved: tuple[int, ...] = ()  # inputs that autograd saves: parameters, whose versions it then checks
-    prunes = False  # whether skipping a gradient that this backward pass does not need is worth asking
-    in_place = False
+    Attributes:
+        saved: the inputs that autograd saves: parameters, whose versions it then checks.
+        prunes: whether it is worth asking which gradients this backward pass needs.
+        table, moment, weight: the context's, and what its backward needs; `Mode.apply` sets them.
+        output: the value that it made, unless that is kept.
+    """
+
+    saved: tuple[int, ...] = ()
+    prunes = in_place = False
+    table = output = weight = None
+    moment = Moment()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError
@@ -38,6 +46,11 @@ class Operation:
     def scratch(self, inputs: tuple, out: Tensor) -> int:
         """Bytes of a library's scratch memory in backward."""
         return 0
+
+    def grown(self) -> int:
+        """Bytes that backward adds to what is held: the weight's gradient."""
+        w = self.weight and self.weight()
+        return 0 if w is None or not w.requires_grad else grown(w)
 
 
 def grown(w: Tensor) -> int:
@@ -67,9 +80,9 @@ class Normalise(Recipe):
     name, passes = "norm", 1.0
 
     def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
-        # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, self.mean, self.invstd, self.var, self.eps = weak(gamma), mean, invstd, var, eps
-        self.gamma, self.beta = (None if t is None else t.detach().clone() for t in (gamma, beta))
+        # All of them must be the recipe's alone: what belongs to the model may change.
+        self.gamma, self.beta, self.mean, self.invstd, self.var, self.eps = (
+            gamma, beta, mean, invstd, var, eps)  # fmt: skip
 
     def norm(self) -> passes.Norm:
         invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
@@ -101,28 +114,28 @@ class BatchNorm(Operation):
 
     def __init__(self, settings, value: Value | None) -> None:
         self.settings, self.value = settings, value
-        self.mean = self.invstd = self.reserve = self.kernel = None
+        self.mean = self.invstd = self.reserve = self.kernel = self.recipe = None
 
     def forward(self, y, gamma, beta):
         s = self.settings
         how = (s.running_mean, s.running_var, s.training, s.momentum, s.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
+        self.recipe = self.recipe_of(*[None if t is None else t.clone() for t in (gamma, beta)])
+        self.recipe.parameter = weak(gamma)
         return z
 
-    def recipe(self, y: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
+    def recipe_of(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
         s = self.settings
         if not s.training:
             self.running = s.running_mean.clone(), s.running_var.clone()
             return Normalise(gamma, beta, self.running[0], None, self.running[1], s.eps)
-        self.running = None, None
-        dtype = self.invstd.dtype
+        self.running, dtype = (None, None), self.invstd.dtype
         if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
             return Normalise(gamma, beta, self.mean, self.invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
-        values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
         how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
-        recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
+        recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, gamma, beta, *how)[0], 3.0)
         recipe.whole = True
         return recipe
 

@@ -64,8 +64,8 @@ def by_batch_norm(y: Tensor, gamma, beta, mean, var, eps: float, out: Tensor | N
     """z by PyTorch's kernel for constant statistics, in ``out`` if it is given."""
     how = (y, gamma, beta, mean, var, False, 0.0, eps)
     if out is not None and out.is_cpu:
-        none = [mean.new_empty(0) for _ in "12"]  # the kernel keeps constant statistics
-        return torch.ops.aten.native_batch_norm.out(*how, out=out, save_mean=none[0], save_invstd=none[1])[0]
+        none = mean.new_empty(0)  # the kernel keeps constant statistics
+        return torch.ops.aten.native_batch_norm.out(*how, out=out, save_mean=none, save_invstd=none)[0]
     z = torch.batch_norm(*how, False)
     return z if out is None else out.copy_(z)
 

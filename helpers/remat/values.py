@@ -124,20 +124,20 @@ class Value:
         kept: the tensor, if it is held from forward to backward; ``version`` is its version then.
         snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
         needs: how many nodes of the graph need it.
-        call: a weak reference to the call that made it, whose node holds the recipe while there is one.
+        operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
     """
 
     __slots__ = (
-        "call", "counted", "kept", "live", "nbytes", "needs", "origin", "parents", "read", "recipe",
+        "counted", "kept", "live", "nbytes", "needs", "operation", "origin", "parents", "read", "recipe",
         "room", "row", "size", "snapshot", "version", "view", "waiting", "when", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
         self.size, self.nbytes = t.numel(), t.nbytes
-        self.kept = self.snapshot = self.row = self.room = self.waiting = self.origin = self.call = None
+        self.kept = self.snapshot = self.row = self.room = self.waiting = self.origin = self.operation = None
         self.needs, self.when, self.read, self.counted = 0, 0, False, False
         self.live = weakref.ref(t)
         if recipe is not None:
@@ -165,7 +165,7 @@ class Value:
 
 
 class Moment(NamedTuple):
-    """Temporary bytes of one call of backward: of tensors, and with a library's scratch memory."""
+    """Temporary bytes of one operation's backward: of tensors, and with a library's scratch memory."""
 
     tensors: int = 0
     everything: int = 0
@@ -192,7 +192,8 @@ class Table:
         self.plain_bytes = 0
         # Recipes, by the storage of their weight.
         self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
-        self.calls, self.kept = [], []  # weak references to calls and kept values, in forward's order
+        self.operations, self.kept = [], []  # weak references, in forward's order; and to kept values
+        self.tasks: dict[int, weakref.ref] = {}  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
 
     def clear(self) -> None:
@@ -226,7 +227,7 @@ class Table:
             value = value()
         if value is None:
             value = values[key] = self._part(values, t) or Value(t)
-            value.when = len(self.calls)
+            value.when = len(self.operations)
         return value
 
     def follow(self, t: Tensor) -> None:
@@ -255,12 +256,12 @@ class Table:
                     return Value(t, Part(t.shape[1:], t.stride(), t.storage_offset() - offset), (whole,))
         return None
 
-    def note(self, t: Tensor, recipe: Recipe, parents: tuple[Value, ...], call=None) -> Value:
-        """``t`` was made by this recipe, which lives as long as the call's node, or else as ``t``."""
+    def note(self, t: Tensor, recipe: Recipe, parents: tuple[Value, ...], operation=None) -> Value:
+        """``t`` was made by this recipe, which lives as long as the operation's node, or else as ``t``."""
         value, values, key = Value(t, recipe, parents), self._values(t), key_of(t)
-        value.when = len(self.calls)
-        if call is not None:
-            call.output, value.call = value, weakref.ref(call)
+        value.when = len(self.operations)
+        if operation is not None:
+            operation.output, value.operation = value, weakref.ref(operation)
             values[key] = weakref.ref(value)
         else:
             value.live = weakref.ref(t, lambda _: values.pop(key, None))
@@ -359,9 +360,9 @@ class Table:
         self.kept.append(weakref.ref(value))
         self.row_of(value).kept = True
         value.recipe, value.parents = None, ()
-        call = value.call and value.call()
-        if call is not None:  # its node outlives those that need the tensor
-            call.output = None
+        operation = value.operation and value.operation()
+        if operation is not None:  # its node outlives those that need the tensor
+            operation.output = None
         values = self._values(t)
         for key, v in values.items():
             if v is value:
@@ -370,19 +371,19 @@ class Table:
     def highest(self) -> Moment:
         """How far backward will rise above the end of forward if it holds no recomputed value.
 
-        Every gradient of a weight adds to the level; every kept value leaves it with the call that made it.
+        Every gradient of a weight adds to the level; every kept value leaves it with its operation.
         """
-        leaves = [0] * (len(self.calls) + 1)
+        leaves = [0] * (len(self.operations) + 1)
         for value in self.alive():
             leaves[value.when] += value.nbytes
         level = tensors = everything = 0
-        for i in reversed(range(len(self.calls))):
+        for i in reversed(range(len(self.operations))):
             level -= leaves[i + 1]
-            call = self.calls[i]()
-            if call is not None:
-                level += call.grown()
-                tensors = max(tensors, level + call.moment.tensors)
-                everything = max(everything, level + call.moment.everything)
+            operation = self.operations[i]()
+            if operation is not None:
+                level += operation.grown()
+                tensors = max(tensors, level + operation.moment.tensors)
+                everything = max(everything, level + operation.moment.everything)
         return Moment(tensors, everything)
 
     def alive(self) -> list[Value]:

@@ -41,7 +41,6 @@ from helpers.conv import (
 __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction", "fused_conv_bn2d"]
 
 WHOLE_BATCH = 1 << 62  # images in a slab: more than there are
-NO_SYNC = "bn must be a plain nn.BatchNorm2d, got SyncBatchNorm; helpers.remat works with that"
 HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that a module may have
 
 
@@ -375,10 +374,17 @@ def check(input: Tensor, weight: Tensor, groups: int, **vectors: Tensor | None) 
             raise ValueError(f"{name} must have dtype {allowed} to fit input, got {t.dtype}")
 
 
+def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise a ValueError if ``module`` computes anything but what ``kind`` does."""
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
+        raise ValueError(f"{name} {got}; helpers.remat works with any module")
+
+
 class FusedConvBN2d(nn.Module):
     """``nn.Conv2d`` then ``nn.BatchNorm2d`` as one layer that keeps one NCHW buffer for backward, not two.
 
-    Takes the arguments of both, under their names and with their defaults, and ``slab_size`` (see
+    Takes the arguments of ``nn.Conv2d``; by name those of ``nn.BatchNorm2d`` too, and ``slab_size`` (see
     `fused_conv_bn2d`). The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the
     keys ``conv.weight``, ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The
     two are never called, only the layer is: put hooks on it. Shapes are those of ``nn.Conv2d``.
@@ -386,15 +392,7 @@ class FusedConvBN2d(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
+        *conv,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -402,13 +400,13 @@ class FusedConvBN2d(nn.Module):
         slab_size: int | str | None = None,
         device=None,
         dtype=None,
+        **conv_options,
     ) -> None:
         super().__init__()
         slab_argument(slab_size)
         self.slab_size, to = slab_size, {"device": device, "dtype": dtype}
-        geometry = (kernel_size, stride, padding, dilation, groups)
-        self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, **to)
-        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, **to)
+        self.conv = nn.Conv2d(*conv, **conv_options, **to)
+        self.bn = nn.BatchNorm2d(self.conv.out_channels, eps, momentum, affine, track_running_stats, **to)
 
     @classmethod
     def from_pair(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, slab_size: int | str | None = None):
@@ -418,10 +416,7 @@ class FusedConvBN2d(nn.Module):
         """
         slab_argument(slab_size)
         for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
-            if isinstance(module, nn.SyncBatchNorm):
-                raise ValueError(NO_SYNC)
-            if not isinstance(module, kind) or type(module).forward is not kind.forward:
-                raise ValueError(f"{name} must be a plain nn.{kind.__name__}, got {type(module).__name__}")
+            check_plain(name, module, kind)
             if any(getattr(module, f"_{when}_hooks") for when in HOOKS):
                 raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
         if bn.num_features != conv.out_channels:
@@ -436,8 +431,7 @@ class FusedConvBN2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, bn, padding = self.conv, self.bn, self.conv.padding
-        if isinstance(bn, nn.SyncBatchNorm):  # after convert_sync_batchnorm
-            raise ValueError(NO_SYNC)
+        check_plain("bn", bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
         if conv.padding_mode != "zeros" and input.dim() == 4:
             input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
         use_running = bn.track_running_stats or not bn.training

@@ -106,8 +106,8 @@ def fused_forward(
 
 def fused_backward(
     dz: Tensor, saved: Saved, settings: Settings, need_x: bool = True, need_w: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """dx, dw, dγ and dβ of `fused_forward`, from dz. dx and dw are None where they are not needed.
+) -> tuple[Tensor | None, ...]:
+    """dx, dw, db, dγ and dβ of the pair, from dz. dx and dw are None where they are not needed; db is 0.
 
         dβ = Σ dz        dγ = Σ dz (y - μ) / σ        dy = κ_dz dz + κ_y (y - μ) + κ_0
 
@@ -136,7 +136,7 @@ def fused_backward(
     if need_x and dx is None:
         dx = dx_s.contiguous(memory_format=layout(x))
     dbeta, dgamma = (t.to(mean.dtype) for t in (sums[0], sums[1] * inv_std))
-    return dx, dw.to(weight.dtype) if need_w else None, dgamma, dbeta
+    return dx, dw.to(weight.dtype) if need_w else None, torch.zeros_like(dbeta), dgamma, dbeta
 
 
 def recompute(dz: Tensor, saved: Saved, geometry, cut: list[slice], dx: Tensor | None, keep: bool):
@@ -185,7 +185,7 @@ BACKWARD = (
     "Tensor dz, Tensor x, Tensor weight, Tensor? gamma, Tensor mean, Tensor var, bool need_x, bool need_w"
 )
 _forward_operator = operator("forward", _forward, FORWARD, outputs=3)
-_backward_operator = operator("backward", _backward, BACKWARD, outputs=4)
+_backward_operator = operator("backward", _backward, BACKWARD, outputs=5)
 
 
 @_forward_operator.register_fake
@@ -197,7 +197,8 @@ def _(x, weight, gamma, beta, *settings):
 @_backward_operator.register_fake
 def _(dz, x, weight, gamma, mean, var, need_x, need_w, *_):
     dx = torch.empty_like(x, memory_format=layout(x)) if need_x else x.new_empty(0)
-    return dx, torch.empty_like(weight) if need_w else x.new_empty(0), mean.clone(), mean.clone()
+    dw = torch.empty_like(weight) if need_w else x.new_empty(0)
+    return dx, dw, *(torch.empty_like(mean) for _ in "123")
 
 
 class FusedConvBN2dFunction(torch.autograd.Function):
@@ -220,28 +221,23 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, *_):
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
-        with torch.no_grad(), no_autocast(dz):
-            dx, dw, dgamma, dbeta = run(dz, *saved, *needs[:2], *ctx.settings)
-            grads = dx, dw, torch.zeros_like(dgamma), dgamma, dbeta  # z does not depend on the bias
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph=True
-            grads = [FirstOnly.apply(grad, dz, *saved[:3]) for grad in grads]
+        needs = ctx.needs_input_grad[:5]
+        run = FirstOnly.apply if torch.is_grad_enabled() else _backward  # enabled with create_graph=True
+        run = _backward_operator if torch.compiler.is_compiling() else run
+        with no_autocast(dz):
+            grads = run(dz, *ctx.saved_tensors, *needs[:2], *ctx.settings)
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
 
 class FirstOnly(torch.autograd.Function):
-    """``apply(grad, *origins)``: ``grad``, made of ``origins``, which raises when it is differentiated.
+    """The same backward as a function of dz and the saved tensors; differentiating one of its results raises.
 
     PyTorch's once_differentiable raises only if dz has a graph. For the loss z.sum() it has none, and the
     missing second derivative would silently count as 0.
     """
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad, *origins):
-        return grad.view_as(grad)
+    forward = staticmethod(_backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -421,9 +417,6 @@ class FusedConvBN2d(nn.Module):
                 raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn must have conv's {conv.out_channels} channels, got {bn.num_features}")
-        for t in (*bn.parameters(), *bn.buffers()):
-            if t.device != conv.weight.device:
-                raise ValueError(f"bn must be on conv's device {conv.weight.device}, got {t.device}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.slab_size, layer.conv, layer.bn, layer.training = slab_size, conv, bn, bn.training

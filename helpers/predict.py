@@ -15,11 +15,11 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -157,7 +157,16 @@ def predict_memory(
     """
     if device_type not in STAND_IN:
         raise ValueError(f"device_type must be one of {', '.join(STAND_IN)}, got {device_type!r}")
-    inputs, contexts = as_tensors(model, inputs), forward_contexts(max_cost, autocast, device_type)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
+    if autocast is not None and STAND_IN[device_type] != device_type:
+        raise ValueError(
+            f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
+            f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
+        )
+    precision = nullcontext() if autocast is None else torch.autocast(device_type, autocast)
+    recomputation = nullcontext() if max_cost is None else remat(max_cost)
+    inputs = as_tensors(model, inputs)
     mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
     to = {"device": STAND_IN[device_type]}
 
@@ -168,12 +177,9 @@ def predict_memory(
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
         args = [fake(t) for t in inputs]
         held.ignore(*state.values(), *args)
-        with held:
-            with contextlib.ExitStack() as forward_in:
-                for context in contexts:
-                    forward_in.enter_context(context)
-                out = torch.func.functional_call(model, state, tuple(args))
-                result = out if loss is None else loss(out)
+        with held, precision, recomputation:
+            out = torch.func.functional_call(model, state, tuple(args))
+            result = out if loss is None else loss(out)
         if not isinstance(result, Tensor):
             what = "what the model returns" if loss is None else "what it returns"
             raise ValueError(f"loss: {what} must be a tensor to start backward from, got {type(result)}")
@@ -184,23 +190,6 @@ def predict_memory(
         with held:
             result.backward(grad)
     return Prediction(forward, held.peak)
-
-
-def forward_contexts(max_cost: float | None, autocast: torch.dtype | None, device_type: str) -> list:
-    """The contexts that forward runs in, as a user would nest them."""
-    contexts = []
-    if autocast is not None:
-        if autocast not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
-        if STAND_IN[device_type] != device_type:
-            raise ValueError(
-                f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
-                f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
-            )
-        contexts.append(torch.autocast(device_type, autocast))
-    if max_cost is not None:
-        contexts.append(remat(max_cost))
-    return contexts
 
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
@@ -263,7 +252,7 @@ def largest_batch(
         return needed[n] <= budget_bytes
 
     if not fits(2):
-        with contextlib.suppress(ValueError):  # batch norm may need more than one value per channel
+        with suppress(ValueError):  # batch norm may need more than one value per channel
             if fits(1):
                 return 1
         least = min(needed)
@@ -326,7 +315,7 @@ def max_cost_for(
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def next_price(cost: int):
     """Yields a list whose item will be the next whole price that changes a decision of `remat`."""
     further, affordable = [math.inf], Table.affordable

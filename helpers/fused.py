@@ -41,7 +41,6 @@ from helpers.conv import (
 __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction", "fused_conv_bn2d"]
 
 WHOLE_BATCH = 1 << 62  # images in a slab: more than there are
-NO_SYNC = "bn must be a plain nn.BatchNorm2d, got SyncBatchNorm; helpers.remat works with that"
 HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that a module may have
 
 
@@ -107,8 +106,8 @@ def fused_forward(
 
 def fused_backward(
     dz: Tensor, saved: Saved, settings: Settings, need_x: bool = True, need_w: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """dx, dw, dγ and dβ of `fused_forward`, from dz. dx and dw are None where they are not needed.
+) -> tuple[Tensor | None, ...]:
+    """dx, dw, db, dγ and dβ of the pair, from dz. dx and dw are None where they are not needed; db is 0.
 
         dβ = Σ dz        dγ = Σ dz (y - μ) / σ        dy = κ_dz dz + κ_y (y - μ) + κ_0
 
@@ -137,7 +136,7 @@ def fused_backward(
     if need_x and dx is None:
         dx = dx_s.contiguous(memory_format=layout(x))
     dbeta, dgamma = (t.to(mean.dtype) for t in (sums[0], sums[1] * inv_std))
-    return dx, dw.to(weight.dtype) if need_w else None, dgamma, dbeta
+    return dx, dw.to(weight.dtype) if need_w else None, torch.zeros_like(dbeta), dgamma, dbeta
 
 
 def recompute(dz: Tensor, saved: Saved, geometry, cut: list[slice], dx: Tensor | None, keep: bool):
@@ -186,7 +185,7 @@ BACKWARD = (
     "Tensor dz, Tensor x, Tensor weight, Tensor? gamma, Tensor mean, Tensor var, bool need_x, bool need_w"
 )
 _forward_operator = operator("forward", _forward, FORWARD, outputs=3)
-_backward_operator = operator("backward", _backward, BACKWARD, outputs=4)
+_backward_operator = operator("backward", _backward, BACKWARD, outputs=5)
 
 
 @_forward_operator.register_fake
@@ -198,7 +197,8 @@ def _(x, weight, gamma, beta, *settings):
 @_backward_operator.register_fake
 def _(dz, x, weight, gamma, mean, var, need_x, need_w, *_):
     dx = torch.empty_like(x, memory_format=layout(x)) if need_x else x.new_empty(0)
-    return dx, torch.empty_like(weight) if need_w else x.new_empty(0), mean.clone(), mean.clone()
+    dw = torch.empty_like(weight) if need_w else x.new_empty(0)
+    return dx, dw, *(torch.empty_like(mean) for _ in "123")
 
 
 class FusedConvBN2dFunction(torch.autograd.Function):
@@ -221,28 +221,23 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz, *_):
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[:5]
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
-        with torch.no_grad(), no_autocast(dz):
-            dx, dw, dgamma, dbeta = run(dz, *saved, *needs[:2], *ctx.settings)
-            grads = dx, dw, torch.zeros_like(dgamma), dgamma, dbeta  # z does not depend on the bias
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # with create_graph=True
-            grads = [FirstOnly.apply(grad, dz, *saved[:3]) for grad in grads]
+        needs = ctx.needs_input_grad[:5]
+        run = FirstOnly.apply if torch.is_grad_enabled() else _backward  # enabled with create_graph=True
+        run = _backward_operator if torch.compiler.is_compiling() else run
+        with no_autocast(dz):
+            grads = run(dz, *ctx.saved_tensors, *needs[:2], *ctx.settings)
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
 
 
 class FirstOnly(torch.autograd.Function):
-    """``apply(grad, *origins)``: ``grad``, made of ``origins``, which raises when it is differentiated.
+    """The same backward as a function of dz and the saved tensors; differentiating one of its results raises.
 
     PyTorch's once_differentiable raises only if dz has a graph. For the loss z.sum() it has none, and the
     missing second derivative would silently count as 0.
     """
 
     generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad, *origins):
-        return grad.view_as(grad)
+    forward = staticmethod(_backward)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -375,10 +370,17 @@ def check(input: Tensor, weight: Tensor, groups: int, **vectors: Tensor | None) 
             raise ValueError(f"{name} must have dtype {allowed} to fit input, got {t.dtype}")
 
 
+def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise a ValueError if ``module`` computes anything but what ``kind`` does."""
+    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+        got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
+        raise ValueError(f"{name} {got}; helpers.remat works with any module")
+
+
 class FusedConvBN2d(nn.Module):
     """``nn.Conv2d`` then ``nn.BatchNorm2d`` as one layer that keeps one NCHW buffer for backward, not two.
 
-    Takes the arguments of both, under their names and with their defaults, and ``slab_size`` (see
+    Takes the arguments of ``nn.Conv2d``; by name those of ``nn.BatchNorm2d`` too, and ``slab_size`` (see
     `fused_conv_bn2d`). The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the
     keys ``conv.weight``, ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The
     two are never called, only the layer is: put hooks on it. Shapes are those of ``nn.Conv2d``.
@@ -386,15 +388,7 @@ class FusedConvBN2d(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
+        *conv,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -402,13 +396,13 @@ class FusedConvBN2d(nn.Module):
         slab_size: int | str | None = None,
         device=None,
         dtype=None,
+        **conv_options,
     ) -> None:
         super().__init__()
         slab_argument(slab_size)
         self.slab_size, to = slab_size, {"device": device, "dtype": dtype}
-        geometry = (kernel_size, stride, padding, dilation, groups)
-        self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, **to)
-        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, **to)
+        self.conv = nn.Conv2d(*conv, **conv_options, **to)
+        self.bn = nn.BatchNorm2d(self.conv.out_channels, eps, momentum, affine, track_running_stats, **to)
 
     @classmethod
     def from_pair(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, slab_size: int | str | None = None):
@@ -418,17 +412,11 @@ class FusedConvBN2d(nn.Module):
         """
         slab_argument(slab_size)
         for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
-            if isinstance(module, nn.SyncBatchNorm):
-                raise ValueError(NO_SYNC)
-            if not isinstance(module, kind) or type(module).forward is not kind.forward:
-                raise ValueError(f"{name} must be a plain nn.{kind.__name__}, got {type(module).__name__}")
+            check_plain(name, module, kind)
             if any(getattr(module, f"_{when}_hooks") for when in HOOKS):
                 raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn must have conv's {conv.out_channels} channels, got {bn.num_features}")
-        for t in (*bn.parameters(), *bn.buffers()):
-            if t.device != conv.weight.device:
-                raise ValueError(f"bn must be on conv's device {conv.weight.device}, got {t.device}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.slab_size, layer.conv, layer.bn, layer.training = slab_size, conv, bn, bn.training
@@ -436,8 +424,7 @@ class FusedConvBN2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, bn, padding = self.conv, self.bn, self.conv.padding
-        if isinstance(bn, nn.SyncBatchNorm):  # after convert_sync_batchnorm
-            raise ValueError(NO_SYNC)
+        check_plain("bn", bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
         if conv.padding_mode != "zeros" and input.dim() == 4:
             input, padding = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), 0
         use_running = bn.track_running_stats or not bn.training

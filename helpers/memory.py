@@ -16,7 +16,9 @@ import functools
 import gc
 import os
 import platform
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -54,23 +56,16 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
 def describe_device(device: torch.device | str) -> dict[str, str]:
     """Name and versions that a measurement must carry: device, torch, cuDNN where it is used, threads."""
     device = torch.device(device)
-    facts = {"device": platform.processor() or platform.machine(), "torch": torch.__version__}
+    facts = {"device": device.type, "torch": torch.__version__}
     if device.type == "cpu":
-        facts["device"] = f"{_cpu_name()}, {torch.get_num_threads()} threads"
+        linux = Path("/proc/cpuinfo")
+        names = re.findall(r"^model name\s*: (.*)", linux.read_text() if linux.exists() else "", re.MULTILINE)
+        name = names[0] if names else platform.processor() or platform.machine()
+        facts["device"] = f"{name}, {torch.get_num_threads()} threads"
     elif device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
         facts["cudnn"] = str(torch.backends.cudnn.version())
-    else:
-        facts["device"] = device.type
     return facts
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @dataclass
@@ -142,13 +137,12 @@ class MemoryTrace:
     def _read_events(self) -> None:
         # The profiler reports a block's release only if it saw its allocation, so the running sum starts
         # at 0 and blocks made before the trace never enter it.
-        events = sorted(self._profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-        held, origin, kind = 0, None, self.device.type
+        results = self._profile.profiler.kineto_results
+        held, kind = 0, self.device.type
         between, until = 0, 0  # the most between operations, and when the one that runs will return
-        for event in events:
+        for event in sorted(results.events(), key=lambda event: event.start_ns()):
             name, start = event.name(), event.start_ns()
-            origin = start if origin is None else origin
-            ms = (start - origin) / 1e6
+            ms = (start - results.trace_start_ns()) / 1e6
             if start > until:
                 between = max(between, held)
             if name == "[memory]" and event.device_type().name.lower() == kind:

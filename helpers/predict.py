@@ -15,11 +15,11 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -135,7 +135,8 @@ def predict_memory(
     autocast: torch.dtype | None = None,
     device_type: str = "cpu",
     loss: Callable[..., Tensor] | None = None,
-) -> Prediction:
+    stop_above: float = math.inf,
+) -> Prediction | None:
     """The memory of ``out = model(*inputs)`` and ``out.backward(grad)``, without running them.
 
     On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
@@ -149,25 +150,23 @@ def predict_memory(
         autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
         device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
         loss: if given, ``loss(out)`` is part of forward, and backward starts from it.
+        stop_above: return None if forward alone takes more bytes at any moment.
 
     Raises:
         ValueError: an argument that does not fit.
     """
-    return step(model, inputs, max_cost, autocast, device_type, loss)
-
-
-def step(
-    model, inputs, max_cost, autocast, device_type, loss, stop_above: float = math.inf
-) -> Prediction | None:
-    """`predict_memory`; None as soon as forward takes more than ``stop_above``."""
     if device_type not in STAND_IN:
         raise ValueError(f"device_type must be one of {', '.join(STAND_IN)}, got {device_type!r}")
-    if not inputs:
-        raise ValueError("inputs must have at least one tensor or shape, got none")
-    for t in inputs:
-        if not isinstance(t, Tensor):
-            check_shape("inputs", t)
-    contexts = forward_contexts(max_cost, autocast, device_type)
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
+    if autocast is not None and STAND_IN[device_type] != device_type:
+        raise ValueError(
+            f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
+            f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
+        )
+    precision = nullcontext() if autocast is None else torch.autocast(device_type, autocast)
+    recomputation = nullcontext() if max_cost is None else remat(max_cost)
+    inputs = as_tensors(model, inputs)
     mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
     to = {"device": STAND_IN[device_type]}
 
@@ -176,14 +175,11 @@ def step(
 
     with mode:
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        args = [fake(t) for t in as_tensors(model, inputs)]
+        args = [fake(t) for t in inputs]
         held.ignore(*state.values(), *args)
-        with held:
-            with contextlib.ExitStack() as forward_in:
-                for context in contexts:
-                    forward_in.enter_context(context)
-                out = torch.func.functional_call(model, state, tuple(args))
-                result = out if loss is None else loss(out)
+        with held, precision, recomputation:
+            out = torch.func.functional_call(model, state, tuple(args))
+            result = out if loss is None else loss(out)
         if not isinstance(result, Tensor):
             what = "what the model returns" if loss is None else "what it returns"
             raise ValueError(f"loss: {what} must be a tensor to start backward from, got {type(result)}")
@@ -196,40 +192,25 @@ def step(
     return Prediction(forward, held.peak)
 
 
-def forward_contexts(max_cost: float | None, autocast: torch.dtype | None, device_type: str) -> list:
-    """The contexts that forward runs in, as a user would nest them."""
-    contexts = []
-    if autocast is not None:
-        if autocast not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
-        if STAND_IN[device_type] != device_type:
-            raise ValueError(
-                f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
-                f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
-            )
-        contexts.append(torch.autocast(device_type, autocast))
-    if max_cost is not None:
-        contexts.append(remat(max_cost))
-    return contexts
-
-
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
-    """``inputs`` with a tensor without memory in place of each shape."""
-    how = {"dtype": parameter_dtype(model), "device": "meta"}
+    """``inputs`` with a tensor without memory, in the dtype of the parameters, in place of each shape."""
+    if not inputs:
+        raise ValueError("inputs must have at least one tensor or shape, got none")
+    for shape in inputs:
+        if not isinstance(shape, Tensor):
+            check_shape("inputs", shape)
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
 
 
-def parameter_dtype(model: nn.Module) -> torch.dtype:
-    """That of the first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
-def fixed_bytes(model: nn.Module, optimizer_copies: int) -> int:
-    """Bytes of parameters, buffers, and the optimizer's copies of the parameters that are trained."""
+def bytes_before(model: nn.Module, inputs: list[Tensor], optimizer_copies: int) -> int:
+    """Bytes of parameters, buffers, inputs, and the optimizer's copies of the parameters that are trained."""
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
         raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + optimizer_copies * trained
+    there = (*model.parameters(), *model.buffers(), *inputs)
+    return sum(t.nbytes for t in there) + optimizer_copies * trained
 
 
 def largest_batch(
@@ -261,22 +242,17 @@ def largest_batch(
     check_shape("image_shape", image_shape)
     if not math.isfinite(budget_bytes):
         raise ValueError(f"budget_bytes must be finite, got {budget_bytes}")
-    fixed = fixed_bytes(model, optimizer_copies)
-    image_bytes = math.prod(image_shape) * parameter_dtype(model).itemsize
+    how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type, "loss": loss}
     needed: dict[int, int] = {}
 
     def fits(n: int) -> bool:
-        peak = step(model, ((n, *image_shape),), max_cost, autocast, device_type, loss).peak
-        needed[n] = fixed + n * image_bytes + peak
+        images = as_tensors(model, [(n, *image_shape)])
+        peak = predict_memory(model, *images, **how).peak
+        needed[n] = bytes_before(model, images, optimizer_copies) + peak
         return needed[n] <= budget_bytes
 
-    def on_line() -> int:
-        """The batch at which memory, nearly linear in the batch, meets the budget."""
-        per_image = max(1, needed[high] - needed[low]) / (high - low)
-        return low + int((budget_bytes - needed[low]) / per_image)
-
     if not fits(2):
-        with contextlib.suppress(ValueError):  # batch norm may need more than one value per channel
+        with suppress(ValueError):  # batch norm may need more than one value per channel
             if fits(1):
                 return 1
         least = min(needed)
@@ -286,9 +262,11 @@ def largest_batch(
         )
     low, high = 2, 16
     while fits(high):
-        low, high = high, max(high, on_line()) * 17 // 16 + 1
+        low, high = high, 4 * high
     while high - low > 1:
-        n = on_line() if len(needed) < 12 else (low + high) // 2
+        # Memory is nearly linear in the batch: try where a line meets the budget.
+        per_image = (needed[high] - needed[low]) / (high - low)
+        n = low + int((budget_bytes - needed[low]) / per_image) if len(needed) < 12 else (low + high) // 2
         n = min(max(n, low + 1), high - 1)
         low, high = (n, high) if fits(n) else (low, n)
     return low
@@ -319,25 +297,25 @@ def max_cost_for(
     """
     if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
         raise ValueError(f"memory must be a finite number of bytes above 0, got {memory!r}")
-    fixed, how = fixed_bytes(model, optimizer_copies), (autocast, device_type, loss)
-    plain = fixed + step(model, inputs, None, *how).peak
-    given = sum(t.nbytes for t in as_tensors(model, inputs))
+    inputs, how = as_tensors(model, inputs), {"autocast": autocast, "device_type": device_type, "loss": loss}
+    before = bytes_before(model, inputs, optimizer_copies)
     least, least_at, cost = math.inf, 0, 0
     while cost < math.inf:
         with next_price(cost) as further:
-            prediction = step(model, inputs, cost, *how, stop_above=least)  # worse than one that did not fit
+            prediction = predict_memory(model, *inputs, max_cost=cost, **how, stop_above=least)
         if prediction is not None and prediction.peak < least:
             least, least_at = prediction.peak, cost
-            if fixed + given + least <= memory:
+            if before + least <= memory:
                 return cost
         cost = further[0]
+    plain = before + predict_memory(model, *inputs, **how).peak
     raise ValueError(
-        f"memory must be at least {fixed + given + least:,} bytes, what this step takes at "
-        f"max_cost={least_at} ({plain + given:,} in plain PyTorch), got {memory:,}"
+        f"memory must be at least {before + least:,} bytes, what this step takes at max_cost={least_at} "
+        f"({plain:,} in plain PyTorch), got {memory:,}"
     )
 
 
-@contextlib.contextmanager
+@contextmanager
 def next_price(cost: int):
     """Yields a list whose item will be the next whole price that changes a decision of `remat`."""
     further, affordable = [math.inf], Table.affordable

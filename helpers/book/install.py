@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 VENV, LOG = ROOT / ".venv", ROOT / "build" / "install.log"
 
 
-def progress(log: str, there: int) -> tuple[int, str]:
-    """How far pip has come that wrote ``log``, with ``there`` packages in place: steps, and a bar of them."""
+def progress(log: str, there: int) -> str:
+    """A bar that shows how far pip has come that wrote ``log``, with ``there`` packages in place."""
     found = len(re.findall(r"^Collecting ", log, re.MULTILINE))
     fetched = len(re.findall(r"^ *(?:Downloading|Using cached) \S+(?<!\.metadata) \(", log, re.MULTILINE))
     steps = min(fetched, found) + min(there, found)
     bar = "#" * (30 * steps // (2 * found or 1))
-    return steps, f"[{bar:30}] {fetched} of {found} packages fetched, {there} installed"
+    return f"[{bar:30}] {fetched} of {found} packages fetched, {there} installed"
 
 
 def say(text: str) -> None:
@@ -30,21 +30,17 @@ def say(text: str) -> None:
 
 def main(requirements: str) -> int:
     """Install, and return pip's exit code."""
-    last, on_screen = 0, sys.stderr.isatty()
-    say(f"Installing {requirements} into .venv/ (PyTorch is large: some minutes)" + on_screen * "\n")
+    on_screen = sys.stderr.isatty()
+    say(f"Installing {requirements} into .venv/ (PyTorch is large: some minutes)\n")
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--requirement", requirements]
     with LOG.open("w") as log:
         pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         while pip.poll() is None:
             time.sleep(0.2)
-            there = len(list(VENV.glob("lib/python*/site-packages/*.dist-info")))
-            steps, bar = progress(LOG.read_text(errors="replace"), there)
             if on_screen:
-                say(f"\r{bar}")
-            elif steps >= last + 10:
-                say(f" {steps}")
-                last = steps
-    say("\n")
+                there = len(list(VENV.glob("lib/python*/site-packages/*.dist-info")))
+                say("\r" + progress(LOG.read_text(errors="replace"), there))
+    say("\n" * on_screen)
     if pip.returncode:
         tail = LOG.read_text(errors="replace").splitlines()[-15:]
         say("\n".join([*tail, f"The installation failed; all that pip said is in {LOG}", ""]))

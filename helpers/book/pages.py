@@ -24,15 +24,12 @@ from bs4 import BeautifulSoup, Tag
 from jinja2 import pass_context
 from math_core import LatexError, LatexToMathML
 from nbconvert import HTMLExporter
-from nbconvert.filters import Highlight2HTML
-from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath, markdown2html_mistune
 from nbconvert.preprocessors import ClearOutputPreprocessor
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "template"
 MATHML = LatexToMathML(fancy_error=False)
-# Most of a highlighted page is names, operators and brackets, which have the colour of the text anyway.
-PLAIN = re.compile(r'<span class="(?:n|nb|nn|bp|o|p|w|err)">([^<]*)</span>')
 LONG = 32  # characters of a formula in the text that a phone's line might not hold
 
 
@@ -63,9 +60,6 @@ class Renderer(IPythonRenderer):
             problem = f"the formula {formula.strip()!r} does not convert: {error}"
             raise PageError(f"{self.where}: {problem}") from error
 
-    def block_code(self, code: str, info: str | None = None) -> str:
-        return PLAIN.sub(r"\1", super().block_code(code, info))
-
     def inline_math(self, body: str) -> str:
         return self.mathml(body, display=False)
 
@@ -82,10 +76,6 @@ def markdown2html(context, source: str) -> str:
     cell, name = context["cell"], context["resources"]["metadata"]["name"]
     renderer = Renderer(f"{name}, cell {cell['id']}", attachments=cell.get("attachments", {}))
     return MarkdownWithMath(renderer=renderer).render(source)
-
-
-def highlight_code(*args, **named) -> str:
-    return PLAIN.sub(r"\1", Highlight2HTML(pygments_lexer="ipython3")(*args, **named))
 
 
 def shown_width(src: str) -> int | None:
@@ -165,42 +155,34 @@ class Site:
     """The pages that are being made, and the files that go with them."""
 
     def __init__(self, chapters: Sequence[Path], base: Path):
-        self.base = base  # where the notebooks are in the collection
-        self.names = {path.name: f"{path.stem}.html" for path in chapters}
+        self.base, self.chapters = base, {base / path.name for path in chapters}
         self.files: dict[str, bytes] = {}  # address -> what is in the file
-
-    def address(self, href: str, folder: Path) -> str | None:
-        """Where a link leads on the site, from a text in ``folder``; a file comes along. None: nowhere."""
-        target, sign, fragment = href.partition("#")
-        path = (folder / unquote(target)).resolve()
-        if path.parent == self.base and path.name in self.names:
-            target = self.names[path.name]
-        elif path == ROOT / "README.md":
-            target = "index.html"
-        elif path.is_file():
-            inside = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
-            target = f"files/{inside.as_posix()}"
-            self.files[target] = path.read_bytes()
-        else:
-            return None
-        return target + sign + fragment
 
     def rewrite_links(self, main: Tag, folder: Path, name: str) -> None:
         """From notebook to notebook becomes from page to page; other files of the collection come along."""
         for link in main("a", href=re.compile(r"^(?!\w+:|#)")):
-            address = self.address(link["href"], folder)
-            if address is None:
+            target, sign, fragment = link["href"].partition("#")
+            path = (folder / unquote(target)).resolve()
+            if path in self.chapters:
+                target = f"{path.stem}.html"
+            elif path == ROOT / "README.md":
+                target = "index.html"
+            elif path.is_file():
+                inside = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(path.name)
+                target = f"files/{inside.as_posix()}"
+                self.files[target] = path.read_bytes()
+            else:
                 cell = link.find_parent(id=re.compile("^cell-id="))
                 where = f"{name}, cell {cell['id'].removeprefix('cell-id=')}" if cell else name
                 raise PageError(f"{where}: the link {link['href']!r} leads nowhere")
-            link["href"] = address
+            link["href"] = target + sign + fragment
 
     def make_page(self, notebook: nbformat.NotebookNode, folder: Path, page: Page, **steps) -> str:
         """The notebook as HTML; its relative links start in ``folder``."""
         name = Path(page.notebook).name or "README.md"
         resources = {"metadata": {"name": name}, "page": page, **steps}
         exporter = HTMLExporter(
-            filters={"markdown2html": markdown2html, "highlight_code": highlight_code},
+            filters={"markdown2html": markdown2html},
             template_name=TEMPLATE.name,
             extra_template_basedirs=[str(TEMPLATE.parent)],
             exclude_input_prompt=True,
@@ -220,16 +202,18 @@ class Site:
         return str(soup)
 
 
-def plain(markdown: str) -> str:
-    """A line of Markdown without its marks."""
-    text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", markdown)
-    return re.sub(r"\s+", " ", re.sub(r"[*`$]", "", text)).strip()
-
-
 def title_and_lead(markdown: str, default: str) -> tuple[str, str]:
-    """The first heading, and the paragraph after it."""
-    found = re.search(r"^# (.+)\n+((?:[^#\n].*\n?)*)", markdown + "\n", re.MULTILINE)
-    return (plain(found[1]), plain(found[2])) if found else (default, "")
+    """The first heading, and the paragraph after it, as plain text."""
+    soup = BeautifulSoup(markdown2html_mistune(markdown), "html.parser")
+    for link in soup("a", "anchor-link"):
+        link.decompose()
+    title, lead = soup.h1, soup.select_one("h1 + p")
+    return plain(title) if title else default, plain(lead) if lead else ""
+
+
+def plain(tag: Tag) -> str:
+    """Its text in a line, without the marks of formulas."""
+    return " ".join(tag.get_text().replace("$", "").split())
 
 
 def index_source(readme: str) -> str:
@@ -269,12 +253,9 @@ def export(paths: Sequence[Path], folder: Path, base: Path, readme: Path = ROOT 
         html = site.make_page(notebook, site.base if i else readme.resolve().parent, page, **steps)
         site.files[page.file] = html.encode()
 
-    partial = folder.with_name(f".{folder.name}.partial")  # so that the site is written whole or not at all
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(TEMPLATE / "fonts", partial / "fonts", ignore=shutil.ignore_patterns("*.py", "__*"))
-    for address, content in site.files.items():
-        (partial / address).parent.mkdir(parents=True, exist_ok=True)
-        (partial / address).write_bytes(content)
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    shutil.copytree(TEMPLATE / "fonts", folder / "fonts", ignore=shutil.ignore_patterns("*.py", "__*"))
+    for address, content in site.files.items():
+        (folder / address).parent.mkdir(parents=True, exist_ok=True)
+        (folder / address).write_bytes(content)
     return [page.file for page in pages]

@@ -550,11 +550,12 @@ def test_from_pair_names_what_does_not_fit():
         ((nn.Linear(2, 4), bn), "conv must be a plain nn.Conv2d, got Linear"),
         ((conv, nn.GroupNorm(2, 4)), "bn must be a plain nn.BatchNorm2d, got GroupNorm"),
         ((conv, nn.SyncBatchNorm(4)), "bn must be a plain nn.BatchNorm2d, got SyncBatchNorm; helpers.remat"),
-        ((conv, nn.BatchNorm2d(4, device="meta")), "bn must be on conv's device cpu, got meta"),
         ((hooked, bn), "conv has hooks"),
         ((conv, bn, "all"), "slab_size must be None"),
     ):
         with pytest.raises(ValueError, match=message):
             FusedConvBN2d.from_pair(*pair)
+    with pytest.raises(ValueError, match="gamma must be on input's device cpu, got meta"):
+        FusedConvBN2d.from_pair(conv, nn.BatchNorm2d(4, device="meta"))(torch.randn(2, 2, 5, 5))
     with pytest.raises(ValueError, match="got SyncBatchNorm"):
         nn.SyncBatchNorm.convert_sync_batchnorm(FusedConvBN2d(2, 4, 3))(torch.randn(2, 2, 5, 5))

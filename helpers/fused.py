@@ -380,7 +380,7 @@ def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
 class FusedConvBN2d(nn.Module):
     """``nn.Conv2d`` then ``nn.BatchNorm2d`` as one layer that keeps one NCHW buffer for backward, not two.
 
-    Takes the arguments of ``nn.Conv2d``; by name those of ``nn.BatchNorm2d`` too, and ``slab_size`` (see
+    Takes the arguments of both, under their names and with their defaults, and ``slab_size`` (see
     `fused_conv_bn2d`). The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the
     keys ``conv.weight``, ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The
     two are never called, only the layer is: put hooks on it. Shapes are those of ``nn.Conv2d``.
@@ -388,7 +388,15 @@ class FusedConvBN2d(nn.Module):
 
     def __init__(
         self,
-        *conv,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         affine: bool = True,
@@ -396,13 +404,13 @@ class FusedConvBN2d(nn.Module):
         slab_size: int | str | None = None,
         device=None,
         dtype=None,
-        **conv_options,
     ) -> None:
         super().__init__()
         slab_argument(slab_size)
         self.slab_size, to = slab_size, {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(*conv, **conv_options, **to)
-        self.bn = nn.BatchNorm2d(self.conv.out_channels, eps, momentum, affine, track_running_stats, **to)
+        geometry = (kernel_size, stride, padding, dilation, groups)
+        self.conv = nn.Conv2d(in_channels, out_channels, *geometry, bias, padding_mode, **to)
+        self.bn = nn.BatchNorm2d(out_channels, eps, momentum, affine, track_running_stats, **to)
 
     @classmethod
     def from_pair(cls, conv: nn.Conv2d, bn: nn.BatchNorm2d, slab_size: int | str | None = None):

@@ -29,12 +29,13 @@ class Operation:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
         prunes: whether it is worth asking which gradients this backward pass needs.
         table, moment, weight: the context's, and what its backward needs; `Mode.apply` sets them.
+        value: what its backward needs, if anything.
         output: the value that it made, unless that is kept.
     """
 
     saved: tuple[int, ...] = ()
     prunes = in_place = False
-    table = output = weight = None
+    table = value = output = weight = None
     moment = Moment()
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -46,6 +47,10 @@ class Operation:
     def scratch(self, inputs: tuple, out: Tensor) -> int:
         """Bytes of a library's scratch memory in backward."""
         return 0
+
+    def needed(self) -> tuple[Value, ...]:
+        """The values that backward needs."""
+        return () if self.value is None else (self.value,)
 
     def grown(self) -> int:
         """Bytes that backward adds to what is held: the weight's gradient."""
@@ -324,6 +329,9 @@ class Product(Operation):
 
     def forward(self, p, q):
         return self.function(p, q)
+
+    def needed(self):
+        return self.values
 
     def backward(self, task, dz, needs, saved):
         grads = []

@@ -91,9 +91,10 @@ class Task:
             steps, missing = self.plan(v)
             if missing:
                 stack.extend(missing)
+                self.freed.nbytes -= sum(m.nbytes for m in missing)  # they will be held
                 continue
             if v.recipe.price:
-                t = v.recipe.run(None, *[self.passes(self.plan(p)[0], p) for p in v.parents])
+                t = v.recipe.run(None, *[self.start(p) for p in v.parents])
                 if v.view.dense and t.stride() != v.view.stride:  # its views have forward's strides
                     t = v.view.empty().copy_(t)
             else:
@@ -101,9 +102,9 @@ class Task:
             stack.pop()
             if not stack:
                 return t
-            self.hold(v, t)
+            self.holding[v] = t, stream_of(t)
             while self.at_hand(stack[-1]) is not None:  # two paths led there
-                stack.pop()
+                self.freed.nbytes += stack.pop().nbytes
 
     def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
         """The cheap steps to ``value``, each after those it needs; and convolutions that must run first."""

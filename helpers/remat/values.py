@@ -369,22 +369,39 @@ class Table:
                 values[key] = weakref.ref(value)
 
     def highest(self) -> Moment:
-        """How far backward will rise above the end of forward if it holds no recomputed value.
+        """How far backward will rise above the end of forward if it holds only what it must.
 
-        Every gradient of a weight adds to the level; every kept value leaves it with its operation.
+        Every gradient of a weight adds to the level; every kept value leaves it with its operation. A
+        convolution's output that is not kept comes with the first operation whose backward leads to it.
         """
-        leaves = [0] * (len(self.operations) + 1)
+        change, seen = [0] * (len(self.operations) + 1), set()  # of the level, before an operation's backward
         for value in self.alive():
-            leaves[value.when] += value.nbytes
+            change[value.when - 1] -= value.nbytes
         level = tensors = everything = 0
         for i in reversed(range(len(self.operations))):
-            level -= leaves[i + 1]
             operation = self.operations[i]()
+            level += change[i]
             if operation is not None:
+                for v in self.convolutions_before(operation.needed(), seen):
+                    level += v.nbytes
+                    change[v.when - 1] -= v.nbytes
                 level += operation.grown()
                 tensors = max(tensors, level + operation.moment.tensors)
                 everything = max(everything, level + operation.moment.everything)
         return Moment(tensors, everything)
+
+    @staticmethod
+    def convolutions_before(values, seen: set[Value]) -> list[Value]:
+        """The convolutions' outputs that must be recomputed for ``values``, without those behind ``seen``."""
+        found, stack = [], [*values]
+        while stack:
+            v = stack.pop()
+            if v.kept is None and v not in seen:
+                seen.add(v)
+                stack.extend(v.parents)
+                if v.recipe is not None and v.recipe.price:
+                    found.append(v)
+        return found
 
     def alive(self) -> list[Value]:
         values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]

@@ -169,6 +169,7 @@ class Mode(TorchFunctionMode):
         """The operation's result, from its node."""
         table = operation.table = self.table
         out = Node.apply(operation, *inputs)
+        operation.gradient = inputs[0].nbytes
         both = inputs[0].nbytes + out.nbytes  # of each, a gradient or the value
         operation.moment = Moment(both, both + operation.scratch(inputs, out))
         if operation.saved:

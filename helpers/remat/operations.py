@@ -28,7 +28,9 @@ class Operation:
     Attributes:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
         prunes: whether it is worth asking which gradients this backward pass needs.
-        table, moment, weight: the context's, and what its backward needs; `Mode.apply` sets them.
+        table, weight, gradient, moment: the context's table, the parameter, and bytes: of the input's
+            gradient, and of all that its backward needs at once. `Mode.apply` sets them.
+        taker: the number of the operation that made the input, whose backward takes that gradient.
         value: what its backward needs, if anything.
         output: the value that it made, unless that is kept.
     """
@@ -36,7 +38,7 @@ class Operation:
     saved: tuple[int, ...] = ()
     prunes = in_place = False
     table = value = output = weight = None
-    moment = Moment()
+    gradient, moment, taker = 0, Moment(), 1 << 62
 
     def forward(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError

@@ -127,21 +127,25 @@ class Value:
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
+        start: the number of the operation that made it, or of the first of those that made its parents.
     """
 
     __slots__ = (
         "counted", "kept", "live", "nbytes", "needs", "operation", "origin", "parents", "read", "recipe",
-        "room", "row", "size", "snapshot", "version", "view", "waiting", "when", "__weakref__",
+        "room", "row", "size", "snapshot", "start", "version", "view", "waiting", "when", "__weakref__",
     )  # fmt: skip
 
-    def __init__(self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = ()) -> None:
+    def __init__(
+        self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), start: int = 0
+    ) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
         self.size, self.nbytes = t.numel(), t.nbytes
         self.kept = self.snapshot = self.row = self.room = self.waiting = self.origin = self.operation = None
-        self.needs, self.when, self.read, self.counted = 0, 0, False, False
+        self.needs, self.when, self.start, self.read, self.counted = 0, 0, start, False, False
         self.live = weakref.ref(t)
         if recipe is not None:
             self.origin = recipe.parameter or parents[0].origin
+            self.start = min(p.start for p in parents)
             for parent in parents:
                 parent.read = True
 
@@ -226,7 +230,7 @@ class Table:
         if type(value) is weakref.ref:
             value = value()
         if value is None:
-            value = values[key] = self._part(values, t) or Value(t)
+            value = values[key] = self._part(values, t) or Value(t, start=len(self.operations) - 1)
             value.when = len(self.operations)
         return value
 
@@ -262,6 +266,7 @@ class Table:
         value.when = len(self.operations)
         if operation is not None:
             operation.output, value.operation = value, weakref.ref(operation)
+            operation.taker, value.start = value.start, value.when - 1
             values[key] = weakref.ref(value)
         else:
             value.live = weakref.ref(t, lambda _: values.pop(key, None))
@@ -372,22 +377,28 @@ class Table:
         """How far backward will rise above the end of forward if it holds only what it must.
 
         Every gradient of a weight adds to the level; every kept value leaves it with its operation. A
-        convolution's output that is not kept comes with the first operation whose backward leads to it.
+        convolution's output that is not kept comes with the first operation whose backward leads to it. A
+        value's gradient comes with the first that reads it, and leaves with the operation that made it.
         """
         change, seen = [0] * (len(self.operations) + 1), set()  # of the level, before an operation's backward
         for value in self.alive():
             change[value.when - 1] -= value.nbytes
         level = tensors = everything = 0
+        gradients: dict[int, int] = {}  # bytes, by the operation whose backward takes them
         for i in reversed(range(len(self.operations))):
             operation = self.operations[i]()
-            level += change[i]
-            if operation is not None:
-                for v in self.convolutions_before(operation.needed(), seen):
-                    level += v.nbytes
-                    change[v.when - 1] -= v.nbytes
-                level += operation.grown()
-                tensors = max(tensors, level + operation.moment.tensors)
-                everything = max(everything, level + operation.moment.everything)
+            level += change[i] - gradients.pop(i, 0)
+            if operation is None:
+                continue
+            for v in self.convolutions_before(operation.needed(), seen):
+                level += v.nbytes
+                change[v.when - 1] -= v.nbytes
+            level += operation.grown()
+            tensors = max(tensors, level + operation.moment.tensors)
+            everything = max(everything, level + operation.moment.everything)
+            taker = min(operation.taker, i - 1)
+            more = max(0, operation.gradient - gradients.get(taker, 0))
+            gradients[taker], level = gradients.get(taker, 0) + more, level + more
         return Moment(tensors, everything)
 
     @staticmethod

@@ -53,9 +53,9 @@ def batches(
     return map(batch, order.split(batch_size))
 
 
-def pair(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+def pair(in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> nn.Sequential:
     """Convolution without bias, then batch norm: PyTorch's own two layers, named conv and bn."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 

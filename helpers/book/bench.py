@@ -8,15 +8,15 @@ networks under `remat` at eight prices, with checkpoints and compiled, and the r
 chapter 8 draws it. Torch, torchvision and matplotlib are enough to run all of this.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
-and the median of the ratios is shown with their range. Short steps have more than REPEATS rounds. Each
-table has a process of its own, as a training has: memory that an earlier one left to the process would
-speed up those that use the most. For the same reason the C library's allocator keeps its memory. A quick
-run's record is in build/.
+and the median of the ratios is shown with their range. Each table has a process of its own, as a training
+has: memory that an earlier one left to the process would speed up those that use the most. For the same
+reason the C library's allocator keeps its memory. A quick run's record is in build/.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import datetime
 import gc
 import json
@@ -30,7 +30,6 @@ from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -74,9 +73,13 @@ MIB = 2**20
 # One row after the other -----------------------------------------------------------------------------------
 
 
-def brief(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+@contextlib.contextmanager
+def failing(row: dict) -> Iterator[None]:
+    """An error becomes a line of ``row``, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
 def tidy(device: torch.device) -> None:
@@ -101,11 +104,7 @@ def autocast(device: torch.device, amp: torch.dtype | None):
 
 
 def compare(
-    networks: dict[str, nn.Module],
-    x: Tensor,
-    repeats: int = 5,
-    amp: torch.dtype | None = None,
-    seconds: float = 0,
+    networks: dict[str, nn.Module], x: Tensor, repeats: int = 5, amp: torch.dtype | None = None
 ) -> Iterator[dict]:
     """Peak, end of forward and time of one step of each network on ``x``.
 
@@ -113,16 +112,14 @@ def compare(
         networks: all on ``x``'s device, and that device one that ``memory_device`` returns unchanged.
         repeats: rounds of timing; 0 for memory alone.
         amp: an autocast dtype, or None.
-        seconds: go on with the rounds for so long: short steps spread more than long ones.
 
     Yields:
         A row for each network when its memory is known, and again with its times: name, peak, forward (bytes
         above the start), on a CPU tensor_peak, too (see `MemoryTrace`), seconds (median), and time_ratio to
         the first network with time_range. One that fails has ``error`` instead, and the others go on.
     """
-    device, grad_out = x.device, []
+    device, base, grad_out = x.device, next(iter(networks)), []
     rows, times = {name: {"name": name} for name in networks}, {name: [] for name in networks}
-    first = next(iter(times.values()))
 
     def step(name: str, mark: Callable[[str], None] = lambda label: None) -> None:
         with autocast(device, amp):
@@ -132,39 +129,28 @@ def compare(
         mark("end of forward")
         out.backward(grad_out[0])
 
-    def memory(name: str) -> None:
-        step(name)  # warm: libraries choose their algorithms
-        networks[name].zero_grad()
-        with MemoryTrace(device) as trace:
-            step(name, trace.mark)
-        rows[name] |= {"peak": trace.peak, "forward": trace.marks["end of forward"]}
-        rows[name] |= {} if trace.tensor_peak is None else {"tensor_peak": trace.tensor_peak}
-
-    def once(name: str) -> None:
-        times[name].append(timed(partial(step, name), device))
-
-    def attempt(measure: Callable[[str], None], name: str) -> None:
-        try:
-            measure(name)
-        except Exception as error:
-            rows[name]["error"] = brief(error)
-        networks[name].zero_grad()
-
     for name, row in rows.items():
-        attempt(memory, name)
+        with failing(row):
+            step(name)  # warm: libraries choose their algorithms
+            networks[name].zero_grad()
+            with MemoryTrace(device) as trace:
+                step(name, trace.mark)
+            row |= {"peak": trace.peak, "forward": trace.marks["end of forward"]}
+            row |= {} if trace.tensor_peak is None else {"tensor_peak": trace.tensor_peak}
+        networks[name].zero_grad()
         tidy(device)
         yield row
-    done, until = 0, time.perf_counter() + seconds
-    while repeats and (done < repeats or time.perf_counter() < until):
-        done += 1
-        for name in [name for name, row in rows.items() if "error" not in row]:
-            attempt(once, name)
+    for name, row in repeats * [*rows.items()]:
+        if "error" not in row:
+            with failing(row):
+                times[name].append(timed(partial(step, name), device))
+            networks[name].zero_grad()
     for name, row in rows.items() if repeats else ():
         if "error" not in row:
             row["seconds"] = statistics.median(times[name])
-            if len(first) == len(times[name]):
-                ratios = [a / b for a, b in zip(times[name], first, strict=True)]
-                row |= {"time_ratio": statistics.median(ratios), "time_range": (min(ratios), max(ratios))}
+        if "error" not in row and "error" not in rows[base]:
+            ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
+            row |= {"time_ratio": statistics.median(ratios), "time_range": (min(ratios), max(ratios))}
         yield row
 
 
@@ -201,20 +187,19 @@ def put(device: torch.device, mode: str, what: nn.Module | Tensor):
     return what.to(device, memory_format=format)
 
 
-def side_by_side(seconds: float, makers: Callable[[], dict], shape, mode: str, *, device, repeats):
+def side_by_side(makers: Callable[[], dict], shape: tuple, mode: str, *, device, repeats):
     """`compare` of these networks."""
     networks = {name: put(device, mode, make()) for name, make in makers().items()}
-    return compare(networks, put(device, mode, torch.randn(shape)), repeats, MODES[mode], seconds)
+    return compare(networks, put(device, mode, torch.randn(shape)), repeats, MODES[mode])
 
 
 def one_by_one(measure: Callable[..., dict], methods: list[str], *arguments, device, repeats):
     """A row for each of ``methods``: what ``measure(device, method, *arguments)`` returns."""
     for method in methods:
-        try:
-            found = measure(device, method, *arguments)
-        except Exception as error:
-            found = {"error": brief(error)}
-        yield {"name": method, **found}
+        row = {"name": method}
+        with failing(row):
+            row |= measure(device, method, *arguments)
+        yield row
         tidy(device)
 
 
@@ -295,7 +280,6 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Callable
     shapes = [(16, 3, 160, 160)] if cpu else [(n, 3, 224, 224) for n in (184, 272)]
     shapes, small = ([(4, 3, 64, 64)], (2, 3, 32, 32)) if quick else (shapes, (8, 3, 96, 96))
     modes = [TF32, BFLOAT16] if device.type == "cuda" else [FLOAT32]
-    digits, seconds = (64, 0) if quick else (2048, 20 if cpu else 4)
     budget = 100 * MIB if quick else 2**30 if cpu else 2**34
     remats = [f"remat, {price}" for price in PRICES]
     found = {}
@@ -306,12 +290,12 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Callable
 
     def networks(shape: tuple[int, ...], makers: Callable[[str], dict]) -> None:
         for name, mode in product(NETWORKS, modes):
-            add(name, shape, mode, side_by_side, seconds, partial(makers, name))
+            add(name, shape, mode, side_by_side, partial(makers, name))
 
     if front:
         networks(shapes[-1], front_of)
         return found
-    add("MNIST network", (digits, 1, 28, 28), modes[0], side_by_side, seconds, digit_ways)
+    add("MNIST network", (64 if quick else 2048, 1, 28, 28), modes[0], side_by_side, digit_ways)
     networks(shapes[0], ways)
     for mode in modes:
         kinds = one_by_one, time_by_kind, ["unfused", *remats[:2]], "resnet50"
@@ -333,15 +317,6 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Callable
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
-def chosen(values: dict[str, Any]) -> tuple[torch.device, str, dict[str, Callable[..., Iterator[dict]]]]:
-    """The device, how its memory is measured, and the tables; a ValueError if there are none."""
-    device, how = memory_device(pick_device(values["DEVICE"]))
-    found, only = tables(device, values["QUICK"], values["FRONT"]), values["ONLY"]
-    if not any(only in title for title in found):
-        raise ValueError(f"ONLY must be part of a title, got {only!r}; there are: {'; '.join(found)}")
-    return device, how, {title: rows for title, rows in found.items() if only in title}
-
-
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -358,29 +333,22 @@ def fill(path: Path, title: str, rows: Callable[..., Iterator[dict]], device, re
     """Measure one table into the record at ``path``: what a process of its own does."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = TF32 in title
     torch.manual_seed(0)
-    record, found = read(path), {}
-    try:
+    record, found, whole = read(path), {}, {"name": "all"}
+    with failing(whole):
         for row in rows(device=device, repeats=repeats):
             found[row["name"]] = row
             record["tables"][title] = list(found.values())
             write(path, record)
-    except Exception as error:
-        record["tables"].setdefault(title, []).append({"name": "all", "error": brief(error)})
+    if "error" in whole:
+        record["tables"].setdefault(title, []).append(whole)
         write(path, record)
 
 
-def run(values: dict[str, Any]) -> dict:
-    """Measure the chosen tables; print them; return the record, which is written as it grows."""
-    device, how, found = chosen(values)
-    about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
-    print(", ".join(f"{k}: {v}" for k, v in about.items()))
-    parts = "front" if values["FRONT"] else "bench", device.type, *values["ONLY"].split()
-    path = (BUILD if values["QUICK"] else MEASUREMENTS) / f"{'_'.join(parts)}.json"
-    write(path, {**about, "tables": {}})
-    until = time.monotonic() + 60 * (values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9))
-    for title, measure in found.items():
-        arguments = path, title, measure, device, values["REPEATS"]
-        process = get_context("spawn").Process(target=fill, args=arguments)
+def run(device, found: dict[str, Callable[..., Iterator[dict]]], path: Path, repeats: int, minutes: float):
+    """Measure the tables ``found`` into the record at ``path``, for so many minutes, and print them."""
+    until = time.monotonic() + 60 * minutes
+    for title, rows in found.items():
+        process = get_context("spawn").Process(target=fill, args=(path, title, rows, device, repeats))
         with patch.dict(os.environ, KEEPS_MEMORY):
             process.start()
         try:
@@ -390,13 +358,11 @@ def run(values: dict[str, Any]) -> dict:
             process.kill()
             process.join()
         record = read(path)
-        rows = record["tables"].setdefault(title, [])
+        lines = record["tables"].setdefault(title, [])
         if process.exitcode:
-            rows.append({"name": "all", "error": error or f"the process ended with {process.exitcode}"})
+            lines.append({"name": "all", "error": error or f"the process ended with {process.exitcode}"})
             write(path, record)
-        print(f"\n{title}\n{table(rows)}", flush=True)
-    print(f"\nwritten to {os.path.relpath(path)}")
-    return record
+        print(f"\n{title}\n{table(lines)}", flush=True)
 
 
 def recorded(device: str, *only: str) -> str:
@@ -419,11 +385,22 @@ def main(arguments: list[str]) -> int:
             if name not in PARAMETERS:
                 raise ParameterError(f"{name} is no parameter of bench; there are {', '.join(PARAMETERS)}")
             values[name] = PARAMETERS[name].parse(text)
-        chosen(values)
+        device, how = memory_device(pick_device(values["DEVICE"]))
+        found, only = tables(device, values["QUICK"], values["FRONT"]), values["ONLY"]
+        if not any(only in title for title in found):
+            raise ParameterError(f"ONLY must be part of a title, got {only!r}; there are: {'; '.join(found)}")
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    run(values)
+    about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
+    print(", ".join(f"{k}: {v}" for k, v in about.items()))
+    parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
+    path = (BUILD if values["QUICK"] else MEASUREMENTS) / f"{'_'.join(parts)}.json"
+    write(path, {**about, "tables": {}})
+    found = {title: rows for title, rows in found.items() if only in title}
+    minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
+    run(device, found, path, values["REPEATS"], minutes)
+    print(f"\nwritten to {os.path.relpath(path)}")
     return 0
 
 

@@ -39,15 +39,16 @@ def test_front_has_every_way():
         assert ("compile, 0.4" in ways) == (name == "resnet50")
 
 
-def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys):
+def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_path):
     called = []
-    monkeypatch.setattr(bench, "run", called.append)
+    monkeypatch.setattr(bench, "BUILD", tmp_path)
+    monkeypatch.setattr(bench, "run", lambda *arguments: called.append(arguments))
+    assert bench.main(["TIME_LIMIT=2.5", "ONLY=MNIST", "DEVICE=cpu", "REPEATS=3", "QUICK=1"]) == 0
+    [(device, found, path, repeats, minutes)] = called
+    assert [*found] == ["MNIST network, 64x1x28x28, float32"] and (repeats, minutes) == (3, 2.5)
+    assert path == tmp_path / "bench_cpu_MNIST.json" and device == torch.device("cpu")
     assert bench.main(["FRONT=1", "QUICK=1", "DEVICE=cpu"]) == 0
-    assert called.pop() == {
-        "DEVICE": "cpu", "REPEATS": 7, "ONLY": "", "TIME_LIMIT": 0, "FRONT": 1, "QUICK": 1
-    }  # fmt: skip
-    assert bench.main(["TIME_LIMIT=2.5", "ONLY=MNIST", "DEVICE=cpu"]) == 0
-    assert called[0]["TIME_LIMIT"] == 2.5 and called.pop()["ONLY"] == "MNIST"
+    assert len(called[1][1]) == len(networks.NETWORKS) and called[1][2].name == "front_cpu.json"
     for wrong, said in {
         "FRONT=much": "FRONT must be a whole number, at least 0, at most 1, got 'much'",
         "TIME_LIMIT=-1": "TIME_LIMIT must be a finite number, at least 0",
@@ -59,7 +60,7 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys):
     }.items():
         assert bench.main([wrong, *([] if "DEVICE" in wrong else ["DEVICE=cpu"])]) == 2
         assert said in capsys.readouterr().err
-    assert not called
+    assert len(called) == 2
 
 
 def test_every_table_of_a_card_has_a_title():
@@ -93,15 +94,14 @@ def test_a_network_that_fails_costs_its_own_row(first):
 
 @pytest.fixture
 def record(monkeypatch, tmp_path):
-    """What `bench.run` returns and leaves in its one file."""
+    """What a quick run of these tables leaves in its one file."""
     monkeypatch.setattr(bench, "BUILD", tmp_path)
 
-    def run(only, time_limit=0):
-        values = {"DEVICE": "cpu", "REPEATS": 1, "ONLY": only, "FRONT": 0, "QUICK": 1}
-        made = bench.run(values | {"TIME_LIMIT": time_limit})
+    def run(only="", time_limit=0):
+        arguments = ["DEVICE=cpu", "REPEATS=1", "QUICK=1", f"ONLY={only}", f"TIME_LIMIT={time_limit}"]
+        assert bench.main(arguments) == 0
         (path,) = tmp_path.iterdir()
-        assert json.loads(path.read_text()) == made
-        return made
+        return json.loads(path.read_text())
 
     return run
 
@@ -148,12 +148,12 @@ def breaks_off(way, device, repeats):
 )
 def test_a_table_that_breaks_off_keeps_its_rows(monkeypatch, record, way, said):
     monkeypatch.setattr(bench, "tables", lambda *_: {"one": partial(breaks_off, way)})
-    assert record("")["tables"] == {"one": [{"name": "first"}, {"name": "all", "error": said}]}
+    assert record()["tables"] == {"one": [{"name": "first"}, {"name": "all", "error": said}]}
 
 
 def test_a_table_that_takes_too_long_is_stopped(monkeypatch, record):
     monkeypatch.setattr(bench, "tables", lambda *_: {"one": partial(breaks_off, "sleeps")})
-    rows = record("", time_limit=0.01)["tables"]["one"]  # the first row may be there already
+    rows = record(time_limit=0.01)["tables"]["one"]  # the first row may be there already
     assert rows[-1] == {"name": "all", "error": "stopped at the time limit"}
 
 

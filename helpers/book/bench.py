@@ -333,14 +333,10 @@ def fill(path: Path, title: str, rows: Callable[..., Iterator[dict]], device, re
     """Measure one table into the record at ``path``: what a process of its own does."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = TF32 in title
     torch.manual_seed(0)
-    record, found, whole = read(path), {}, {"name": "all"}
-    with failing(whole):
-        for row in rows(device=device, repeats=repeats):
-            found[row["name"]] = row
-            record["tables"][title] = list(found.values())
-            write(path, record)
-    if "error" in whole:
-        record["tables"].setdefault(title, []).append(whole)
+    record, found = read(path), {}
+    for row in rows(device=device, repeats=repeats):
+        found[row["name"]] = row
+        record["tables"][title] = list(found.values())
         write(path, record)
 
 

@@ -91,12 +91,8 @@ def main(arguments: list[str]) -> str | None:
     socket.setdefaulttimeout(SILENCE)
     try:
         load_mnist("full", root=DATA)
-    except ValueError as error:
-        return f"data: {error}"
-    except (OSError, RuntimeError, HTTPException) as error:
-        return f"data: MNIST could not be downloaded: {' '.join(str(error).split()) or type(error).__name__}"
-    except KeyboardInterrupt:
-        return "data: interrupted"
+    except (OSError, RuntimeError, ValueError, HTTPException, KeyboardInterrupt) as error:
+        return f"data: MNIST is not complete: {' '.join(str(error).split()) or type(error).__name__}"
     print(f"MNIST is in {os.path.relpath(DATA / 'MNIST' / 'raw')}")
 
 

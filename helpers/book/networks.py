@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -108,12 +109,9 @@ def block_by_block(model: nn.Module) -> nn.Module:
 def stage_by_stage(model: nn.Module) -> nn.Module:
     """Each stage of one of torchvision's networks, its blocks of one width, under a checkpoint of its own."""
     if isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
-        stages: list[list[nn.Module]] = []
-        for block in model.features:
-            if not getattr(block, "use_res_connect", False):  # the first of its width
-                stages.append([])
-            stages[-1].append(block)
-        model.features = nn.Sequential(*[nn.Sequential(*stage) for stage in stages])
+        starts = [i for i, block in enumerate(model.features) if not getattr(block, "use_res_connect", False)]
+        stages = pairwise([*starts, len(model.features)])  # each begins with the first block of its width
+        model.features = nn.Sequential(*[model.features[start:end] for start, end in stages])
     for module in model.modules():
         blocks = isinstance(module, nn.Sequential) and {type(block).__name__ for block in module}
         if (blocks and blocks <= {*BLOCKS}) or type(module).__name__ == "_DenseBlock":

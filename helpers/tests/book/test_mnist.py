@@ -224,7 +224,7 @@ def test_a_download_goes_on_after_a_failure(tmp_path, whole, monkeypatch, downlo
     shutil.copytree(ROOT / "data" / "sample", tmp_path / "sample")
     with mirror(monkeypatch, whole, fault):
         said = download()
-    assert said.startswith("data: MNIST could not be downloaded: ") and words in said and "\n" not in said
+    assert said.startswith("data: MNIST is not complete: ") and words in said and "\n" not in said
     assert load_mnist(root=tmp_path)[0].name.startswith("sample: 8,192")
     with mirror(monkeypatch, whole):
         assert download() is None
@@ -244,7 +244,7 @@ def test_interrupted_download(monkeypatch, download):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mnist.MNIST, "download", interrupt)
-    assert download() == "data: interrupted"
+    assert download() == "data: MNIST is not complete: KeyboardInterrupt"
 
 
 def test_command_line():

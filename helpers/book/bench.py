@@ -1,134 +1,219 @@
-"""`make bench`: memory and time of the layers, each next to the unfused pair, in one run.
+"""`make bench`: memory and time of the layers and networks, each next to the unfused pair, in one run.
 
     python -m helpers.book.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [TIME_LIMIT=9] [QUICK=1] [FRONT=1]
 
 prints tables and writes data/measurements/bench_<device>.json (with ONLY, a record of its own name), each row
-as soon as it is there. What fails costs its own row, which carries the error. ONLY takes the tables with that
-in their title. TIME_LIMIT is in minutes; 0 is none on a CPU, and 9 on an accelerator. With FRONT=1 the tables
-are four networks, under `remat` at eight prices, with checkpoints and compiled, and the record is
-front_<device>.json: chapter 8 draws it. Torch, torchvision and matplotlib are enough to run all of this.
+as soon as it is there. What fails costs its own row, which carries the error. With FRONT=1 the tables are the
+networks under `remat` at eight prices, with checkpoints and compiled, and the record is front_<device>.json:
+chapter 8 draws it. Torch, torchvision and matplotlib are enough to run all of this.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
-and the median of the ratios is shown with their range. Short steps have more than REPEATS rounds. Each
-table has a process of its own, as a training has: memory that an earlier one left to the process would
-speed up those that use the most. On Linux a tensor of over 32 MiB is fresh pages at each allocation, which
-punishes those that use the most, too: there each table with times is measured again (and of the front, only
-so), in a process whose allocator keeps its memory.
+and the median of the ratios is shown with their range. Each table has a process of its own, as a training
+has: memory that an earlier one left to the process would speed up those that use the most. For the same
+reason the C library's allocator keeps its memory. A quick run's record is in build/.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import datetime
-import functools
+import gc
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from helpers.book.networks import (
-    FRONT,
     NETWORKS,
     PRICES,
     Remat,
     TutorialConvBN2d,
     chain,
+    digit_ways,
     front_of,
-    of_pairs,
     real_network,
-    unfused,
     ways,
 )
-from helpers.book.steps import MIB, Report, brief, compare, print_table, table, tidy, timed
-from helpers.book.training import Net, pick_device
+from helpers.book.parameters import QUICK, Parameter, ParameterError
+from helpers.book.training import pair as unfused
+from helpers.book.training import pick_device
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.predict import largest_batch
 from helpers.remat.compare import compare as compare_gradients
 
-__all__ = ["PARAMETERS", "Remat", "TutorialConvBN2d", "chain", "compare", "front_of", "print_table",
-           "real_network", "recorded", "unfused", "ways"]  # fmt: skip
+__all__ = ["PARAMETERS", "Remat", "TutorialConvBN2d", "chain", "compare", "recorded", "unfused"]
 
-PARAMETERS = {"DEVICE": "auto", "REPEATS": 7, "QUICK": 0, "ONLY": "", "FRONT": 0, "TIME_LIMIT": 0.0}
-MEASUREMENTS = Path(__file__).resolve().parents[2] / "data" / "measurements"
+PARAMETERS = {
+    parameter.name: parameter
+    for parameter in (
+        Parameter("DEVICE", "str", "auto", "auto, cpu, or an accelerator"),
+        Parameter("REPEATS", "int", 7, "rounds of timing, at least 1"),
+        Parameter("ONLY", "str", "", "measure the tables with this in their title"),
+        Parameter("TIME_LIMIT", "float", 0, "minutes, at least 0, at most 10,000; 0: 9 on an accelerator"),
+        Parameter("FRONT", "int", 0, "1 for chapter 8's record, at least 0, at most 1"),
+        QUICK,
+    )
+}
+ROOT = Path(__file__).resolve().parents[2]
+MEASUREMENTS, BUILD = ROOT / "data" / "measurements", ROOT / "build"
+MIB = 2**20
+
+# One row after the other -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def failing(row: dict) -> Iterator[None]:
+    """An error becomes a line of ``row``, and the others go on."""
+    try:
+        yield
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+def tidy(device: torch.device) -> None:
+    """Give back what the last network left to the allocator."""
+    gc.collect()
+    if device.type != "cpu":
+        torch.accelerator.empty_cache()
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds that ``run`` takes."""
+    wait = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
+    wait()
+    begin = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - begin
+
+
+def autocast(device: torch.device, amp: torch.dtype | None):
+    return torch.autocast(device.type, dtype=amp, enabled=amp is not None)
+
+
+def compare(
+    networks: dict[str, nn.Module], x: Tensor, repeats: int = 5, amp: torch.dtype | None = None
+) -> Iterator[dict]:
+    """Peak, end of forward and time of one step of each network on ``x``.
+
+    Args:
+        networks: all on ``x``'s device, and that device one that ``memory_device`` returns unchanged.
+        repeats: rounds of timing; 0 for memory alone.
+        amp: an autocast dtype, or None.
+
+    Yields:
+        A row for each network when its memory is known, and again with its times: name, peak, forward (bytes
+        above the start), on a CPU tensor_peak, too (see `MemoryTrace`), seconds (median), and time_ratio to
+        the first network with time_range. One that fails has ``error`` instead, and the others go on.
+    """
+    device, base, grad_out = x.device, next(iter(networks)), []
+    rows, times = {name: {"name": name} for name in networks}, {name: [] for name in networks}
+
+    def step(name: str, mark: Callable[[str], None] = lambda label: None) -> None:
+        with autocast(device, amp):
+            out = networks[name](x)
+        if not grad_out:  # at the first step of all
+            grad_out.append(torch.randn_like(out))
+        mark("end of forward")
+        out.backward(grad_out[0])
+
+    for name, row in rows.items():
+        with failing(row):
+            step(name)  # warm: libraries choose their algorithms
+            networks[name].zero_grad()
+            with MemoryTrace(device) as trace:
+                step(name, trace.mark)
+            row |= {"peak": trace.peak, "forward": trace.marks["end of forward"]}
+            row |= {} if trace.tensor_peak is None else {"tensor_peak": trace.tensor_peak}
+        networks[name].zero_grad()
+        tidy(device)
+        yield row
+    for name, row in repeats * [*rows.items()]:
+        if "error" not in row:
+            with failing(row):
+                times[name].append(timed(partial(step, name), device))
+            networks[name].zero_grad()
+    for name, row in rows.items() if repeats else ():
+        if "error" not in row:
+            row["seconds"] = statistics.median(times[name])
+        if "error" not in row and "error" not in rows[base]:
+            ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
+            row |= {"time_ratio": statistics.median(ratios), "time_range": (min(ratios), max(ratios))}
+        yield row
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as text, one line each: `compare`'s in columns, others with the names of their numbers."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}      peak          end of forward   step"] if "peak" in rows[0] else []
+    for row in rows:
+        line = f"{row['name']:{width}}"
+        if "peak" in row:
+            for key in ("peak", "forward"):
+                line += f"  {row[key] / MIB:7.1f} MiB {row[key] / rows[0].get(key, math.nan):5.3f}"
+            line += f"  {row['seconds'] * 1e3:6.0f} ms" if "seconds" in row else ""
+            if "time_ratio" in row:
+                low, high = row["time_range"]
+                line += f" {row['time_ratio']:5.3f} ({low:.2f} to {high:.2f})"
+        else:
+            numbers = {k: v for k, v in row.items() if k not in ("name", "error")}
+            line += "".join(f"  {k} {v:{'.3g' * isinstance(v, float)}}" for k, v in numbers.items())
+        lines.append(line + (f"  {row['error']}" if "error" in row else ""))
+    return "\n".join(lines)
 
 
 # What is measured ------------------------------------------------------------------------------------------
 
 
-class Mode(NamedTuple):
-    """How numbers are computed, and how images lie in memory."""
-
-    name: str
-    amp: torch.dtype | None = None
-    memory_format: torch.memory_format = torch.contiguous_format
-
-    def network(self, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-        return make().to(device).to(memory_format=self.memory_format)
-
-    def images(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
-        return torch.randn(shape, device=device).contiguous(memory_format=self.memory_format)
-
-    def autocast(self, device: torch.device):
-        return torch.autocast(device.type, dtype=self.amp, enabled=self.amp is not None)
+MODES = {"float32": None, "float32 with TF32": None, "bfloat16 autocast, channels_last": torch.bfloat16}
+FLOAT32, TF32, BFLOAT16 = MODES
 
 
-FLOAT32, TF32 = Mode("float32"), Mode("float32 with TF32")
-BFLOAT16 = Mode("bfloat16 autocast, channels_last", torch.bfloat16, torch.channels_last)
+def put(device: torch.device, mode: str, what: nn.Module | Tensor):
+    """``what`` on the device, in the mode's memory format."""
+    format = torch.channels_last if "channels_last" in mode else torch.contiguous_format
+    return what.to(device, memory_format=format)
 
 
-class Table(NamedTuple):
-    """What fills one table: ``run(device, repeats, report)``; and whether it has times as its point."""
-
-    run: Callable[[torch.device, int, Report], None]
-    timed: bool = False
-
-
-def side_by_side(makers: dict[str, Callable], shape: tuple, mode: Mode, seconds: float) -> Table:
+def side_by_side(makers: Callable[[], dict], shape: tuple, mode: str, *, device, repeats):
     """`compare` of these networks."""
-
-    def run(device, repeats, report):
-        networks = {name: mode.network(make, device) for name, make in makers.items()}
-        compare(networks, mode.images(shape, device), repeats, mode.amp, seconds, report)
-
-    return Table(run, timed=True)
+    networks = {name: put(device, mode, make()) for name, make in makers().items()}
+    return compare(networks, put(device, mode, torch.randn(shape)), repeats, MODES[mode])
 
 
-def one_by_one(names, measure: Callable[[torch.device, str], Iterator[dict]]) -> Table:
-    """A row for each of ``names``: ``measure(device, name)`` yields parts of it."""
-
-    def run(device, repeats, report):
-        for name in names:
-            row = {"name": name}
-            try:
-                for part in measure(device, name):
-                    row |= part
-                    report(row)
-            except Exception as error:
-                report(row | {"error": brief(error)})
-            tidy(device)
-
-    return Table(run)
+def one_by_one(measure: Callable[..., dict], methods: list[str], *arguments, device, repeats):
+    """A row for each of ``methods``: what ``measure(device, method, *arguments)`` returns."""
+    for method in methods:
+        row = {"name": method}
+        with failing(row):
+            row |= measure(device, method, *arguments)
+        yield row
+        tidy(device)
 
 
-def errors(name: str, shape: tuple, mode: Mode) -> Table:
+def price_of(method: str) -> float | None:
+    """What `largest_batch` and `remat` call max_cost; None is plain PyTorch."""
+    return None if method == "unfused" else float(method.removeprefix("remat, "))
+
+
+def errors(device: torch.device, method: str, name: str, shape: tuple, mode: str) -> dict:
     """How far gradients under `remat` are from plain's, next to how far plain's are from float64's."""
-
-    def measure(device, method):
-        model, x = mode.network(functools.partial(real_network, name), device), mode.images(shape, device)
-        with mode.autocast(device):
-            found = compare_gradients(model, x, max_cost=float(method.split()[-1]), rounds=1)
-        yield {"forward_equal": found.equal, "difference": found.difference, "rounding": found.rounding}
-
-    return one_by_one([f"remat, {price}" for price in PRICES], measure)
+    model, x = put(device, mode, real_network(name)), put(device, mode, torch.randn(shape))
+    with autocast(device, MODES[mode]):
+        found = compare_gradients(model, x, max_cost=price_of(method), rounds=1)
+    return {"forward_equal": found.equal, "difference": found.difference, "rounding": found.rounding}
 
 
 KINDS = {  # the first of which a part is in the name of a kernel or an operator
@@ -138,198 +223,142 @@ KINDS = {  # the first of which a part is in the name of a kernel or an operator
     "copy": ("copy", "memcpy", "cat", "transpose", "nchwtonhwc", "nhwctonchw", "contiguous"),
     "convolution": ("conv", "mm", "cudnn", "cutlass", "xmma", "wgrad", "dgrad", "fprop"),
     "elementwise": ("elementwise", "threshold", "clamp", "hardtanh", "lu", "add", "mul", "fill", "zero"),
+    "other": ("",),
 }
 
 
-def time_by_kind(name: str, shape: tuple, mode: Mode) -> Table:
+def time_by_kind(device: torch.device, method: str, name: str, shape: tuple, mode: str) -> dict:
     """Seconds of a step, and of its kernels (on a CPU, of its operators) by kind, and their number."""
-    makers = ways(name, PRICES[:2])
+    network, x = put(device, mode, ways(name)[method]()), put(device, mode, torch.randn(shape))
 
-    def measure(device, method):
-        network, x = mode.network(makers[method], device), mode.images(shape, device)
+    def step() -> None:
+        with autocast(device, MODES[mode]):
+            out = network(x)
+        out.backward(torch.ones_like(out))
+        network.zero_grad()
 
-        def step() -> None:
-            with mode.autocast(device):
-                out = network(x)
-            out.backward(torch.ones_like(out))
-            network.zero_grad()
-
-        step()
-        yield {"step": timed(step, device)}
-        activities, cpu = [torch.profiler.ProfilerActivity.CPU], device.type == "cpu"
-        activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
-        with torch.profiler.profile(activities=activities) as found:
-            timed(step, device)
-        here = [e for e in found.key_averages() if e.device_type.name.lower() == device.type]
-        spent = {kind: 0.0 for kind in (*KINDS, "other")}
-        for e in here:
-            fits = (kind for kind, parts in KINDS.items() if any(part in e.key.lower() for part in parts))
-            own = e.self_cpu_time_total if cpu else e.self_device_time_total
-            spent[next(fits, "other")] += own / 1e6
-        yield {"calls": sum(e.count for e in here), **spent}
-
-    return one_by_one(makers, measure)
+    step()
+    seconds = timed(step, device)
+    with torch.profiler.profile() as found:
+        timed(step, device)
+    events = [e for e in found.key_averages() if e.device_type.name.lower() == device.type]
+    spent = dict.fromkeys(KINDS, 0.0)
+    for e in events:
+        kind = next(kind for kind, parts in KINDS.items() if any(part in e.key.lower() for part in parts))
+        spent[kind] += (e.self_cpu_time_total if device.type == "cpu" else e.self_device_time_total) / 1e6
+    return {"step": seconds, "calls": sum(e.count for e in events), **spent}
 
 
-def largest(name: str, shape: tuple, budget: int) -> Table:
+def largest(device: torch.device, method: str, name: str, shape: tuple, budget: int) -> dict:
     """The largest batch whose step fits into ``budget`` bytes, with momentum, next to the predicted one."""
-    prices = {"unfused": None, **{f"remat, {price}": price for price in PRICES[:2]}}
+    predicted = largest_batch(real_network(name), shape, budget, max_cost=price_of(method))
+    if device.type == "cuda":  # so that libraries, too, see no more
+        torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info(device)[1], device)
 
-    def fits(device: torch.device, network: nn.Module, n: int) -> bool:
-        optimizer, x = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9), None
+    def too_large(n: int) -> bool:
+        tidy(device)
         try:
-            for p in network.parameters():
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            before = [*network.parameters(), *network.parameters(), *network.buffers()]  # and the momentum
-            x = torch.randn(n, *shape, device=device)
             with MemoryTrace(device) as trace:
-                network(x).square().mean().backward()
-                optimizer.step()
-            return sum(t.nbytes for t in (*before, x)) + trace.peak <= budget
+                network, x = ways(name)[method]().to(device), torch.randn(n, *shape, device=device)
+                optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+                for _ in range(2):  # the first makes the momentum
+                    network(x).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
         except torch.OutOfMemoryError:
-            return False
-        finally:
-            optimizer.zero_grad()
-            del optimizer, x
-            tidy(device)
+            return True
+        return trace.peak > budget
 
-    def measure(device, method):
-        if device.type == "cuda":  # so that libraries, too, see no more
-            torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info(device)[1], device)
-        model, price = real_network(name), prices[method]
-        n = predicted = largest_batch(model, shape, budget, max_cost=price)
-        yield {"budget": budget, "predicted": predicted}
-        network = (model if price is None else Remat(model, price)).to(device)
-        low, high, fine = 0, 2 * predicted, max(1, predicted // 32)
-        for tried in range(16):
-            low, high = (n, high) if fits(device, network, n) else (low, n)
-            if high - low <= fine:
-                break
-            n = (n + fine if n == low else n - fine) if not tried else (low + high) // 2
-        yield {"batch": low, "too_large": high}
-
-    return one_by_one(prices, measure)
+    batches = range(0, 2 * predicted + 2, max(1, predicted // 32))
+    found = bisect.bisect_left(batches, True, lo=1, key=too_large)
+    return {"budget": budget, "predicted": predicted, "batch": batches[found - 1]}
 
 
-def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
-    """By title, the most wanted first."""
-    cpu, cuda = device.type == "cpu", device.type == "cuda"
-    batches = [(16, 3, 160, 160)] if cpu else [(n, 3, 224, 224) for n in (184, 272)]
-    batches = [(4, 3, 64, 64)] if quick else batches
-    modes, names = [TF32, BFLOAT16] if cuda else [FLOAT32], NETWORKS if cpu else FRONT
-    digits, images, seconds = (64, 4, 0) if quick else (2048, 32, 20) if cpu else (2048, 256, 4)
-    found: dict[str, Table] = {}
+def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Callable[..., Iterator[dict]]]:
+    """By title what yields the rows, given ``device`` and ``repeats``; the most wanted first."""
+    cpu = device.type == "cpu"
+    shapes = [(16, 3, 160, 160)] if cpu else [(n, 3, 224, 224) for n in (184, 272)]
+    shapes, small = ([(4, 3, 64, 64)], (2, 3, 32, 32)) if quick else (shapes, (8, 3, 96, 96))
+    modes = [TF32, BFLOAT16] if device.type == "cuda" else [FLOAT32]
+    budget = 100 * MIB if quick else 2**30 if cpu else 2**34
+    remats = [f"remat, {price}" for price in PRICES]
+    found = {}
 
-    def whole(shape: tuple, names: tuple[str, ...], makers: Callable[[str], dict]) -> None:
-        for name in names:
-            for mode in modes:
-                title = f"{name}, {times(shape)}, {mode.name}"
-                found[title] = side_by_side(makers(name), shape, mode, seconds)
+    def add(what: str, shape: tuple[int, ...], mode: str, function: Callable, *arguments) -> None:
+        title = f"{what}, {'x'.join(map(str, shape))}, {mode}"
+        found[title] = partial(function, *arguments, shape, mode)
+
+    def networks(shape: tuple[int, ...], makers: Callable[[str], dict]) -> None:
+        for name, mode in product(NETWORKS, modes):
+            add(name, shape, mode, side_by_side, partial(makers, name))
 
     if front:
-        whole(batches[-1], FRONT, front_of)
+        networks(shapes[-1], front_of)
         return found
-    title = f"MNIST network, batch {digits}, {modes[0].name}"
-    found[title] = side_by_side(of_pairs(Net), (digits, 1, 28, 28), modes[0], seconds)
-    whole(batches[0], names, lambda name: ways(name, PRICES))
+    add("MNIST network", (64 if quick else 2048, 1, 28, 28), modes[0], side_by_side, digit_ways)
+    networks(shapes[0], ways)
     for mode in modes:
-        title = f"time by kind, resnet50, {times(batches[0])}, {mode.name}"
-        found[title] = time_by_kind("resnet50", batches[0], mode)
-    budget = 100 * MIB if quick else 2**30 if cpu else 2**34
-    for name in FRONT[1:2] if quick else FRONT[:2]:
-        title = f"largest batch, {name}, {budget / MIB:,.0f} MiB, float32"
-        found[title] = largest(name, batches[0][1:], budget)
-    for name in FRONT:
-        for mode in (FLOAT32, BFLOAT16):
-            shape = (2, 3, 32, 32) if quick else (8, 3, 96, 96)
-            found[f"errors, {name}, {times(shape)}, {mode.name}"] = errors(name, shape, mode)
-    for shape in batches[1:]:
-        whole(shape, names, lambda name: ways(name, PRICES))
-    for kind, (channels, kernel) in {"3x3, 32 channels": (32, 3), "1x1, 128 channels": (128, 1)}.items():
-        shape = images, channels, 56, 56
-        makers = of_pairs(lambda make, c=channels, k=kernel: chain(make, 12, c, k))
-        title = f"12 blocks conv, norm, ReLU: {kind}, {images}x56x56, {modes[0].name}"
-        found[title] = side_by_side(makers, shape, modes[0], seconds)
+        kinds = one_by_one, time_by_kind, ["unfused", *remats[:2]], "resnet50"
+        add("time by kind, resnet50", shapes[0], mode, *kinds)
+    for name in NETWORKS[1:2] if quick else NETWORKS[:2]:
+        fits = partial(one_by_one, largest, ["unfused", *remats[:2]], name, shapes[0][1:], budget)
+        found[f"largest batch, {name}, {budget / MIB:,.0f} MiB, float32"] = fits
+    for name, mode in product(NETWORKS, (FLOAT32, BFLOAT16)):
+        add(f"errors, {name}", small, mode, one_by_one, errors, remats, name)
+    for shape in shapes[1:]:
+        networks(shape, ways)
     return found
-
-
-def times(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 # The run ---------------------------------------------------------------------------------------------------
 
+
+# In glibc a tensor of over 32 MiB is fresh pages at each allocation, which punishes those that use the most.
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
-def fill(device: torch.device, quick: bool, front: bool, title: str, repeats: int, pipe) -> None:
-    """Send the rows of one table: what a process of its own does."""
-    if device.type == "cuda":
-        tf32 = not title.endswith(f", {FLOAT32.name}")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, record: dict) -> None:
+    """At once, and whole: a run may be stopped."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def fill(path: Path, title: str, rows: Callable[..., Iterator[dict]], device, repeats: int) -> None:
+    """Measure one table into the record at ``path``: what a process of its own does."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = TF32 in title
     torch.manual_seed(0)
-    try:
-        tables(device, quick, front)[title].run(device, repeats, pipe.send)
-    except Exception as error:
-        pipe.send({"name": "all", "error": brief(error)})
+    record, found = read(path), {}
+    for row in rows(device=device, repeats=repeats):
+        found[row["name"]] = row
+        record["tables"][title] = list(found.values())
+        write(path, record)
 
 
-def measured(environment: dict[str, str], until: float, *arguments) -> Iterator[dict]:
-    """The rows of `fill` in a process that starts with these variables and is stopped at ``until``."""
-    ours, theirs = get_context("spawn").Pipe(duplex=False)
-    process, error = get_context("spawn").Process(target=fill, args=(*arguments, theirs)), None
-    with patch.dict(os.environ, environment):
-        process.start()
-    theirs.close()
-    try:
-        with contextlib.suppress(EOFError):
-            while ours.poll(min(until - time.monotonic(), 1e6)) if until > time.monotonic() else False:
-                yield ours.recv()
-            error = "stopped at the time limit"
-    finally:
-        if error or sys.exc_info()[0]:
+def run(device, found: dict[str, Callable[..., Iterator[dict]]], path: Path, repeats: int, minutes: float):
+    """Measure the tables ``found`` into the record at ``path``, for so many minutes, and print them."""
+    until = time.monotonic() + 60 * minutes
+    for title, rows in found.items():
+        process = get_context("spawn").Process(target=fill, args=(path, title, rows, device, repeats))
+        with patch.dict(os.environ, KEEPS_MEMORY):
+            process.start()
+        try:
+            process.join(until - time.monotonic())
+            error = "stopped at the time limit" if process.is_alive() else None
+        finally:
             process.kill()
-        process.join()
-    if error or process.exitcode:
-        yield {"name": "all", "error": error or f"the process ended with {process.exitcode}"}
-
-
-def run(
-    device_name: str = "auto",
-    repeats: int = 7,
-    quick: bool = False,
-    write: bool = True,
-    only: str = "",
-    front: bool = False,
-    time_limit: float = 0.0,
-) -> dict:
-    """Measure the tables with ``only`` in their title; print them; return (and write) the record."""
-    device, how = memory_device(pick_device(device_name))
-    about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
-    print(", ".join(f"{k}: {v}" for k, v in about.items()))
-    until = time.monotonic() + 60 * (time_limit or (math.inf if device.type == "cpu" else 9))
-    name = f"{'front' if front else 'bench'}_{device.type}{only and '_' + only.replace(' ', '_')}.json"
-    path, record = MEASUREMENTS / name, {**about, "tables": {}}
-    allocators = {"": {}}
-    if device.type == "cpu" and sys.platform == "linux":
-        allocators = ({} if front else allocators) | {", allocator keeps its memory": KEEPS_MEMORY}
-    for title, one in tables(device, quick, front).items():
-        for allocator, environment in (allocators if one.timed else {"": {}}).items():
-            if only not in title:
-                continue
-            rows: dict[str, dict] = {}
-            for row in measured(environment, until, device, quick, front, title, repeats):
-                rows[row["name"]] = row
-                record["tables"][title + allocator] = list(rows.values())
-                if write:  # at once, and whole: this run may be stopped
-                    path.parent.mkdir(exist_ok=True)
-                    new = path.with_suffix(".new")
-                    new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-                    os.replace(new, path)
-            print_table(title + allocator, list(rows.values()))
-    if write:
-        print(f"\nwritten to {os.path.relpath(path)}")
-    return record
+            process.join()
+        record = read(path)
+        lines = record["tables"].setdefault(title, [])
+        if process.exitcode:
+            lines.append({"name": "all", "error": error or f"the process ended with {process.exitcode}"})
+            write(path, record)
+        print(f"\n{title}\n{table(lines)}", flush=True)
 
 
 def recorded(device: str, *only: str) -> str:
@@ -337,39 +366,37 @@ def recorded(device: str, *only: str) -> str:
     path = MEASUREMENTS / f"bench_{device}.json"
     if not path.is_file():
         return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read(path)
     about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
-    chosen = lambda title: not only or any(part in title for part in only)  # noqa: E731
-    found = [f"{title}\n{table(rows)}" for title, rows in record["tables"].items() if chosen(title)]
-    return "\n\n".join([about, *found])
+    tables = {t: rows for t, rows in record["tables"].items() if not only or any(part in t for part in only)}
+    return "\n\n".join([about, *[f"{title}\n{table(rows)}" for title, rows in tables.items()]])
 
 
 def main(arguments: list[str]) -> int:
     """NAME=VALUE arguments, checked before anything runs."""
-    values = dict(PARAMETERS)
+    values = {parameter.name: parameter.default for parameter in PARAMETERS.values()}
     try:
         for argument in arguments:
             name, _, text = argument.partition("=")
-            if name not in values:
-                raise ValueError(f"{name} is no parameter of bench; there are {', '.join(values)}")
-            kind = type(PARAMETERS[name])
-            try:
-                values[name] = kind(text)
-            except ValueError:
-                raise ValueError(f"{name} must be of type {kind.__name__}, got {text!r}") from None
-        if values["REPEATS"] < 1:
-            raise ValueError(f"REPEATS must be at least 1, got {values['REPEATS']}")
-        if not 0 <= values["TIME_LIMIT"] < math.inf:
-            raise ValueError(f"TIME_LIMIT must be minutes, 0 or more, got {values['TIME_LIMIT']}")
-        device, _ = memory_device(pick_device(values["DEVICE"]))
-        quick, front, only = bool(values["QUICK"]), bool(values["FRONT"]), values["ONLY"]
-        titles = list(tables(device, quick, front))
-        if not any(only in title for title in titles):
-            raise ValueError(f"ONLY must be part of a title, got {only!r}; there are: {'; '.join(titles)}")
+            if name not in PARAMETERS:
+                raise ParameterError(f"{name} is no parameter of bench; there are {', '.join(PARAMETERS)}")
+            values[name] = PARAMETERS[name].parse(text)
+        device, how = memory_device(pick_device(values["DEVICE"]))
+        found, only = tables(device, values["QUICK"], values["FRONT"]), values["ONLY"]
+        if not any(only in title for title in found):
+            raise ParameterError(f"ONLY must be part of a title, got {only!r}; there are: {'; '.join(found)}")
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    run(values["DEVICE"], values["REPEATS"], quick, not quick, only, front, values["TIME_LIMIT"])
+    about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
+    print(", ".join(f"{k}: {v}" for k, v in about.items()))
+    parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
+    path = (BUILD if values["QUICK"] else MEASUREMENTS) / f"{'_'.join(parts)}.json"
+    write(path, {**about, "tables": {}})
+    found = {title: rows for title, rows in found.items() if only in title}
+    minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
+    run(device, found, path, values["REPEATS"], minutes)
+    print(f"\nwritten to {os.path.relpath(path)}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
+from helpers.book.training import Net, pair
 from helpers.fused import FusedConvBN2d
 from helpers.remat import remat
 
@@ -68,22 +70,17 @@ class TutorialConvBN2d(nn.Module):
         return TutorialConvBN2dFunction.apply(x, self.weight, self.padding)
 
 
-def unfused(c_in: int, c_out: int, kernel: int, padding: int = 0) -> nn.Sequential:
-    """nn.Conv2d without bias, then nn.BatchNorm2d."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=padding, bias=False), nn.BatchNorm2d(c_out))
+def checkpointed(module: nn.Module) -> nn.Module:
+    """``module``, from now on under torch.utils.checkpoint."""
+    forward = module.forward
 
-
-class Checkpointed(nn.Module):
-    """A module under torch.utils.checkpoint."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def again(*inputs: Tensor) -> Tensor:
         # A dense block appends to the list that it hands in: backward must find the list as it was.
         inputs = [list(i) if isinstance(i, list) else i for i in inputs]
-        return checkpoint(self.module, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False)
+
+    module.forward = again
+    return module
 
 
 class Remat(nn.Module):
@@ -98,34 +95,27 @@ class Remat(nn.Module):
             return self.module(x)
 
 
-def under_remat(make: Callable[[], nn.Module], *prices: float) -> dict[str, Callable[[], nn.Module]]:
-    """The network of ``make`` under `remat`, at each price."""
-    return {f"remat, {price:g}": lambda price=price: Remat(make(), price) for price in prices}
+BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
 
 
 def block_by_block(model: nn.Module) -> nn.Module:
     """Each block of one of torchvision's networks under a checkpoint of its own."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ in BLOCKS:
-                setattr(module, name, Checkpointed(child))
+    for module in model.modules():
+        if type(module).__name__ in BLOCKS:
+            checkpointed(module)
     return model
 
 
 def stage_by_stage(model: nn.Module) -> nn.Module:
     """Each stage of one of torchvision's networks, its blocks of one width, under a checkpoint of its own."""
     if isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
-        stages: list[list[nn.Module]] = []
-        for block in model.features:
-            if not getattr(block, "use_res_connect", False):  # the first of its width
-                stages.append([])
-            stages[-1].append(block)
-        model.features = nn.Sequential(*[nn.Sequential(*stage) for stage in stages])
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            blocks = isinstance(child, nn.Sequential) and {type(block).__name__ for block in child}
-            if (blocks and blocks <= {*BLOCKS}) or type(child).__name__ == "_DenseBlock":
-                setattr(module, name, Checkpointed(child))
+        starts = [i for i, block in enumerate(model.features) if not getattr(block, "use_res_connect", False)]
+        stages = pairwise([*starts, len(model.features)])  # each begins with the first block of its width
+        model.features = nn.Sequential(*[model.features[start:end] for start, end in stages])
+    for module in model.modules():
+        blocks = isinstance(module, nn.Sequential) and {type(block).__name__ for block in module}
+        if (blocks and blocks <= {*BLOCKS}) or type(module).__name__ == "_DenseBlock":
+            checkpointed(module)
     return model
 
 
@@ -144,46 +134,19 @@ def compiled(model: nn.Module, budget: float) -> nn.Module:
     return torch.compile(model, backend=backend, dynamic=False)
 
 
-def fused(slab_size: int | str | None) -> Callable[..., nn.Module]:
-    """A factory of ours, with that slab size."""
-    return lambda c_in, c_out, kernel, padding=0: FusedConvBN2d(
-        c_in, c_out, kernel, padding=padding, bias=False, slab_size=slab_size
-    )
-
-
-METHODS: dict[str, Callable[..., nn.Module]] = {
-    "unfused": unfused,
-    "tutorial": TutorialConvBN2d,
-    "checkpoint": lambda *args: Checkpointed(unfused(*args)),
-    "fused, whole batch": fused("batch"),
-    "fused, slabs": fused(None),
-}
-
-
 def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: int) -> nn.Sequential:
     """``blocks`` equal blocks conv, batch norm, ReLU that keep the image's size."""
     block = [nn.Sequential(make(channels, channels, kernel, kernel // 2), nn.ReLU()) for _ in range(blocks)]
     return nn.Sequential(*block)
 
 
-BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
+NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
 PRICES = (0, 150, 600)
-FRONT = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
 FRONT_PRICES = (0, 9, 32, 64, 150, 300, 600, 1200)
-BUDGETS = {"resnet50": (0.4,)}  # compiling takes minutes on a CPU
-NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "resnet18", "vgg11_bn")
 
 
 def real_network(name: str) -> nn.Module:
-    """torchvision's network ``name``, always with the same weights and without dropout.
-
-    Raises:
-        ValueError: torchvision has no such network.
-    """
-    if name not in torchvision.models.list_models():
-        raise ValueError(
-            f"name must be a network of torchvision, such as {', '.join(NETWORKS)}; got {name!r}"
-        )
+    """torchvision's network ``name``, always with the same weights and without dropout."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None)
@@ -193,27 +156,34 @@ def real_network(name: str) -> nn.Module:
     return model
 
 
-def ways(name: str, prices: tuple[float, ...]) -> dict[str, Callable[[], nn.Module]]:
+def under_remat(make: Callable[[], nn.Module], prices: tuple[float, ...] = PRICES) -> dict[str, Callable]:
+    """The network of ``make`` under `remat`, at each price."""
+    return {f"remat, {price:g}": lambda price=price: Remat(make(), price) for price in prices}
+
+
+def ways(name: str, prices: tuple[float, ...] = PRICES) -> dict[str, Callable[[], nn.Module]]:
     """The ways to train torchvision's network ``name`` in less memory, unfused first."""
     make = functools.partial(real_network, name)
-    return {
-        "unfused": make,
-        **under_remat(make, *prices),
-        "checkpoint, blocks": lambda: block_by_block(make()),
-    }
+    checkpoints = {"checkpoint, blocks": lambda: block_by_block(make())}
+    return {"unfused": make, **under_remat(make, prices), **checkpoints}
 
 
 def front_of(name: str) -> dict[str, Callable[[], nn.Module]]:
     """More of them, for chapter 8's figure."""
-    make = functools.partial(real_network, name)
-    return {
-        **ways(name, FRONT_PRICES),
-        "checkpoint, stages": lambda: stage_by_stage(make()),
-        **{f"compile, {b:g}": lambda b=b: compiled(make(), b) for b in BUDGETS.get(name, ())},
+    found = ways(name, FRONT_PRICES)
+    found["checkpoint, stages"] = lambda: stage_by_stage(real_network(name))
+    if name == "resnet50":  # compiling takes minutes on a CPU
+        found["compile, 0.4"] = lambda: compiled(real_network(name), 0.4)
+    return found
+
+
+def digit_ways() -> dict[str, Callable[[], nn.Module]]:
+    """The network for MNIST with each of the layers, and under `remat`."""
+    layers = {
+        "unfused": pair,
+        "tutorial": TutorialConvBN2d,
+        "checkpoint": lambda *sizes: checkpointed(pair(*sizes)),
+        "fused, whole batch": functools.partial(FusedConvBN2d, bias=False, slab_size="batch"),
+        "fused, slabs": functools.partial(FusedConvBN2d, bias=False),
     }
-
-
-def of_pairs(build: Callable[[Callable], nn.Module]) -> dict[str, Callable]:
-    """A network of pairs by each of the methods, and under `remat`."""
-    networks = {name: functools.partial(build, make) for name, make in METHODS.items()}
-    return {**networks, **under_remat(networks["unfused"], *PRICES)}
+    return {**{name: functools.partial(Net, layer) for name, layer in layers.items()}, **under_remat(Net)}

@@ -7,6 +7,7 @@ to the colour-blind: it stands on white, a method has one colour everywhere, and
 from __future__ import annotations
 
 import io
+from itertools import product
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,6 +30,7 @@ COLOURS = {
 # Tensors are filled with light colours, which black text can be read on.
 FILLS = {"x": "#dddddd", "dz": "#b5d3e7", "y": "#f0b48a", "dx": "#7fc4a5", "": "white"}
 LINE = "#333333"
+MIB = 2**20
 
 plt.rcParams.update({
     "figure.figsize": (7.2, 3.2), "figure.dpi": 100, "figure.facecolor": "white", "savefig.bbox": "tight",
@@ -104,12 +106,11 @@ def note(ax, text: str, at, offset, colour: str = LINE, **look):
     return ax.annotate(text, at, offset, textcoords="offset points", color=ink(colour), **look)
 
 
-def box(ax, left: float, bottom: float, width: float, height: float, text: str = "", **look) -> None:
+def box(ax, left, bottom, width, height, text="", fontsize=10, fontweight="normal", **look) -> None:
     """A rectangle with text in its middle."""
-    weight, size = look.pop("fontweight", "normal"), look.pop("fontsize", 10)
     ax.add_patch(plt.Rectangle((left, bottom), width, height, **{"edgecolor": LINE, **look}))
     middle = left + width / 2, bottom + height / 2
-    ax.text(*middle, text, ha="center", va="center", fontsize=size, fontweight=weight, zorder=4)
+    ax.text(*middle, text, ha="center", va="center", fontsize=fontsize, fontweight=fontweight, zorder=4)
 
 
 def arrow(ax, start, end, **look) -> None:
@@ -130,33 +131,29 @@ def memory_over_time(axes, traces: dict, colours: dict, reference: tuple[str, fl
     The two numbers are above the curve and the dashed line's label to its right, so no label hides a curve.
     Each step has the width of its panel: this is a picture of memory, and time depends on the machine.
 
-    ``traces``: title -> trace with a timeline and a mark "end of forward"; without, it is a ValueError.
+    ``traces``: title -> trace with a timeline and a mark "end of forward".
     ``reference`` is a label and a number of bytes to draw as a dashed line across all axes. Without one, the
     highest peak is drawn across the other axes.
     """
-    for title, trace in traces.items():
-        if not trace.timeline or "end of forward" not in trace.marks:
-            raise ValueError(f'traces: {title!r} needs a timeline and a mark "end of forward"')
     highest = max(traces, key=lambda title: traces[title].peak)
-    top = max(traces[highest].peak, reference[1] if reference else 0)
-    unit, size, digits = ("GiB", 2**30, 2) if top >= 2**30 else ("MiB", 2**20, 1)
+    label, level = reference or (f"peak,\n{highest}", traces[highest].peak)
+    top, level = max(level, traces[highest].peak) / MIB, level / MIB
     for ax, (title, trace) in zip(axes, traces.items(), strict=True):
         times, held = np.array(trace.timeline).T
-        percent, held, peak = 100 / times[-1], held / size, trace.peak / size
-        ax.fill_between(percent * times, held, step="post", color=colours[title], alpha=0.3, linewidth=0)
-        ax.step(percent * times, held, where="post", color=colours[title], linewidth=1.4)
-        at, forward = percent * trace.mark_times["end of forward"], trace.marks["end of forward"] / size
-        passes(ax, at, 1.36 * top / size)
+        times, held, forward = 100 * times / times[-1], held / MIB, trace.marks["end of forward"] / MIB
+        at = 100 * trace.mark_times["end of forward"] / trace.timeline[-1][0]
+        ax.fill_between(times, held, step="post", color=colours[title], alpha=0.3, linewidth=0)
+        ax.step(times, held, where="post", color=colours[title], linewidth=1.4)
+        passes(ax, at, 1.36 * top)
         ax.plot(at, forward, "o", color="#222222", markersize=4)
-        ax.plot(percent * times[held.argmax()], peak, "^", color="#222222", markersize=5)
-        numbers = f"● end of forward {forward:,.{digits}f} {unit}   ▲ peak {peak:,.{digits}f} {unit}"
+        ax.plot(times[held.argmax()], trace.peak / MIB, "^", color="#222222", markersize=5)
+        numbers = f"● end of forward {forward:,.1f} MiB   ▲ peak {trace.peak / MIB:,.1f} MiB"
         ax.set_title(numbers, loc="right", fontsize=9, color="#222222")
         if reference or title != highest:
-            label, level = reference or (f"peak,\n{highest}", traces[highest].peak)
-            ax.axhline(level / size, color="#666666", linestyle="--", linewidth=1)
-            note(ax, label, (1, level / size), (4, 0), xycoords=ax.get_yaxis_transform(), va="center")
+            ax.axhline(level, color="#666666", linestyle="--", linewidth=1)
+            note(ax, label, (1, level), (4, 0), xycoords=ax.get_yaxis_transform(), va="center")
         ax.set_title(title, color=ink(colours[title]), fontweight="bold")
-        ax.set(ylabel=unit, xlim=(0, 100), ylim=(0, 1.4 * top / size))
+        ax.set(ylabel="MiB", xlim=(0, 100), ylim=(0, 1.4 * top))
         ax.yaxis.set_major_formatter("{x:,.10g}")
         ax.label_outer()
     axes[-1].set_xlabel("time, % of the step")
@@ -195,8 +192,7 @@ def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
         shown, own = [], 0.0  # (held, own buffers, moment)
         for row in trace.rows:
             before, own = own, row.held / unit if row.own else own
-            large = abs(row.change) > unit / 50 or abs(own - before) > 0.02
-            if large and row.moment not in ("", "end"):
+            if max(abs(row.change) / unit, abs(own - before)) > 0.02 and row.moment not in ("", "end"):
                 shown.append((row.held / unit, own, row.moment))
         held, owns, moments = zip(*shown, strict=True)
         steps = range(len(shown))
@@ -277,21 +273,19 @@ def label_points(ax, labels: list[tuple[str, tuple[float, float], str]]) -> None
     for text, at, colour in labels:
         leader = {"arrowstyle": "-", "color": ink(colour), "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
         label = note(ax, text, at, (0, 0), colour, fontsize=8, ha="center", va="center", arrowprops=leader)
-        size = label.get_window_extent()
-        best = None
-        for distance in (7, 12, 18, 26, 36):
-            for angle in np.arange(0, 2 * np.pi, np.pi / 8):
-                way = np.array((np.cos(angle), np.sin(angle)))
-                shift = way * (distance + np.array((size.width, size.height)) / pixels / 2)
-                there = size.translated(*(pixels * shift)).padded(1)
-                hits = 3 * ((taken > there.min) & (taken < there.max)).all(1).sum() + distance / 4
-                hits += 99 * (sum(map(there.overlaps, boxes)) + (not ax.bbox.containsx(there.x0)))
-                hits += 99 * (not ax.bbox.containsx(there.x1))
-                if best is None or hits < best[0]:
-                    best = hits, shift, there, distance
-        label.set_position(best[1])
-        label.arrow_patch.set_visible(best[3] > 12)
-        boxes.append(best[2])
+        size, places = label.get_window_extent(), []
+        for distance, angle in product((7, 12, 18, 26, 36), np.arange(0, 2 * np.pi, np.pi / 8)):
+            way = np.array((np.cos(angle), np.sin(angle)))
+            shift = way * (distance + np.array((size.width, size.height)) / pixels / 2)
+            there = size.translated(*(pixels * shift)).padded(1)
+            hits = 3 * ((taken > there.min) & (taken < there.max)).all(1).sum() + distance / 4
+            outside = sum(not ax.bbox.containsx(x) for x in (there.x0, there.x1))
+            hits += 99 * (sum(map(there.overlaps, boxes)) + outside)
+            places.append((hits, shift, there, distance > 12))
+        _, shift, there, is_far = min(places, key=lambda place: place[0])
+        label.set_position(shift)
+        label.arrow_patch.set_visible(is_far)
+        boxes.append(there)
 
 
 def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -> dict[str, dict[str, int]]:
@@ -302,27 +296,27 @@ def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -
     """
     own = {"vectors": "#999999", "weight gradients": "#444444", "backward": COLOURS["unfused"]}
     names = list(dict.fromkeys(name for log, _ in steps.values() for name, _ in log))
-    names.sort(key=lambda name: [*own].index(name) if name in own else -1)
-    shades = iter(plt.get_cmap("viridis")(np.linspace(0.9, 0.15, len(set(names) - set(own)))))
-    colours = [own[name] if name in own else next(shades) for name in names]
-    at_peak, curves = {}, {}
-    for title, (log, _) in steps.items():
-        changes = np.zeros((len(names), len(log)))
-        changes[[names.index(name) for name, _ in log], range(len(log))] = [nbytes for _, nbytes in log]
-        curves[title] = changes.cumsum(1)
-        highest = curves[title][:, curves[title].sum(0).argmax()]
-        at_peak[title] = {name: int(nbytes) for name, nbytes in zip(names, highest, strict=True) if nbytes}
-    top = 1.45 * max(sum(parts.values()) for parts in at_peak.values()) / 2**20
+    stages = [name for name in names if name not in own]
+    colours = dict(zip(stages, plt.get_cmap("viridis")(np.linspace(0.9, 0.15, len(stages))), strict=True))
+    colours |= {name: colour for name, colour in own.items() if name in names}
+    curves = {  # of each name, in the order in which they are stacked
+        title: np.cumsum([[nbytes * (of == name) for of, nbytes in log] for name in colours], axis=1)
+        for title, (log, _) in steps.items()
+    }
+    top, at_peak = 1.45 * max(curve.sum(0).max() for curve in curves.values()) / MIB, {}
     for ax, (title, (log, start)) in zip(axes, steps.items(), strict=True):
-        curve = curves[title] / 2**20
-        drawn = ax.stackplot(range(len(log)), curve, labels=names, colors=colours, step="post", linewidth=0)
-        peak, height = curve.sum(0).argmax(), curve.sum(0).max()
+        curve, peak = curves[title] / MIB, curves[title].sum(0).argmax()
+        parts = zip(colours, curves[title][:, peak].tolist(), strict=True)
+        at_peak[title] = {name: held for name, held in parts if held}
+        look = {"colors": list(colours.values()), "step": "post", "linewidth": 0}
+        drawn = ax.stackplot(range(len(log)), curve, labels=colours, **look)
         passes(ax, start, top)
+        height = curve[:, peak].sum()
         ax.plot(peak, height, "v", color="#222222", markersize=5)
         look = {"fontweight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
         note(ax, f"peak {height:,.0f} MiB", (peak, height), (0, 8), ha="center", **look)
         ax.set(title=title, ylabel="MiB", xlim=(0, len(log)), ylim=(0, top))
-    axes[0].legend(drawn[::-1], names[::-1], fontsize=8, loc="upper right", labelspacing=0.2)
+    axes[0].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)
     axes[-1].set_xlabel("allocations and releases in the order of the step")
     return at_peak
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.book.data import Split
+from helpers.memory import MemoryTrace
 
 MEAN, STD = 0.1307, 0.3081  # of the training pixels, on a scale of 0 to 1
 Device = torch.device | str
@@ -53,9 +52,9 @@ def batches(
     return map(batch, order.split(batch_size))
 
 
-def pair(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
+def pair(in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> nn.Sequential:
     """Convolution without bias, then batch norm: PyTorch's own two layers, named conv and bn."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
     return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels)))
 
 
@@ -85,16 +84,16 @@ class Net(nn.Module):
 def train(
     model: nn.Module, split: Split, epochs: int, batch_size: int, lr: float = 1.0, gamma: float = 0.7,
     seed: int = 0, device: Device = "cpu",
-    measure: Callable[[], object] = lambda: nullcontext(SimpleNamespace(mark=lambda label: None)),
+    measure: Callable[[], MemoryTrace] = MemoryTrace,
 ) -> list[float]:  # fmt: skip
     """Train as the tutorial does: Adadelta, the learning rate times ``gamma`` eight times an epoch.
 
     An epoch is as many passes over ``split`` as give it `STEPS_PER_EPOCH` steps: so one of the sample trains
     about as long as one of the whole set. ``seed`` decides the shuffling and dropout.
 
-    ``measure`` makes a context manager for each step, around forward, loss, backward and optimiser step; its
-    ``mark("end of forward")`` is called between the loss and backward. The batch is on the device, and the
-    last step's gradients are gone, before the context is entered. Returns the loss of each step.
+    ``measure`` makes a trace of each step: forward, loss, backward and optimiser step, with a mark "end of
+    forward" between the loss and backward. The batch is on the device, and the last step's gradients are
+    gone, before it is entered. Returns the loss of each step.
     """
     if epochs < 1:
         raise ValueError(f"EPOCHS must be at least 1, got {epochs}")
@@ -121,16 +120,13 @@ def train(
 
 
 def test(model: nn.Module, split: Split, batch_size: int, device: Device = "cpu") -> tuple[float, float]:
-    """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``, in eval mode; the mode is restored."""
-    check_batch_size(split, batch_size)
-    modes = [(module, module.training) for module in model.modules()]
+    """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``, in eval mode, which it is left in."""
+    passes = batches(split, batch_size, device)
     model.to(device).eval()
     loss, correct = 0.0, 0
     with torch.inference_mode():
-        for x, labels in batches(split, batch_size, device):
+        for x, labels in passes:
             log_p = model(x)
             loss += F.nll_loss(log_p, labels, reduction="sum").item()
             correct += (log_p.argmax(1) == labels).sum().item()
-    for module, training in modes:
-        module.training = training
     return loss / len(split.images), correct / len(split.images)

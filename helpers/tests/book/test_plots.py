@@ -87,10 +87,10 @@ def test_labels_stand_at_the_ends_of_lines():
     plt.close(fig)
 
 
-def trace(peak, marked=True):
+def trace(peak):
     timeline = [(0.0, 0), (1.0, peak // 2), (2.0, peak), (3.0, 0)]
-    marks = {"end of forward": peak // 2} if marked else {}
-    return SimpleNamespace(timeline=timeline, peak=peak, marks=marks, mark_times={"end of forward": 1.5})
+    marks, mark_times = {"end of forward": peak // 2}, {"end of forward": 1.5}
+    return SimpleNamespace(timeline=timeline, peak=peak, marks=marks, mark_times=mark_times)
 
 
 def test_memory_over_time():
@@ -118,8 +118,6 @@ def test_memory_over_time():
     assert all("limit" in [text.get_text() for text in ax.texts] for ax in axes)
     assert not any("peak,\nunfused" in [text.get_text() for text in ax.texts] for ax in axes)
     plt.close(fig)
-    with pytest.raises(ValueError, match="traces: 'fused' needs a timeline and a mark"):
-        plots.memory_over_time(axes, {"fused": trace(1, marked=False)}, plots.COLOURS)
 
 
 def test_labels_of_points_hide_neither_each_other_nor_a_line():

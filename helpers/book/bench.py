@@ -9,8 +9,10 @@ chapter 8 draws it. Torch, torchvision and matplotlib are enough to run all of t
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
 and the median of the ratios is shown with their range. Each table has a process of its own, as a training
-has: memory that an earlier one left to the process would speed up those that use the most. For the same
-reason the C library's allocator keeps its memory. A quick run's record is in build/.
+has: memory that an earlier one left to the process would speed up those that use the most. On Linux a tensor
+of over 32 MiB is fresh pages at each allocation, which punishes those that use the most, too: there each
+table with times is measured again (and of the front, only so), in a process whose allocator keeps its memory.
+A quick run's record is in build/.
 """
 
 from __future__ import annotations
@@ -313,8 +315,14 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Callable
 # The run ---------------------------------------------------------------------------------------------------
 
 
-# In glibc a tensor of over 32 MiB is fresh pages at each allocation, which punishes those that use the most.
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+
+
+def allocators(device: torch.device, front: bool, rows: partial) -> dict[str, dict[str, str]]:
+    """The environments to measure a table in, by what they add to its title."""
+    if device.type != "cpu" or sys.platform != "linux" or rows.func is not side_by_side:
+        return {"": {}}
+    return ({} if front else {"": {}}) | {", allocator keeps its memory": KEEPS_MEMORY}
 
 
 def read(path: Path) -> dict:
@@ -340,12 +348,12 @@ def fill(path: Path, title: str, rows: Callable[..., Iterator[dict]], device, re
         write(path, record)
 
 
-def run(device, found: dict[str, Callable[..., Iterator[dict]]], path: Path, repeats: int, minutes: float):
-    """Measure the tables ``found`` into the record at ``path``, for so many minutes, and print them."""
+def run(device, tables: list[tuple], path: Path, repeats: int, minutes: float) -> None:
+    """Measure ``tables``, (title, rows, environment), into the record at ``path``, and print them."""
     until = time.monotonic() + 60 * minutes
-    for title, rows in found.items():
+    for title, rows, environment in tables:
         process = get_context("spawn").Process(target=fill, args=(path, title, rows, device, repeats))
-        with patch.dict(os.environ, KEEPS_MEMORY):
+        with patch.dict(os.environ, environment):
             process.start()
         try:
             process.join(until - time.monotonic())
@@ -393,9 +401,14 @@ def main(arguments: list[str]) -> int:
     parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
     path = (BUILD if values["QUICK"] else MEASUREMENTS) / f"{'_'.join(parts)}.json"
     write(path, {**about, "tables": {}})
-    found = {title: rows for title, rows in found.items() if only in title}
+    chosen = [
+        (title + more, rows, environment)
+        for title, rows in found.items()
+        if only in title
+        for more, environment in allocators(device, values["FRONT"], rows).items()
+    ]
     minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
-    run(device, found, path, values["REPEATS"], minutes)
+    run(device, chosen, path, values["REPEATS"], minutes)
     print(f"\nwritten to {os.path.relpath(path)}")
     return 0
 

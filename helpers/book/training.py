@@ -120,13 +120,16 @@ def train(
 
 
 def test(model: nn.Module, split: Split, batch_size: int, device: Device = "cpu") -> tuple[float, float]:
-    """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``, in eval mode, which it is left in."""
-    passes = batches(split, batch_size, device)
+    """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``, in eval mode; the mode is restored."""
+    check_batch_size(split, batch_size)
+    modes = [(module, module.training) for module in model.modules()]
     model.to(device).eval()
     loss, correct = 0.0, 0
     with torch.inference_mode():
-        for x, labels in passes:
+        for x, labels in batches(split, batch_size, device):
             log_p = model(x)
             loss += F.nll_loss(log_p, labels, reduction="sum").item()
             correct += (log_p.argmax(1) == labels).sum().item()
+    for module, training in modes:
+        module.training = training
     return loss / len(split.images), correct / len(split.images)

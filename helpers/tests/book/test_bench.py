@@ -45,7 +45,10 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(bench, "run", lambda *arguments: called.append(arguments))
     assert bench.main(["TIME_LIMIT=2.5", "ONLY=MNIST", "DEVICE=cpu", "REPEATS=3", "QUICK=1"]) == 0
     [(device, found, path, repeats, minutes)] = called
-    assert [*found] == ["MNIST network, 64x1x28x28, float32"] and (repeats, minutes) == (3, 2.5)
+    assert found[0][0] == "MNIST network, 64x1x28x28, float32" and (repeats, minutes) == (3, 2.5)
+    if sys.platform == "linux":
+        assert [environment for *_, environment in found] == [{}, bench.KEEPS_MEMORY]
+        assert found[1][0] == found[0][0] + ", allocator keeps its memory"
     assert path == tmp_path / "bench_cpu_MNIST.json" and device == torch.device("cpu")
     assert bench.main(["FRONT=1", "QUICK=1", "DEVICE=cpu"]) == 0
     assert len(called[1][1]) == len(networks.NETWORKS) and called[1][2].name == "front_cpu.json"

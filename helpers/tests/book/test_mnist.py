@@ -18,7 +18,7 @@ from torch import nn
 
 from helpers.book import data as mnist
 from helpers.book import training
-from helpers.book.data import FILES, SAMPLE, Split, load_mnist
+from helpers.book.data import FILES, SAMPLE, Split, download, load_mnist
 from helpers.book.training import Net, batches, pair, pick_device, train
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -108,10 +108,12 @@ def test_auto_takes_the_whole_set_where_it_is(root, whole):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_auto_takes_the_sample_while_a_file_is_missing(root, name):
+def test_part_of_the_whole_set_is_an_error(root, name):
     path = root / "MNIST" / "raw" / name
     path.rename(path.with_suffix(".gz"))
-    assert load_mnist(root=root)[0].name.startswith("sample: 8,192")
+    with pytest.raises(FileNotFoundError, match=f"lacks {name}: run `make data`"):
+        load_mnist(root=root)
+    assert load_mnist("sample", root=root)[0].name.startswith("sample")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,23 +196,17 @@ def mirror(monkeypatch, whole, fault=None):
         thread.join()
 
 
-@pytest.fixture
-def download(tmp_path, monkeypatch):
-    """What the command line says of a download into `tmp_path`."""
+def test_download(tmp_path, whole, monkeypatch):
     before = socket.getdefaulttimeout()
-    monkeypatch.setattr(mnist, "DATA", tmp_path)
-    monkeypatch.setattr(mnist, "SILENCE", 1.0)
-    yield lambda: mnist.main(["download"])
-    socket.setdefaulttimeout(before)
-
-
-def test_download(tmp_path, whole, monkeypatch, download, capsys):
     with mirror(monkeypatch, whole):
-        assert download() is None
-    assert files(tmp_path / "MNIST" / "raw").items() >= {Path(n): c for n, c in whole.items()}.items()
-    assert download() is None  # the server is gone: nothing is fetched
-    assert re.findall("MNIST is in .*MNIST/raw\n", capsys.readouterr().out)
-    assert load_mnist(root=tmp_path)[1].name == "whole set: 60 training and 20 test images"
+        assert download(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    assert files(raw) == {Path(name): content for name, content in whole.items()}
+    assert [p.name for p in raw.parent.iterdir()] == ["raw"]  # nothing temporary is left
+    assert download(tmp_path) is False  # the server is gone: nothing is fetched
+    assert socket.getdefaulttimeout() == before
+    # torchvision's own class finds it.
+    assert torch.equal(mnist.MNIST(tmp_path, train=False).data, load_mnist(root=tmp_path)[1].images)
 
 
 def test_full_downloads_what_is_missing(root, whole, monkeypatch):
@@ -219,35 +215,47 @@ def test_full_downloads_what_is_missing(root, whole, monkeypatch):
         assert load_mnist("full", root=root)[1].name == "whole set: 60 training and 20 test images"
 
 
-@pytest.mark.parametrize("fault, words", [("404", "404"), ("short", "corrupted"), ("silent", "timed out")])
-def test_a_download_goes_on_after_a_failure(tmp_path, whole, monkeypatch, download, fault, words):
-    shutil.copytree(ROOT / "data" / "sample", tmp_path / "sample")
-    with mirror(monkeypatch, whole, fault):
-        said = download()
-    assert said.startswith("data: MNIST is not complete: ") and words in said and "\n" not in said
-    assert load_mnist(root=tmp_path)[0].name.startswith("sample: 8,192")
-    with mirror(monkeypatch, whole):
-        assert download() is None
-    assert load_mnist(root=tmp_path)[0].name.startswith("whole set")
+@pytest.mark.parametrize("fault", ["404", "short", "silent"])
+def test_failed_download_changes_nothing(tmp_path, whole, monkeypatch, fault):
+    write(tmp_path, {NAMES[0]: whole[NAMES[0]]})
+    before = files(tmp_path)
+    with mirror(monkeypatch, whole, fault), pytest.raises(RuntimeError) as failed:
+        download(tmp_path, timeout=1.0)
+    words = {"404": "404", "short": "corrupted", "silent": "timed out"}[fault]
+    message = str(failed.value)
+    assert message.startswith("MNIST could not be downloaded: ") and words in message and "\n" not in message
+    assert files(tmp_path) == before
 
 
-def test_download_spares_a_corrupt_file(root, whole, download):
+def test_download_spares_a_corrupt_file(root, whole):
     write(root, {NAMES[2]: b"corrupt"})
     (root / "MNIST" / "raw" / NAMES[1]).unlink()
     before = files(root)
-    assert f"{NAMES[2]} is missing or corrupt" in download()
+    with pytest.raises(ValueError, match=f"{NAMES[2]} is missing or corrupt"):
+        download(root)
     assert files(root) == before
 
 
-def test_interrupted_download(monkeypatch, download):
+def test_interrupted_download_changes_nothing(tmp_path, whole, monkeypatch):
     def interrupt(self):
+        write(Path(self.root), {NAMES[0]: whole[NAMES[0]]})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(mnist.MNIST, "download", interrupt)
-    assert download() == "data: MNIST is not complete: KeyboardInterrupt"
+    with pytest.raises(KeyboardInterrupt):
+        download(tmp_path)
+    assert files(tmp_path) == {} and not list((tmp_path / "MNIST").glob(".*"))
 
 
-def test_command_line():
+def test_command_line(tmp_path, whole, monkeypatch, capsys):
+    monkeypatch.setattr(mnist, "DATA", tmp_path)
+    with mirror(monkeypatch, whole, "404"):
+        said = mnist.main(["download"])
+    assert said.startswith("data: MNIST could not be downloaded: ") and "\n" not in said
+    with mirror(monkeypatch, whole):
+        assert mnist.main(["download"]) is None
+    assert mnist.main(["download"]) is None
+    assert re.findall("MNIST (.*) in .*MNIST/raw\n", capsys.readouterr().out) == ["is now", "was already"]
     command = [sys.executable, "-m", "helpers.book.data"]
     wrong = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("usage:")
@@ -368,12 +376,13 @@ def test_an_epoch_has_thirty_steps_and_lowers_the_rate_eight_times(digits, monke
     assert rates == pytest.approx([0.5 * 0.1 ** (step // 4) for step in range(2 * steps)])  # 4: an eighth
 
 
-def test_test_is_exact_and_changes_no_number(digits):
+def test_test_is_exact_and_restores_the_mode(digits):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Dropout(0.5), nn.LogSoftmax(1))
+    model[1].eval()  # a module that the caller froze stays so
     state = {key: value.clone() for key, value in model.state_dict().items()}
     loss, accuracy = training.test(model, digits, 40)
-    assert not any(module.training for module in model.modules())
+    assert [m.training for m in model] == [True, False, True, True] and model.training
     x = torch.cat([x for x, _ in batches(digits, 96, "cpu")])
     log_p = model[3](model[1](model[0](x)))
     assert accuracy == pytest.approx((log_p.argmax(1) == digits.labels).double().mean().item())

@@ -139,10 +139,11 @@ class Convolution(Operation):
         A CPU's BLAS reads the tensors in place; the library's convolution copies them into its own layout
         first. With few pixels in an image the library is faster, though.
         """
-        g, kernel = self.geometry, w.shape[2:]
-        plain = not g.transposed and g.groups == 1 and math.prod(kernel) == 1
-        plain = plain and set(g.padding) == {0} and dz.dtype in WIDE
-        return plain and dz.is_cpu and dz.is_contiguous() and math.prod(dz.shape[2:]) >= FEW_PIXELS
+        g = self.geometry
+        if w.shape[2:].numel() > 1 or g.groups > 1 or g.transposed or any(g.padding):
+            return False
+        fits = dz.is_cpu and dz.is_contiguous() and dz.dtype in WIDE
+        return fits and dz.shape[2:].numel() >= FEW_PIXELS
 
     def pixels_read(self) -> tuple[slice, ...]:
         """The pixels of a that a 1x1 convolution with a stride reads."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from helpers.remat.passes import has_kernel
 from helpers.remat.values import Moment, Part, Recipe, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
@@ -31,7 +32,8 @@ class Task:
     @property
     def room(self) -> int:
         """Bytes that may be held now without raising the peak that is coming anyway."""
-        return self.freed.nbytes + min(h - m for h, m in zip(self.highest, self.moment, strict=True))
+        coming, now = self.highest, self.moment
+        return self.freed.nbytes + min(coming.tensors - now.tensors, coming.everything - now.everything)
 
     def end(self) -> None:
         """The backward pass is over; some of its nodes may not have run."""
@@ -189,6 +191,8 @@ class Program(NamedTuple):
 
 def merge(steps: list[Value], whole: dict[int, Tensor]) -> dict[int, tuple[Recipe, tuple[Value, ...]]]:
     """Recipe and parents of each step that is left where later ones do the work of earlier ones."""
+    if not has_kernel(steps[-1].view.device.type):
+        return {id(v): (v.recipe, v.parents) for v in steps}
     readers = readers_of(v.parents for v in steps)
     merged, gone = {}, set()
     for v in reversed(steps):

@@ -738,19 +738,24 @@ def test_held_and_peak_of_a_chain(depth, activation):
     assert held.peak <= forward + 2 * BLOCK + WEIGHT + VECTORS
 
 
-def test_a_value_is_held_where_the_peak_is_still_to_come(monkeypatch):
+@pytest.fixture
+def norms(monkeypatch):
+    """How often each norm is recomputed."""
+    run, found = operations.Normalise.run, Counter()
+
+    def counted(self, out, y):
+        found[id(self)] += 1
+        return run(self, out, y)
+
+    monkeypatch.setattr(operations.Normalise, "run", counted)
+    return found
+
+
+def test_a_value_is_held_where_the_peak_is_still_to_come(norms):
     """The last layer's gradient is larger than all that backward makes again: each norm runs once.
 
     Without it there is no room, and a block's output is made from all those before it.
     """
-    norms = Counter()
-
-    def counted(self, out, y):
-        norms[id(self)] += 1
-        return run(self, out, y)
-
-    run = operations.Normalise.run
-    monkeypatch.setattr(operations.Normalise, "run", counted)
     for columns, often in ((4096, False), (1, True)):
         norms.clear()
         blocks = [CHAINS["residual"]() for _ in range(6)]
@@ -760,6 +765,37 @@ def test_a_value_is_held_where_the_peak_is_still_to_come(monkeypatch):
         out.sum().backward()
         assert len(norms) == 6
         assert (max(norms.values()) > 2) == often
+
+
+@pytest.mark.parametrize("name", ["conv, norm, relu", "depthwise", "residual", "pre-activation", "dense"])
+def test_inputs_of_recomputed_convolutions_are_held_where_there_is_room(norms, name):
+    """A recomputed convolution's input is needed for its weight's gradient, too."""
+    blocks = [CHAINS[name]() for _ in range(6)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(8 * 64, 4096))
+    with remat(100):
+        out = model(image(2, 8, 8, 8, dtype=torch.float32))
+    out.sum().backward()
+    assert list(norms.values()) == [1] * 6
+
+
+def two_paths(self, x):
+    z = self.n(self.c(x))
+    return F.relu(self.b(F.relu(z)) + z)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", ["conv, norm, relu", "residual", "pre-activation", "dense", "two paths"])
+def test_backward_counts_what_it_holds(monkeypatch, name, cost):
+    """At its end all that was kept is free, the weights' gradients are there, and nothing else is held."""
+    end, left = task.Task.end, []
+    monkeypatch.setattr(task.Task, "end", lambda self: (left.append(self.freed.nbytes), end(self)))
+    two = lambda: Net(two_paths, n=nn.BatchNorm2d(8), c=nn.Conv2d(8, 8, 3, padding=1), b=block(8, 8))  # noqa: E731
+    model = nn.Sequential(*[CHAINS.get(name, two)() for _ in range(6)])
+    with remat(cost) as record:
+        loss = model(image(2, 8, 8, 8, dtype=torch.float32)).sum()
+    loss.backward()
+    grown = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert left == [record.kept_bytes - grown]
 
 
 class Convolutions(TorchDispatchMode):

@@ -271,6 +271,7 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
         value = mode.table.note(a, ops.Activate(kind), (source,), operation)
         if operation.from_result:
             operation.value = mode.needed(a, value)
+            value.first = operation.number
         return a
 
     return run

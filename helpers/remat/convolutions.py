@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, grown, to
+from helpers.remat.operations import WIDE, Operation, to
 from helpers.remat.values import Recipe, Value
 
 aten = torch.ops.aten
@@ -105,7 +105,7 @@ class Convolution(Operation):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
         product = self.is_product(dz, w)
-        parts = [] if product else quarters(dz, self.shape, w.nbytes, task.room)
+        parts = [] if product else quarters(dz, self.shape, w.nbytes, task.room())
         if need_w:
             a, _ = task.get(self.value)
             if product and a.is_contiguous():
@@ -114,7 +114,6 @@ class Convolution(Operation):
                 del read
             else:
                 dw, db = self.grad_weight(dz, a, w, need_b, parts or [slice(None)])
-            task.freed.nbytes -= grown(saved[0])
             del a
         if need_b and db is None:
             db = dz.sum([0, *range(2, dz.dim())])
@@ -221,6 +220,5 @@ class Linear(Operation):
         if need_w:
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])
-            task.freed.nbytes -= grown(saved[0])
             del a
         return [dz @ to(saved[0], self.dtype) if need_a else None, dw, rows.sum(0) if need_b else None]

@@ -54,7 +54,7 @@ class Node(torch.autograd.Function):
         if operation is None:
             raise RuntimeError(GONE)
         task, needs, twice = task_of(operation.table), wanted(ctx, operation), torch.is_grad_enabled()
-        task.moment = operation.moment
+        task.now = operation.number
         if dz is None or not any(needs):
             grads = [None] * len(needs)
         elif is_batched(dz):
@@ -135,7 +135,7 @@ def task_of(table: Table) -> Task:
     task = table.tasks.get(key)
     task = task and task()
     if task is None:
-        task = Task(table)
+        task = Task(table, keeps_graph())
         table.tasks[key] = weakref.ref(task, functools.partial(forget, table.tasks, key))
         # The engine holds it until the pass ends or fails.
         torch.autograd.Variable._execution_engine.queue_callback(task.end)
@@ -168,6 +168,7 @@ class Mode(TorchFunctionMode):
     def apply(self, operation: Operation, *inputs: Tensor | None) -> Tensor:
         """The operation's result, from its node."""
         table = operation.table = self.table
+        operation.number = len(table.operations)
         out = Node.apply(operation, *inputs)
         operation.gradient = inputs[0].nbytes
         both = inputs[0].nbytes + out.nbytes  # of each, a gradient or the value

@@ -28,17 +28,18 @@ class Operation:
     Attributes:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
         prunes: whether it is worth asking which gradients this backward pass needs.
-        table, weight, gradient, moment: the context's table, the parameter, and bytes: of the input's
-            gradient, and of all that its backward needs at once. `Mode.apply` sets them.
-        taker: the number of the operation that made the input, whose backward takes that gradient.
+        beside: whether backward's result is in memory at the same time as the value that it needs.
+        table, number, weight, gradient, moment: the context's table, the place in its order, the parameter,
+            and bytes: of the input's gradient, and of all that backward needs at once; set by `Mode.apply`.
+        source: a weak reference to the input's value, if there is one for the output.
         value: what its backward needs, if anything.
         output: the value that it made, unless that is kept.
     """
 
     saved: tuple[int, ...] = ()
-    prunes = in_place = False
-    table = value = output = weight = None
-    gradient, moment, taker = 0, Moment(), 1 << 62
+    prunes = in_place = beside = False
+    table = value = output = weight = source = None
+    number, gradient, moment = 0, 0, Moment()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError
@@ -55,14 +56,9 @@ class Operation:
         return () if self.value is None else (self.value,)
 
     def grown(self) -> int:
-        """Bytes that backward adds to what is held: the weight's gradient."""
+        """Bytes that backward adds to what is held: the weight's gradient, unless it is accumulated."""
         w = self.weight and self.weight()
-        return 0 if w is None or not w.requires_grad else grown(w)
-
-
-def grown(w: Tensor) -> int:
-    """Bytes that a gradient of ``w`` adds to what is held: none if it is accumulated."""
-    return w.nbytes if not w.is_leaf or w.grad is None else 0
+        return 0 if w is None or not w.requires_grad or (w.is_leaf and w.grad is not None) else w.nbytes
 
 
 def weak(t: Tensor | None):
@@ -117,7 +113,7 @@ class Again(Recipe):
 class BatchNorm(Operation):
     """PyTorch's forward and backward, by the kernel that it chose."""
 
-    saved = (1,)
+    saved, beside = (1,), True
 
     def __init__(self, settings, value: Value | None) -> None:
         self.settings, self.value = settings, value
@@ -154,7 +150,7 @@ class BatchNorm(Operation):
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         s = self.settings
-        if s.training and need_y and task.room < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        if s.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)
@@ -199,6 +195,8 @@ class Rerun(Operation):
 
     For group norm, layer norm and PReLU.
     """
+
+    beside = True
 
     def __init__(self, call: Callable[..., Tensor], value: Value, parameters: int) -> None:
         self.forward, self.value, self.saved = call, value, tuple(range(1, 1 + parameters))

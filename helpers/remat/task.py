@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat.passes import has_kernel
-from helpers.remat.values import Moment, Part, Recipe, Table, Value
+from helpers.remat.values import Part, Recipe, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22
@@ -23,17 +23,15 @@ class Task:
     if holding it does not raise the peak that is coming anyway. A convolution's output is always held.
     """
 
-    def __init__(self, table: Table) -> None:
-        self.freed, self.uses = table.room, {}
+    def __init__(self, table: Table, retained: bool) -> None:
+        self.uses: dict[Value, int] = {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
-        self.freed.nbytes = 0
-        self.highest, self.moment = table.highest(), Moment()
+        self.slack, self.now = slack(table, retained), 0  # and the number of the operation that runs
 
-    @property
-    def room(self) -> int:
-        """Bytes that may be held now without raising the peak that is coming anyway."""
-        coming, now = self.highest, self.moment
-        return self.freed.nbytes + min(coming.tensors - now.tensors, coming.everything - now.everything)
+    def room(self, value: Value | None = None) -> int:
+        """Bytes that may be held, now or until ``value``'s last use, without raising the peak to come."""
+        first = self.now if value is None else value.first
+        return min(self.slack[first : self.now + 1], default=0)
 
     def end(self) -> None:
         """The backward pass is over; some of its nodes may not have run."""
@@ -43,12 +41,13 @@ class Task:
     def drop(self, value: Value) -> None:
         """``value`` is not needed any more."""
         self.uses.pop(value, None)
-        if self.holding.pop(value, None) is not None:
-            self.freed.nbytes += value.nbytes
+        self.holding.pop(value, None)
 
     def hold(self, value: Value, t: Tensor) -> None:
         self.holding[value] = t, stream_of(t)
-        self.freed.nbytes -= value.nbytes
+        if not value.recipe.price:  # a convolution's output is held in any case
+            for i in range(value.first, min(self.now + 1, len(self.slack))):
+                self.slack[i] -= value.nbytes
 
     def get(self, value: Value) -> tuple[Tensor, bool]:
         """The tensor of a value for a node that needs it, and whether the node may overwrite it."""
@@ -61,7 +60,7 @@ class Task:
             t = self.recompute(value)
         if used >= value.needs:
             self.drop(value)
-        elif value not in self.holding and self.room >= value.nbytes:
+        elif value not in self.holding and self.room(value) >= value.nbytes:
             self.hold(value, t)
         return t, value not in self.holding
 
@@ -70,7 +69,7 @@ class Task:
         t = self.at_hand(value)
         if t is None:
             t = self.recompute(value)
-            if value.recipe.price or (value.needs and self.room >= value.nbytes):
+            if value.recipe.price or (value.needs and self.room(value) >= value.nbytes):
                 self.hold(value, t)
         return t
 
@@ -93,7 +92,6 @@ class Task:
             steps, missing = self.plan(v)
             if missing:
                 stack.extend(missing)
-                self.freed.nbytes -= sum(m.nbytes for m in missing)  # they will be held
                 continue
             if v.recipe.price:
                 t = v.recipe.run(None, *[self.start(p) for p in v.parents])
@@ -104,9 +102,9 @@ class Task:
             stack.pop()
             if not stack:
                 return t
-            self.holding[v] = t, stream_of(t)
+            self.hold(v, t)
             while self.at_hand(stack[-1]) is not None:  # two paths led there
-                self.freed.nbytes += stack.pop().nbytes
+                stack.pop()
 
     def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
         """The cheap steps to ``value``, each after those it needs; and convolutions that must run first."""
@@ -132,12 +130,10 @@ class Task:
         if t is not None:
             return t
         whole: dict[int, Tensor] = {}
-        room = self.room
         for v in steps:  # write out what another node will need, if there is room
-            if v is last or (v.needs and v.nbytes <= room and not isinstance(v.recipe, Part)):
+            if v is last or (v.needs and v.nbytes <= self.room(v) and not isinstance(v.recipe, Part)):
                 whole[id(v)] = v.view.empty()
                 if v is not last:
-                    room -= v.nbytes
                     self.hold(v, whole[id(v)])
         merged = merge(steps, whole)
         steps = [v for v in steps if id(v) in merged]
@@ -149,6 +145,72 @@ class Task:
         for images in [slice(0, n)] if one else slabs(n, result):
             program.run(None if images == slice(0, n) else images)
         return result
+
+
+def slack(table: Table, retained: bool) -> list[int]:
+    """For each operation, the bytes that may be held in its backward without raising the peak to come.
+
+    That peak is the one of a backward that holds only what it must. Every gradient of a weight adds to the
+    level; every kept value leaves it with its operation, unless the graph is retained. The output of a
+    convolution to recompute comes with the first operation whose backward leads to it. A value's gradient
+    comes with the first that reads it, and leaves with the operation that made it.
+    """
+    operations = [ref() for ref in table.operations]
+    change, seen = [0] * (len(operations) + 1), set()  # of the level, before each operation's backward
+    for value in [] if retained else table.alive():
+        change[value.when - 1] -= value.nbytes
+    level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them
+    tensors, everything = [], []  # how high each operation's backward rises, the last one's first
+    for i, operation in reversed([*enumerate(operations)]):
+        level += change[i] - gradients.pop(i, 0)
+        if operation is None:
+            tensors.append(level)
+            everything.append(level)
+            continue
+        high, coming = level, operation.moment.tensors - operation.gradient
+        for v in reversed(convolutions_before(operation.needed(), seen)):  # as they are computed
+            level += v.nbytes
+            change[v.when - 1] -= v.nbytes
+            high = max(high, level + coming + sum(p.nbytes for p in v.parents if p.kept is None))
+        level += operation.grown()
+        values = sum(v.nbytes for v in operation.needed() if v.kept is None and not v.recipe.price)
+        beside = level + values * operation.beside
+        tensors.append(max(high, beside + operation.moment.tensors))
+        everything.append(max(high, beside + operation.moment.everything))
+        for taker, nbytes in takers(operation):
+            taker, before = min(taker, i - 1), gradients.get(taker, 0)
+            gradients[taker] = max(before, nbytes)
+            level += gradients[taker] - before
+    pairs = zip(reversed(tensors), reversed(everything), strict=True)
+    return [min(max(tensors) - t, max(everything) - e) for t, e in pairs]
+
+
+def takers(operation) -> list[tuple[int, int]]:
+    """The operations whose backward takes the gradient that this one's gives, and how many bytes of it."""
+    source, found = operation.source and operation.source(), []
+    if source is None:
+        return [(operation.number - 1, operation.gradient)]
+    stack = [source]
+    while stack:
+        v = stack.pop()
+        if v.recipe is not None and v.recipe.joins:
+            stack.extend(v.parents)
+        else:
+            found.append((v.start, v.nbytes))
+    return found
+
+
+def convolutions_before(values: tuple[Value, ...], seen: set[Value]) -> list[Value]:
+    """The convolutions' outputs that must be recomputed for ``values``, without those behind ``seen``."""
+    found, stack = [], [*values]
+    while stack:
+        v = stack.pop()
+        if v.kept is None and v not in seen:
+            seen.add(v)
+            stack.extend(v.parents)
+            if v.recipe is not None and v.recipe.price:
+                found.append(v)
+    return found
 
 
 class Program(NamedTuple):

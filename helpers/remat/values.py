@@ -123,7 +123,7 @@ class Value:
         recipe, parents: how to recompute it; None and () if it is kept or was made outside.
         kept: the tensor, if it is held from forward to backward; ``version`` is its version then.
         snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
-        needs: how many nodes of the graph need it.
+        needs: how many nodes of the graph need it; ``first`` is the number of the first one's operation.
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
@@ -131,8 +131,8 @@ class Value:
     """
 
     __slots__ = (
-        "counted", "kept", "live", "nbytes", "needs", "operation", "origin", "parents", "read", "recipe",
-        "room", "row", "size", "snapshot", "start", "version", "view", "waiting", "when", "__weakref__",
+        "counted", "first", "kept", "live", "nbytes", "needs", "operation", "origin", "parents", "read",
+        "recipe", "row", "size", "snapshot", "start", "version", "view", "waiting", "when", "__weakref__",
     )  # fmt: skip
 
     def __init__(
@@ -140,18 +140,14 @@ class Value:
     ) -> None:
         self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
         self.size, self.nbytes = t.numel(), t.nbytes
-        self.kept = self.snapshot = self.row = self.room = self.waiting = self.origin = self.operation = None
-        self.needs, self.when, self.start, self.read, self.counted = 0, 0, start, False, False
+        self.kept = self.snapshot = self.row = self.waiting = self.origin = self.operation = None
+        self.needs, self.when, self.start, self.first, self.read, self.counted = 0, 0, start, 0, False, False
         self.live = weakref.ref(t)
         if recipe is not None:
             self.origin = recipe.parameter or parents[0].origin
             self.start = min(p.start for p in parents)
             for parent in parents:
                 parent.read = True
-
-    def __del__(self) -> None:
-        if self.kept is not None and self.room is not None:
-            self.room.nbytes += self.nbytes
 
     def held(self) -> Tensor | None:
         """The kept tensor; a RuntimeError if it was changed after forward."""
@@ -175,15 +171,6 @@ class Moment(NamedTuple):
     everything: int = 0
 
 
-class Room:
-    """Bytes that backward has freed so far, less those of the recomputed values that it holds."""
-
-    __slots__ = ("nbytes",)
-
-    def __init__(self) -> None:
-        self.nbytes = 0
-
-
 class Table:
     """The values of all tensors that are alive, and the decision of what is kept.
 
@@ -192,7 +179,7 @@ class Table:
     """
 
     def __init__(self, max_cost: float) -> None:
-        self.max_cost, self.room, self.rows = max_cost, Room(), []
+        self.max_cost, self.rows = max_cost, []
         self.plain_bytes = 0
         # Recipes, by the storage of their weight.
         self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
@@ -266,7 +253,7 @@ class Table:
         value.when = len(self.operations)
         if operation is not None:
             operation.output, value.operation = value, weakref.ref(operation)
-            operation.taker, value.start = value.start, value.when - 1
+            operation.source, value.start = weakref.ref(parents[0]), operation.number
             values[key] = weakref.ref(value)
         else:
             value.live = weakref.ref(t, lambda _: values.pop(key, None))
@@ -277,6 +264,8 @@ class Table:
 
     def need(self, value: Value, t: Tensor) -> Value:
         """A node needs ``value``, whose tensor is ``t``: decide what to keep for it."""
+        if not value.needs:
+            value.first = len(self.operations)
         value.needs += 1
         self.row_of(value)
         if value.kept is None:
@@ -361,7 +350,7 @@ class Table:
 
     def keep(self, value: Value, t: Tensor) -> None:
         """Hold ``t`` until backward. The table's reference is weak from now on."""
-        value.kept, value.version, value.room = t.detach(), t._version, self.room
+        value.kept, value.version = t.detach(), t._version
         self.kept.append(weakref.ref(value))
         self.row_of(value).kept = True
         value.recipe, value.parents = None, ()
@@ -372,47 +361,6 @@ class Table:
         for key, v in values.items():
             if v is value:
                 values[key] = weakref.ref(value)
-
-    def highest(self) -> Moment:
-        """How far backward will rise above the end of forward if it holds only what it must.
-
-        Every gradient of a weight adds to the level; every kept value leaves it with its operation. A
-        convolution's output that is not kept comes with the first operation whose backward leads to it. A
-        value's gradient comes with the first that reads it, and leaves with the operation that made it.
-        """
-        change, seen = [0] * (len(self.operations) + 1), set()  # of the level, before an operation's backward
-        for value in self.alive():
-            change[value.when - 1] -= value.nbytes
-        level = tensors = everything = 0
-        gradients: dict[int, int] = {}  # bytes, by the operation whose backward takes them
-        for i in reversed(range(len(self.operations))):
-            operation = self.operations[i]()
-            level += change[i] - gradients.pop(i, 0)
-            if operation is None:
-                continue
-            for v in self.convolutions_before(operation.needed(), seen):
-                level += v.nbytes
-                change[v.when - 1] -= v.nbytes
-            level += operation.grown()
-            tensors = max(tensors, level + operation.moment.tensors)
-            everything = max(everything, level + operation.moment.everything)
-            taker = min(operation.taker, i - 1)
-            more = max(0, operation.gradient - gradients.get(taker, 0))
-            gradients[taker], level = gradients.get(taker, 0) + more, level + more
-        return Moment(tensors, everything)
-
-    @staticmethod
-    def convolutions_before(values, seen: set[Value]) -> list[Value]:
-        """The convolutions' outputs that must be recomputed for ``values``, without those behind ``seen``."""
-        found, stack = [], [*values]
-        while stack:
-            v = stack.pop()
-            if v.kept is None and v not in seen:
-                seen.add(v)
-                stack.extend(v.parents)
-                if v.recipe is not None and v.recipe.price:
-                    found.append(v)
-        return found
 
     def alive(self) -> list[Value]:
         values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]

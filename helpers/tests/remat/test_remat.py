@@ -780,13 +780,13 @@ def test_inputs_of_recomputed_convolutions_are_held_where_there_is_room(norms, n
     assert list(norms.values()) == [1] * 6
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "shufflenet_v2_x1_0"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
 def test_what_is_held_does_not_raise_the_peak(monkeypatch, name):
     """The peak is that of a backward that holds only what it must, up to a part of a block's tensors."""
     model, peaks = getattr(torchvision.models, name)(weights=None), {}
     for room in (task.Task.room, lambda self, value=None: -1):
         monkeypatch.setattr(task.Task, "room", room)
-        for cost in (0, 20, 150, 600):
+        for cost in (0, 150):
             peaks.setdefault(cost, []).append(predict_memory(model, (4, 3, 96, 96), max_cost=cost).peak)
     assert all(held <= 1.05 * least for held, least in peaks.values()), peaks
 

@@ -127,7 +127,8 @@ class Value:
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
-        start: the number of the operation that made it, or of the first of those that made its parents.
+        when, start: how many operations there were when it was made; and the number of the one that made it,
+            or of the first of those that made its parents.
     """
 
     __slots__ = (

@@ -279,7 +279,7 @@ def label_points(ax, labels: list[tuple[str, tuple[float, float], str]]) -> None
             shift = way * (distance + np.array((size.width, size.height)) / pixels / 2)
             there = size.translated(*(pixels * shift)).padded(1)
             hits = 3 * ((taken > there.min) & (taken < there.max)).all(1).sum() + distance / 4
-            outside = sum(not ax.bbox.containsx(x) for x in (there.x0, there.x1))
+            outside = sum(not ax.bbox.containsx(x) for x in (there.x0 - 6, there.x1))  # clear of the axis
             hits += 99 * (sum(map(there.overlaps, boxes)) + outside)
             places.append((hits, shift, there, distance > 12))
         _, shift, there, is_far = min(places, key=lambda place: place[0])

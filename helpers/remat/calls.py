@@ -450,11 +450,6 @@ def writes(function) -> tuple[bool, int | None]:
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE, place
 
 
-def read(mode: Mode, function, args, kwargs):
-    """What a tensor is, not what is in it: the most frequent calls."""
-    return function(*args, **kwargs)
-
-
 def expose(mode: Mode, function, args, kwargs):
     """From now on, writes to a tensor may go unseen by autograd."""
     t = args[0] if args else None
@@ -502,8 +497,6 @@ ELEMENTWISE = {
     for owner in (torch, Tensor)
     if hasattr(owner, name)
 }
-READING = (Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.shape.__get__,
-           Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__)  # fmt: skip
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
@@ -514,7 +507,6 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(
         (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), one_input("resize")
     ),
-    **dict.fromkeys(READING, read),
     **dict.fromkeys(EXPOSING, expose),
     F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),

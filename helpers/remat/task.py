@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from helpers.remat.passes import has_kernel
+from helpers.remat import passes
 from helpers.remat.values import Part, Recipe, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
@@ -129,14 +129,13 @@ class Task:
         t = self.at_hand(last)
         if t is not None:
             return t
-        whole: dict[int, Tensor] = {}
-        for v in steps:  # write out what another node will need, if there is room
-            if v is last or (v.needs and v.nbytes <= self.room(v) and not isinstance(v.recipe, Part)):
-                whole[id(v)] = v.view.empty()
-                if v is not last:
-                    self.hold(v, whole[id(v)])
-        merged = merge(steps, whole)
+        merged = merge(steps)
         steps = [v for v in steps if id(v) in merged]
+        whole = {id(last): last.view.empty()}
+        for v in steps[:-1]:  # write out what another node will need, if there is room
+            if v.needs and v.nbytes <= self.room(v) and not isinstance(v.recipe, Part):
+                whole[id(v)] = v.view.empty()
+                self.hold(v, whole[id(v)])
         given = {id(p): self.at_hand(p) for v in steps for p in merged[id(v)][1] if id(p) not in merged}
         program = Program(steps, merged, whole, given, places_of(steps, merged, whole))
         result = whole[id(last)]
@@ -251,15 +250,15 @@ class Program(NamedTuple):
             made[key] = recipe.run(out, *inputs)
 
 
-def merge(steps: list[Value], whole: dict[int, Tensor]) -> dict[int, tuple[Recipe, tuple[Value, ...]]]:
+def merge(steps: list[Value]) -> dict[int, tuple[Recipe, tuple[Value, ...]]]:
     """Recipe and parents of each step that is left where later ones do the work of earlier ones."""
-    if not has_kernel(steps[-1].view.device.type):
+    if not passes.has_kernel(steps[-1].view.device.type):
         return {id(v): (v.recipe, v.parents) for v in steps}
     readers = readers_of(v.parents for v in steps)
     merged, gone = {}, set()
     for v in reversed(steps):
         if id(v) not in gone:
-            found = v.recipe.merged(v.parents, lambda p: readers.get(id(p)) == 1 and id(p) not in whole)
+            found = v.recipe.merged(v.parents, lambda p: readers.get(id(p)) == 1)
             merged[id(v)] = found or (v.recipe, v.parents)
             stack = [p for p in v.parents if found and p not in found[1]]
             while stack:

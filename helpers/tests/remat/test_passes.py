@@ -255,7 +255,8 @@ def test_passes_of_a_residual_block(name, dtype):
     forward, y = block(dtype, True, IN_A_BLOCK[name], plus=True)
     plain, ours = (counted(forward, y, ours=o) for o in (False, True))
     assert [p.between() for p in plain] == [8, 11]  # one for y's two gradients
-    assert [p.between() for p in ours] == [8, 15], ours[1].counts
+    once = "relu" in name  # the result, made for the convolution, serves the activation's backward too
+    assert [p.between() for p in ours] == [8, 13 if once else 15], ours[1].counts
     assert "_to_copy" not in ours[0].calls + ours[1].calls
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
 from helpers.remat import operations as ops
 from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
@@ -31,15 +30,14 @@ BOTTLENECK = 4096
 TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
 
 
-# Everything here runs while the caches hold the data of large operations, so each look-up counts.
-tracing, hooks = torch._C._get_tracing_state, torch._C._autograd._top_saved_tensors_default_hooks
-is_any_autocast = torch._C._is_any_autocast_enabled
-
-
 def quiet() -> bool:
     """Whether forward runs in the ordinary way, so that remat's nodes may take part."""
-    grad = torch.is_grad_enabled() and tracing() is None
-    return grad and hooks(False) is None and forward_ad._current_level < 0
+    return (
+        torch.is_grad_enabled()
+        and torch._C._get_tracing_state() is None
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 def ordinary(t) -> bool:
@@ -50,7 +48,7 @@ def ordinary(t) -> bool:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary dense floating-point tensors (or None)."""
     for t in tensors:
-        if t is not None and not (type(t) in TENSORS and t.is_floating_point() and ordinary(t)):
+        if t is not None and not (ordinary(t) and t.is_floating_point()):
             return False
     return True
 
@@ -122,7 +120,7 @@ def fixed(v):
 
 def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     """The dtype to which autocast casts a convolution's arguments, if it does."""
-    if not is_any_autocast():
+    if not torch._C._is_any_autocast_enabled():
         return None
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
@@ -207,8 +205,7 @@ def normalise(mode, input, running_mean, running_var, weight, bias, training, mo
         settings = ops.Statistics(running_mean, running_var, bool(training), momentum, eps)
         operation = ops.BatchNorm(settings, value if need else None)
         z = mode.apply(operation, input, weight, bias)
-        recipe, operation.recipe = operation.recipe, None  # the value's alone
-        mode.table.note(z, recipe, (value,), operation)
+        mode.table.note(z, operation.recipe(weight, bias), (value,), operation)
         return z
 
     return run
@@ -235,7 +232,7 @@ def prelu(mode, function, input, weight):
 def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parameters: Tensor | None):
     """``call(input, *parameters)``, a function of each image alone, which backward calls again."""
     fit(plain(input, *parameters) and input.requires_grad and input.numel() > 0)
-    fit(not is_any_autocast())
+    fit(not torch._C._is_any_autocast_enabled())
     fit(all(t is None or t.dtype == input.dtype for t in parameters))
 
     def run() -> Tensor:
@@ -278,8 +275,6 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 
 
 def elementwise(mode, function, p, q, **kwargs):
-    if not p.is_floating_point():  # a counter, most often
-        return None
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
         p, q, function = q, p, operator  # the larger one first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -133,17 +132,11 @@ def task_of(table: Table) -> Task:
     """The task of the current backward pass; it ends with the pass."""
     key = torch._C._current_graph_task_id()
     task = table.tasks.get(key)
-    task = task and task()
     if task is None:
-        task = Task(table, keeps_graph())
-        table.tasks[key] = weakref.ref(task, functools.partial(forget, table.tasks, key))
+        task = table.tasks[key] = Task(table, keeps_graph())
         # The engine holds it until the pass ends or fails.
         torch.autograd.Variable._execution_engine.queue_callback(task.end)
     return task
-
-
-def forget(tasks: dict, key: int, _) -> None:
-    tasks.pop(key, None)
 
 
 class Mode(TorchFunctionMode):

@@ -83,9 +83,9 @@ class Normalise(Recipe):
     name, passes = "norm", 1.0
 
     def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
-        # All of them must be the recipe's alone: what belongs to the model may change.
-        self.gamma, self.beta, self.mean, self.invstd, self.var, self.eps = (
-            gamma, beta, mean, invstd, var, eps)  # fmt: skip
+        # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
+        self.parameter, self.mean, self.invstd, self.var, self.eps = weak(gamma), mean, invstd, var, eps
+        self.gamma, self.beta = (None if t is None else t.detach().clone() for t in (gamma, beta))
 
     def norm(self) -> passes.Norm:
         invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
@@ -117,28 +117,28 @@ class BatchNorm(Operation):
 
     def __init__(self, settings, value: Value | None) -> None:
         self.settings, self.value = settings, value
-        self.mean = self.invstd = self.reserve = self.kernel = self.recipe = None
+        self.mean = self.invstd = self.reserve = self.kernel = None
 
     def forward(self, y, gamma, beta):
         s = self.settings
         how = (s.running_mean, s.running_var, s.training, s.momentum, s.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
-        self.recipe = self.recipe_of(*[None if t is None else t.clone() for t in (gamma, beta)])
-        self.recipe.parameter = weak(gamma)
         return z
 
-    def recipe_of(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
+    def recipe(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
         s = self.settings
         if not s.training:
             self.running = s.running_mean.clone(), s.running_var.clone()
             return Normalise(gamma, beta, self.running[0], None, self.running[1], s.eps)
-        self.running, dtype = (None, None), self.invstd.dtype
+        self.running = None, None
+        dtype = self.invstd.dtype
         if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
             return Normalise(gamma, beta, self.mean, self.invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
+        values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
         how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
-        recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, gamma, beta, *how)[0], 3.0)
+        recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
         recipe.whole = True
         return recipe
 

@@ -33,6 +33,10 @@ class Task:
         first = self.now if value is None else value.first
         return min(self.slack[first : self.now + 1], default=0)
 
+    def fits(self, value: Value) -> bool:
+        """Whether ``value`` may be held from now to its last use."""
+        return self.room(value) >= value.nbytes
+
     def end(self) -> None:
         """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
@@ -60,7 +64,7 @@ class Task:
             t = self.recompute(value)
         if used >= value.needs:
             self.drop(value)
-        elif value not in self.holding and self.room(value) >= value.nbytes:
+        elif value not in self.holding and self.fits(value):
             self.hold(value, t)
         return t, value not in self.holding
 
@@ -69,7 +73,7 @@ class Task:
         t = self.at_hand(value)
         if t is None:
             t = self.recompute(value)
-            if value.recipe.price or (value.needs and self.room(value) >= value.nbytes):
+            if value.recipe.price or (value.needs and self.fits(value)):
                 self.hold(value, t)
         return t
 
@@ -133,7 +137,7 @@ class Task:
         steps = [v for v in steps if id(v) in merged]
         whole = {id(last): last.view.empty()}
         for v in steps[:-1]:  # write out what another node will need, if there is room
-            if v.needs and v.nbytes <= self.room(v) and not isinstance(v.recipe, Part):
+            if v.needs and self.fits(v) and not isinstance(v.recipe, Part):
                 whole[id(v)] = v.view.empty()
                 self.hold(v, whole[id(v)])
         given = {id(p): self.at_hand(p) for v in steps for p in merged[id(v)][1] if id(p) not in merged}

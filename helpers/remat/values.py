@@ -185,7 +185,7 @@ class Table:
         # Recipes, by the storage of their weight.
         self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
         self.operations, self.kept = [], []  # weak references, in forward's order; and to kept values
-        self.tasks: dict[int, weakref.ref] = {}  # of backward passes, by the engine's number
+        self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
 
     def clear(self) -> None:

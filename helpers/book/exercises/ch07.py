@@ -13,29 +13,6 @@ from helpers.memory import MemoryTrace
 
 
 @exercise(1)
-def check_index(answer):
-    """A max-pool's index from (offsets, width, kernel, stride, padding)."""
-    for kernel, stride, padding, size in ((2, 2, 0, (6, 9)), (3, 2, 1, (7, 11)), (5, 1, 2, (8, 90))):
-        x, width = torch.randn(2, 3, *size), size[1]
-        _, index = F.max_pool2d(x, kernel, stride, padding, return_indices=True)
-        i, j = torch.arange(index.shape[2])[:, None], torch.arange(index.shape[3])
-        row, column = stride * i - padding, stride * j - padding
-        r, q = index // width - row, index % width - column
-        offsets, in_bytes = (r * kernel + q).to(torch.uint8), (r.to(torch.uint8) * width).long()
-        no_padding = index + padding * (width + 1)
-        no_stride = (i - padding + r) * width + j - padding + q
-        mistakes = {
-            "a byte overflows: r times the width is too much for uint8": row * width + in_bytes + column + q,
-            "rows and columns of the window have changed places": (row + q) * width + column + r,
-            "subtract the padding: the first window begins outside of the image": no_padding,
-            "the stride is missing: windows lie that far apart": no_stride,
-            "a row of the image has `width` pixels, not `kernel`": (row + r) * kernel + column + q,
-        }
-        case = f"kernel {kernel}, stride {stride}, padding {padding}, width {width}"
-        compare("the index", answer(offsets, width, kernel, stride, padding), index, mistakes, case)
-
-
-@exercise(2)
 def check_bottleneck(answer):
     """Channels held by a dense block with bottlenecks, (plain, recipes), from (n, c0, k, b)."""
     for n, c0, k, b in ((1, 8, 4, 2), (3, 8, 2, 4), (4, 6, 4, 3)):
@@ -76,7 +53,7 @@ class Recipe:
         return self.make(*[p.tensor() for p in self.parents]) if self.kept is None else self.kept
 
 
-@exercise(3)
+@exercise(2)
 def check_silu(function):
     """``function.apply(z, made)`` is F.silu, with a recipe in place of z."""
     leaf = torch.randn(4, 3, 40, 30, dtype=torch.float64, requires_grad=True)
@@ -109,7 +86,7 @@ def check_silu(function):
     compare_function(lambda z: function.apply(z * 1, made), "dz", [leaf], F.silu(leaf), mistakes)
 
 
-@exercise(4)
+@exercise(3)
 def check_dropout(function):
     """``function.apply(a, p)`` is dropout, without a mask that is kept."""
     leaf, p = (torch.rand(6, 4, 24, 20) + 0.5).requires_grad_(), 0.25

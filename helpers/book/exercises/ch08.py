@@ -3,28 +3,10 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from helpers import remat
 from helpers.book.exercises import attempted, compare, exercise, require
-
-
-@exercise(1)
-def check_transposed(answer):
-    """Multiplications per output value of a transposed convolution, by counting them."""
-    for c_in, k, stride, groups in ((8, 4, 2, 1), (12, 2, 2, 3), (4, 6, 3, 2), (6, 3, 1, 1)):
-        image, w = torch.ones(1, c_in, 8, 8), torch.ones(c_in, 5, k, k)  # a sum of ones counts its terms
-        count = F.conv_transpose2d(image, w, stride=stride, groups=groups)
-        want = count.sum().item() / (count.shape[1] * 8 * 8 * stride**2)
-        mistakes = {
-            "that is an ordinary convolution's; here the output is larger": want * stride**2,
-            "the output grows by the stride in height and in width": want * stride,
-            "an input channel reaches the outputs of its own group alone": want * groups,
-            "stride² fewer multiplications, not more": want * stride**4,
-        }
-        case = f"{c_in} channels, kernel {k}, stride {stride}, {groups} groups"
-        compare("the count", answer(c_in, k, stride, groups), want, mistakes, case)
 
 
 def kept_values(layers: list[nn.Conv2d], max_cost: float, size: int = 8) -> list[str]:
@@ -37,7 +19,7 @@ def kept_values(layers: list[nn.Conv2d], max_cost: float, size: int = 8) -> list
     return [name for name, row in zip(names, rows, strict=True) if row.kept]
 
 
-@exercise(2)
+@exercise(1)
 def check_chain(answer):
     """The blocks of a chain whose convolution's output is kept, from (prices, max_cost)."""
     cases = (([1, 3, 1, 5], 150), ([1, 1, 3, 1, 1], 16), ([3, 3, 3, 3], 144), ([1, 3, 1, 1], 160))
@@ -55,7 +37,7 @@ def check_chain(answer):
         compare("what remat keeps", got, want, mistakes, f"prices {prices}, max_cost {max_cost}: got {got}")
 
 
-@exercise(3)
+@exercise(2)
 def check_only_input(answer):
     """The least price at which three convolutions keep their input alone."""
     for c_in, width, c_out, stride in ((16, 4, 16, 1), (16, 4, 16, 2), (8, 8, 4, 1), (6, 4, 8, 2)):
@@ -71,7 +53,7 @@ def check_only_input(answer):
         require(cheaper, case + "nothing else is kept, but neither is it at a lower price")
 
 
-@exercise(4)
+@exercise(3)
 def check_fooled(answer):
     """Peaks at the prices 0 to 7 for which bisection does not find the smallest that fits."""
     for memory in (10, 64):

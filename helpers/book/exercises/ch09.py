@@ -5,7 +5,6 @@ import math
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from helpers import predict_memory, remat
@@ -75,48 +74,3 @@ def check_lean(lean):
     large = any(row.recipe == "given" and row.nbytes > x.nbytes for row in record.rows)
     why = "a large value is still given: look up whose it is" if large else "no large value is given any more"
     require(held <= 0.6 * plain, f"{held / plain:.2f} of plain PyTorch's bytes are held; {why}")
-
-
-def accumulated(model, images, labels, parts: int, weighted: bool = True, context=nullcontext) -> None:
-    """Gradients of the mean over all images, part by part; or of the parts' means."""
-    for x, wanted in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with context():
-            loss = F.cross_entropy(model(x), wanted) * (len(x) / len(images) if weighted else 1 / parts)
-        loss.backward()
-
-
-@exercise(3)
-def check_accumulate(answer):
-    """Gradients over parts, each under `remat`, from (model, images, labels, parts, max_cost)."""
-    layers = network(*(nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8, 8)))
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
-    case, peaks, grads = (model, torch.randn(10, 3, 16, 16).double(), torch.randint(8, (10,)), 3), {}, {}
-    ways = {
-        "answer": lambda: answer(*case, 100),
-        "plain": lambda: accumulated(*case),
-        "unweighted": lambda: accumulated(*case, weighted=False),
-        "remat": lambda: accumulated(*case, context=lambda: remat(100)),
-    }
-    for name, way in ways.items():
-        model.zero_grad()
-        model[1].num_batches_tracked.zero_()
-        with MemoryTrace() as trace:
-            way()
-        peaks[name], grads[name] = trace.tensor_peak, [p.grad for p in model.parameters()]
-        require(None not in grads[name], "not attempted yet")
-        ran = model[1].num_batches_tracked.item()
-        require(ran == 3, f"forward ran {ran} times, and there are 3 parts")
-
-    def is_like(other: str) -> bool:
-        pairs = zip(grads["answer"], grads[other], strict=True)
-        return all((g - h).norm() <= 1e-8 * h.norm().clamp_min(1e-3) for g, h in pairs)
-
-    words = "the mean of the parts' means is not the mean over all images: the last part is smaller"
-    require(not is_like("unweighted"), words)
-    factor = (grads["answer"][0].norm() / grads["plain"][0].norm()).item()
-    words = f"the gradients are wrong, {factor:.2f} times as long as they should be"
-    require(is_like("plain"), words)
-    plain = abs(peaks["answer"] - peaks["plain"]) < 0.02 * peaks["plain"]
-    words = "as much is held as in plain PyTorch; is forward under remat?"
-    words = words if plain else "more than one part is held; call backward for each"
-    require(peaks["answer"] <= 1.05 * peaks["remat"], f"right gradients, but {words}")

@@ -26,13 +26,6 @@ WRONG = {
             ("return F", "return 1 / len(x) * F", "averaged over the images"),
             ("dy.transpose(0, 1))", "dy.transpose(0, 1)).flip(2, 3)", "dw is flipped"),
         ],
-        "check_grads_1x1": [
-            ("dx, dw\n", "dx\n", "return a tuple, (dx, dw)"),
-            ("->oc", "->noc", "every image uses the same w"),
-            ("x)\n", "x) / len(x)\n", "do not average"),
-            ('"oc,noij->ncij", w,', '"oc,noij->ncij", w.flip(1),', "what multiplies x"),
-            ("dx = ", "dx = F.conv_transpose2d(dy, w[:, :, None, None])\n    _ = ", "calls a convolution"),
-        ],
         "check_grads_transposed": [
             ("(u, dz,", "(u.flip(2, 3), dz.flip(2, 3),", "dw is flipped"),
             ("conv2d(dz, w,", "conv2d(dz, w.flip(2, 3),", "the kernel of du is flipped"),
@@ -164,14 +157,6 @@ WRONG = {
         ],
     },
     "07": {
-        "check_index": [
-            ("offsets.long() // kernel, offsets.long()", "offsets // kernel, offsets", "a byte overflows"),
-            ("r * width + q", "r * width + q.double()", "must be torch.int64"),
-            ("r, q =", "q, r =", "have changed places"),
-            ("    first =", "    padding = 0\n    first =", "subtract the padding"),
-            ("    first =", "    stride = 1\n    first =", "the stride is missing"),
-            ("    first =", "    width = kernel\n    first =", "not `kernel`"),
-        ],
         "check_bottleneck": [
             ("(n - 1) * k + n * b * k\n", "n * k + n * b * k\n", "the last layer's output"),
             ("(n - 1) * k + n * b * k\n", "(n - 1) * k\n", "behind the 1x1 convolution keeps its input"),
@@ -208,12 +193,6 @@ WRONG = {
         ],
     },
     "08": {
-        "check_transposed": [
-            (" / stride**2", "", "that is an ordinary convolution's"),
-            (" / stride**2", " / stride", "in height and in width"),
-            (" / stride**2", " * stride**2", "not more"),
-            ("c_in / groups", "c_in", "of its own group alone"),
-        ],
         "check_chain": [
             ("since, kept = 0, kept + [i]", "kept = kept + [i]", "the way ends at what is kept"),
             ("since += price", "since = price", "must be paid for, too"),
@@ -246,17 +225,6 @@ WRONG = {
             ("F.leaky_relu(z, 0.1)", "torch.where(z > 0, z, 0.1 * z)", "still given"),
             ("F.leaky_relu(z, 0.1)", "F.leaky_relu(z)", "other values"),
             ("F.leaky_relu(z, 0.1)", "F.leaky_relu(z.detach(), 0.1)", "is something detached"),
-        ],
-        "check_accumulate": [
-            (', reduction="sum") / len(images)', ") / parts", "the last part is smaller"),
-            (', reduction="sum") / len(images)', ")", "times as long"),
-            ("with remat(max_cost):", "if True:", "as much is held as in plain"),
-            ("loss = F", "model(x); loss = F", "forward ran 6 times"),
-            (
-                "loss.backward()",
-                "loss.backward(retain_graph=True); model.__dict__.setdefault('kept', []).append(loss)",
-                "more than one part is held",
-            ),
         ],
     },
     "10": {

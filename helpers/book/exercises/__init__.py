@@ -5,15 +5,13 @@ checkers must tell apart. Here is what they share.
 """
 
 import functools
-import math
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.memory import saved_by, storage_address
-
-CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
+from helpers.memory import MemoryTrace
 
 
 class Wrong(Exception):
@@ -21,15 +19,16 @@ class Wrong(Exception):
 
 
 def exercise(number: int):
-    """Make a checker of ``check(answer)``, which raises `Wrong`, or returns what to add to "right"."""
+    """Make a checker of ``check(answer)``, which raises `Wrong` unless the answer is right."""
 
     def decorate(check):
         @functools.wraps(check)
         def verdict(answer) -> str:
             try:
-                return f"exercise {number}: right{check(answer) or ''}"
+                check(answer)
             except Wrong as wrong:
                 return f"exercise {number}: {wrong}"
+            return f"exercise {number}: right"
 
         return verdict
 
@@ -47,70 +46,73 @@ def attempted(got):
     return got
 
 
-def same(got, want, rel: float) -> bool:
-    if isinstance(want, Tensor):
-        alike = isinstance(got, Tensor) and got.shape == want.shape and got.dtype == want.dtype
-        return alike and torch.allclose(got, want)
-    numbers = isinstance(want, (int, float)) and isinstance(got, (int, float))
-    return math.isclose(got, want, rel_tol=rel) if numbers else got == want
+def difference(got, want, **tolerances: float) -> str:
+    """In one line how ``got`` differs from ``want``, a tensor, number or list; empty if it does not."""
+    try:
+        assert_close(got, want, check_dtype=isinstance(want, Tensor), **tolerances)
+    except (AssertionError, TypeError) as error:
+        return " ".join(str(error).split())
+    return ""
 
 
-def compare(name: str, got, want, mistakes=(), case: str = "", rel: float = 1e-9) -> None:
-    """Raise `Wrong` unless ``got`` is ``want``: a tensor, a number within ``rel``, or anything else.
+def compare(names: str, got, want, mistakes=None, note: str = "", **tolerances: float) -> None:
+    """Raise `Wrong` unless ``got`` is ``want``, or each of a tuple is, named as in "dx, dw".
 
-    ``mistakes`` maps what to say to the value that this mistake gives; ``case`` says what ``got`` is for.
+    ``mistakes`` maps what to say to the value that this mistake gives. ``note`` is added to what is said;
+    ``tolerances`` are those of `assert_close`, rtol and atol.
     """
-    if same(attempted(got), want, rel):
-        return
-    words = [said for said, wrong in dict(mistakes).items() if same(got, wrong, rel)]
-    if not isinstance(want, Tensor):
-        words += [f"{name} is {want}, got {got}"]
-    elif not isinstance(got, Tensor):
-        words += [f"{name} must be a tensor, got {type(got).__name__}"]
-    else:
-        facts = ("have shape", tuple(got.shape), tuple(want.shape)), ("be", got.dtype, want.dtype)
-        words += [f"{name} must {verb} {w}, got {g}" for verb, g, w in facts if g != w]
-    words += [f"{name} has the right shape, but wrong values"]
-    raise Wrong(words[0] + (f" ({case})" if case else ""))
-
-
-def compare_all(names: str, got, want, mistakes=(), case: str = "") -> None:
-    """`compare` each of a tuple; ``names`` is as the exercise writes it, such as "dx, dw"."""
     attempted(got)
-    require(isinstance(got, (tuple, list)) and len(got) == len(want), f"return a tuple, ({names})")
-    for name, g, w in zip(names.split(", "), got, want, strict=True):
-        compare(name, g, w, mistakes, case)
+    pairs = [(names, got, want)]
+    if isinstance(want, tuple):
+        require(isinstance(got, tuple | list) and len(got) == len(want), f"return a tuple, ({names})")
+        pairs = zip(names.split(", "), got, want, strict=True)
+    for name, g, w in pairs:
+        require(g is not None or w is None, f"{name} is None")
+        if wrong := difference(g, w, **tolerances):
+            known = (mistakes or {}).items()
+            words = [said for said, value in known if not difference(g, value, **tolerances)]
+            raise Wrong((words or [f"{name}: {wrong}"])[0] + (f" ({note})" if note else ""))
 
 
-def grads(function, inputs, dy, **options):
+def new(*shapes) -> list[Tensor]:
+    """Random tensors in float64, in which rounding hides no mistake."""
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def grads(function, inputs, dy, **options) -> tuple[Tensor, ...]:
     """Autograd's gradients of ``function(*inputs, **options)``."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     return torch.autograd.grad(function(*leaves, **options), leaves, dy)
 
 
-def compare_function(function, names: str, leaves, want, mistakes, free=(), forward: str = "") -> None:
-    """Check a differentiable function: forward, what it keeps next to ``free``, and its gradients.
+def held_after(function, *args):
+    """``(function(*args), bytes of memory that are held then)``."""
+    with MemoryTrace() as trace:
+        out = attempted(function(*args))
+        trace.mark("end of forward")
+    return out, trace.marks["end of forward"]
 
-    ``forward`` is what to say where forward is wrong; ``mistakes(dout, got)`` maps words to gradients.
+
+def convolution_flops(function, *args, **options):
+    """``(function(*args, **options), operations of its convolutions)``."""
+    with FlopCounterMode(display=False) as counter:
+        out = function(*args, **options)
+    flops = counter.get_flop_counts().get("Global", {})
+    return out, sum(count for operation, count in flops.items() if "convolution" in str(operation))
+
+
+def compare_function(function, reference, names, inputs, mistakes=lambda dout: {}, kept=0, note="") -> None:
+    """Check that a differentiable ``function`` is ``reference``: output, memory and gradients.
+
+    It may keep ``kept`` bytes a value for backward. ``mistakes(dout)`` and ``note`` are as in `compare`.
     """
-    out, saved = saved_by(function, *leaves)
-    compare("the output", out, want, {forward: out} if forward else ())
-    free = [storage_address(t) for t in free]
-    large = [t for t in saved if t.nbytes > out.numel() and storage_address(t) not in free]
-    told = ", ".join(f"{t.dtype} {tuple(t.shape)}" for t in large)
-    require(not large, f"the output is right, but more than a byte a value is kept for backward: {told}")
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out, held = held_after(lambda: attempted(function(*leaves)) + 0)  # a copy: a kept output counts, too
+    compare("the output", out, reference(*inputs), note=note)
+    more = (held - out.nbytes) / out.numel()
+    require(more < kept + 0.5, f"the output is right, but {more:.1f} bytes a value are kept for backward")
     dout = torch.randn_like(out)
-    right, before = torch.autograd.grad(want, leaves, dout, True, materialize_grads=True), dout.clone()
-    try:
-        got = torch.autograd.grad(out, leaves, dout, allow_unused=True)
-    except RuntimeError as reason:
-        raise Wrong(f"backward fails: {reason}") from reason
-    for name, grad in zip(names.split(", "), got, strict=True):
-        require(grad is not None, f"{name} is None; an optimiser would pass that parameter over")
-    require(torch.equal(dout, before), "the gradient that came in was overwritten")
-    compare_all(names, got, right, mistakes(dout, got))
-
-
-def largest_new(trace) -> int:
-    """Bytes of the largest tensor that was made during a `MemoryTrace`."""
-    return max(b - a for a, b in pairwise([0, *(held for _, held in trace.timeline)]))
+    given = dout.clone()
+    got = torch.autograd.grad(out, leaves, given, allow_unused=True)
+    require(torch.equal(given, dout), "the gradient that came in was overwritten, and others may need it")
+    compare(names, got, grads(reference, inputs, dout), mistakes(dout), note)

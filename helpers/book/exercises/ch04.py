@@ -5,70 +5,49 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from helpers.batch_norm import per_channel
-from helpers.book.exercises import (
-    CHANNELS,
-    attempted,
-    compare,
-    compare_all,
-    compare_function,
-    exercise,
-    grads,
-    require,
-)
+from helpers.batch_norm import CHANNELS, per_channel
+from helpers.book.exercises import compare, compare_function, exercise, grads, new, require
 
 
-def simple_norm(y, eps=1e-3):
+def simple_norm(y, eps):
     """The tutorial's norm."""
     return (y - per_channel(y.mean(CHANNELS))) / per_channel(y.std(CHANNELS) + eps)
-
-
-def tutorials_backward(dz, y, mean, sqrt_var, eps, bug: bool):
-    """The tutorial's norm, backward; with exercise 2's bug or without."""
-    m, num, denom = y.numel() / y.shape[1], y - per_channel(mean), sqrt_var + eps
-    ddenom = -(dz * num).sum(CHANNELS) / denom**2
-    dvar = ddenom / (2 * (denom if bug else sqrt_var))
-    dmean = -dz.sum(CHANNELS) / denom
-    return dz / per_channel(denom) + per_channel(dmean / m) + per_channel(2 * dvar / (m - 1)) * num
 
 
 @exercise(1)
 def check_six_steps(answer):
     """The tutorial's function, backward, (dx, dw, None) from (ctx, dz)."""
-    x, w, eps = torch.randn(3, 2, 6, 5), torch.randn(4, 2, 3, 2), 0.5
+    (x, w, dz), eps = new((3, 2, 6, 5), (4, 2, 3, 2), (3, 4, 4, 4)), 0.5
     y = F.conv2d(x, w)
-    saved, dz = (x, w, y.mean(CHANNELS), y.std(CHANNELS)), torch.randn_like(y)
-    given = dz.clone()
-    got = attempted(answer(SimpleNamespace(saved_tensors=tuple(t.clone() for t in saved), eps=eps), given))
-    require(torch.equal(given, dz), "dz was overwritten; it belongs to autograd, and others may need it")
-    require(isinstance(got, (tuple, list)) and len(got) == 3, "return a tuple, (dx, dw, None)")
-    of_dz = zip(("dx", "dw"), grads(F.conv2d, (x, w), dz), strict=True)
-    mistakes = {f"{name} is the convolution's alone; step 4 turns dz into dy": grad for name, grad in of_dz}
     want = grads(lambda x, w: simple_norm(F.conv2d(x, w), eps), (x, w), dz)
-    compare_all("dx, dw", got[:2], want, mistakes)
-    require(got[2] is None, "eps has no gradient, return None for it")
+    mistakes = {"that is the convolution's alone; step 4 turns dz into dy": grads(F.conv2d, (x, w), dz)[0]}
+    given = dz.clone()
+    got = answer(SimpleNamespace(saved_tensors=(x, w, y.mean(CHANNELS), y.std(CHANNELS)), eps=eps), given)
+    compare("dx, dw, None for eps", got, (*want, None), mistakes)
+    require(torch.equal(given, dz), "dz was overwritten; it belongs to autograd, and others may need it")
 
 
 @exercise(2)
 def check_repaired(answer):
     """The tutorial's norm, backward, without the bug, from (dz, y, mean, sqrt_var, eps)."""
-    y, dz = torch.randn(3, 4, 5, 6) * 2 + 1, torch.randn(3, 4, 5, 6)
-    for eps in (1e-3, 0.5):
-        arguments = dz, y, y.mean(CHANNELS), y.std(CHANNELS)
-        right, buggy = (tutorials_backward(*arguments, eps, bug=bug) for bug in (False, True))
-        mistakes = {"the bug is still there; for dz = 1, which of the per-channel numbers are 0?": buggy}
-        compare("dy", answer(*(a.clone() for a in arguments), eps), right, mistakes)
+    (y, dz), eps = new((3, 4, 5, 6), (3, 4, 5, 6)), 0.5
+    (want,) = grads(simple_norm, (y,), dz, eps=eps)
+    got = answer(dz, y, y.mean(CHANNELS), y.std(CHANNELS), eps)
+    compare("dy", got, want, note="for dz = 1, which of the per-channel numbers are 0?")
 
 
 @exercise(3)
 def check_conv_bn_relu(function):
     """Conv, batch norm and ReLU as one function, apply(x, w, gamma, beta)."""
-    leaves = [torch.randn(s, requires_grad=True) for s in ((3, 2, 6, 5), (4, 2, 3, 2), (4,), (4,))]
-    z = F.batch_norm(F.conv2d(*leaves[:2]), None, None, *leaves[2:], training=True)
-    names = "dx, dw, dgamma, dbeta"
+    inputs = new((3, 2, 6, 5), (4, 2, 3, 2), (4,), (4,))
 
-    def mistakes(dz, got):
-        unmasked = zip(names.split(", "), torch.autograd.grad(z, leaves, dz, retain_graph=True), strict=True)
-        return {f"{name} is the gradient without ReLU; mask dz": grad for name, grad in unmasked}
+    def conv_bn(x, w, gamma, beta):
+        return F.batch_norm(F.conv2d(x, w), None, None, gamma, beta, training=True)
 
-    compare_function(function.apply, names, leaves, z.relu(), mistakes, leaves)
+    def conv_bn_relu(*inputs):
+        return conv_bn(*inputs).relu()
+
+    def mistakes(dz):
+        return {"that is the gradient without ReLU; mask dz": grads(conv_bn, inputs, dz)[0]}
+
+    compare_function(function.apply, conv_bn_relu, "dx, dw, dgamma, dbeta", inputs, mistakes, kept=1)

@@ -1,55 +1,39 @@
 """The checkers of chapter 9."""
 
 import functools
+import itertools
 import math
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from helpers import predict_memory, remat
-from helpers.book.exercises import attempted, compare, exercise, require
-from helpers.memory import MemoryTrace
-
-
-def network(*convolutions) -> list[nn.Module]:
-    return [m for c in convolutions for m in (c, nn.BatchNorm2d(c.out_channels), nn.SiLU())]
+from helpers.book.exercises import compare, exercise, held_after, require
 
 
 @exercise(1)
 def check_plan(answer):
     """(parts, price) from (model, image_shape, batch, memory, prices)."""
     # As the price rises, this network's peak falls at first, and then is higher than at 0.
-    first, depthwise = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
-    model = nn.Sequential(*network(first, nn.Conv2d(12, 48, 1), depthwise, nn.Conv2d(48, 12, 1))).float()
-    shape, batch, prices = (3, 12, 12), 7, (40, 12, 0)
+    widen, depthwise = nn.Conv2d(12, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
+    convolutions = nn.Conv2d(3, 12, 3, padding=1), widen, depthwise, nn.Conv2d(48, 12, 1)
+    blocks = [(conv, nn.BatchNorm2d(conv.out_channels), nn.SiLU()) for conv in convolutions]
+    model, shape, batch, prices = nn.Sequential(*sum(blocks, ())), (3, 12, 12), 7, (40, 12, 0)
     gradients = sum(p.nbytes for p in model.parameters())
 
     @functools.cache
-    def step(images, price):
-        return predict_memory(model, (images, *shape), max_cost=price)
+    def peak(images, price):
+        return predict_memory(model, (images, *shape), max_cost=price).peak
 
-    def plan(memory, rounded=math.ceil, what="peak", gradients=gradients):
-        """What is wanted, or what a mistake gives."""
-        for parts in range(1, batch + 1):
-            for price in sorted(prices):
-                part = getattr(step(max(1, rounded(batch / parts)), price), what)
-                if part + (gradients if parts > 1 else 0) <= memory:
-                    return parts, price
+    def needed(parts, price):
+        return peak(math.ceil(batch / parts), price) + (gradients if parts > 1 else 0)
 
-    tight = step(4, 12).peak
-    for memory in (step(7, 0).peak, gradients + tight, tight, step(7, 0).forward):
-        got, want = attempted(answer(model, shape, batch, memory, prices)), plan(memory)
-        right_form = isinstance(got, tuple) and len(got) == 2
-        require(right_form, f"return a tuple, (parts, price), got {got!r}")
-        mistakes = {
-            "the largest part has more images: round up": plan(memory, rounded=math.floor),
-            "at the end of forward it fits, but the peak must": plan(memory, what="forward"),
-            "the gradients of the parts before are there, too": plan(memory, gradients=0),
-            f"there is a lower price that fits, {want[1]}": (want[0], got[1]),
-        }
-        compare("(parts, price)", got, want, mistakes, f"a batch of {batch} in {memory:,} bytes")
+    plans = list(itertools.product(range(1, batch + 1), sorted(prices)))
+    for memory in (peak(7, 0), gradients + peak(4, 12), peak(4, 12)):
+        want = next(plan for plan in plans if needed(*plan) <= memory)
+        note = f"{batch} images, {memory:,} bytes: round up, and count the gradients of earlier parts"
+        compare("parts, price", answer(model, shape, batch, memory, prices), want, note=note)
 
 
 @exercise(2)
@@ -57,66 +41,16 @@ def check_lean(lean):
     """A subclass that computes what its base does, and saves little under `remat`."""
 
     def step(model, context):
-        with MemoryTrace() as trace:
-            with context as record:
-                out = attempted(model(x))
-            trace.mark("held")
-            out.sum().backward()
-        return out, trace.marks["held"], [p.grad for p in model.parameters()], record
+        with context():
+            out, held = held_after(model, x)
+        out.sum().backward()
+        return out, held, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     base, ours, x = lean.__bases__[0](), lean(), torch.randn(6, 3, 16, 16)
     ours.load_state_dict(base.state_dict())
-    want, plain, right, _ = step(base, nullcontext())
-    got, held, mine, record = step(ours, remat())
-    alike = got.shape == want.shape and torch.allclose(got, want, atol=1e-5)
-    require(alike, "forward returns other values than before")
-    close = all(torch.allclose(g, h, rtol=1e-3, atol=1e-4) for g, h in zip(mine, right, strict=True))
-    require(close, "forward is right, but its gradients are others; is something detached?")
-    large = any(row.recipe == "given" and row.nbytes > x.nbytes for row in record.rows)
-    why = "a large value is still given: look up whose it is" if large else "no large value is given any more"
-    require(held <= 0.6 * plain, f"{held / plain:.2f} of plain PyTorch's bytes are held; {why}")
-
-
-def accumulated(model, images, labels, parts: int, weighted: bool = True, context=nullcontext) -> None:
-    """Gradients of the mean over all images, part by part; or of the parts' means."""
-    for x, wanted in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-        with context():
-            loss = F.cross_entropy(model(x), wanted) * (len(x) / len(images) if weighted else 1 / parts)
-        loss.backward()
-
-
-@exercise(3)
-def check_accumulate(answer):
-    """Gradients over parts, each under `remat`, from (model, images, labels, parts, max_cost)."""
-    layers = network(*(nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8, 8)))
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
-    case, peaks, grads = (model, torch.randn(10, 3, 16, 16).double(), torch.randint(8, (10,)), 3), {}, {}
-    ways = {
-        "answer": lambda: answer(*case, 100),
-        "plain": lambda: accumulated(*case),
-        "unweighted": lambda: accumulated(*case, weighted=False),
-        "remat": lambda: accumulated(*case, context=lambda: remat(100)),
-    }
-    for name, way in ways.items():
-        model.zero_grad()
-        model[1].num_batches_tracked.zero_()
-        with MemoryTrace() as trace:
-            way()
-        peaks[name], grads[name] = trace.tensor_peak, [p.grad for p in model.parameters()]
-        require(None not in grads[name], "not attempted yet")
-        ran = model[1].num_batches_tracked.item()
-        require(ran == 3, f"forward ran {ran} times, and there are 3 parts")
-
-    def is_like(other: str) -> bool:
-        pairs = zip(grads["answer"], grads[other], strict=True)
-        return all((g - h).norm() <= 1e-8 * h.norm().clamp_min(1e-3) for g, h in pairs)
-
-    words = "the mean of the parts' means is not the mean over all images: the last part is smaller"
-    require(not is_like("unweighted"), words)
-    factor = (grads["answer"][0].norm() / grads["plain"][0].norm()).item()
-    words = f"the gradients are wrong, {factor:.2f} times as long as they should be"
-    require(is_like("plain"), words)
-    plain = abs(peaks["answer"] - peaks["plain"]) < 0.02 * peaks["plain"]
-    words = "as much is held as in plain PyTorch; is forward under remat?"
-    words = words if plain else "more than one part is held; call backward for each"
-    require(peaks["answer"] <= 1.05 * peaks["remat"], f"right gradients, but {words}")
+    want, plain, right = step(base, nullcontext)
+    got, held, mine = step(ours, remat)
+    compare("what forward returns", got, want, rtol=0, atol=1e-5)
+    compare("a gradient", mine, right, note="is something detached?", rtol=1e-3, atol=1e-4)
+    share = f"{held / plain:.2f} of plain PyTorch's bytes are held"
+    require(held <= 0.6 * plain, f"{share}; which large value is given in the record, and whose is it?")

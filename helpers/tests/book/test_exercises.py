@@ -23,7 +23,7 @@ PAGES = {path.name[:2]: path for path in find_notebooks()}
 CALL = re.compile(r"^print\((check_\w+)\((\w+)\)\)\s*\Z", re.MULTILINE)
 FOLDED = re.compile(r"<details>\s*<summary>Solution.*?</summary>(.*?)</details>", re.DOTALL)
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-RIGHT = re.compile(r"exercise \d: right([,;] .*)?")
+RIGHT = re.compile(r"exercise \d: right")
 
 
 class Exercise(NamedTuple):

@@ -211,7 +211,7 @@ def html(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = BUIL
     """Export the notebooks of ``source`` as pages in ``folder``; 1 if there are none or one fails, else 0."""
     source = EXECUTED if "--executed" in arguments else source
     try:
-        names = export(find_notebooks(source), folder, base=NOTEBOOKS if source == EXECUTED else source)
+        names = export(find_notebooks(source), folder)
     except PageError as error:
         print(error, file=sys.stderr)
         return 1

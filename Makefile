@@ -68,7 +68,7 @@ test: $(INSTALLED)
 	@$(PY) -m pytest -n 2 --dist loadfile -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
 
 data: $(INSTALLED)
-	@$(PY) -m helpers.book.data download
+	@$(PY) -m helpers.book.data
 
 notebooks: $(INSTALLED)
 	@$(PY) -m helpers.book.run refresh

@@ -39,7 +39,7 @@ def main() -> None:
     for split, size in zip(load_mnist("full"), SIZES, strict=True):
         chosen = choose(split.labels.tolist(), size, rng)
         arrays += [split.images[chosen].numpy(), split.labels[chosen].byte().numpy()]
-    np.savez_compressed(DATA / SAMPLE[0], **dict(zip(FILES, arrays, strict=True)))
+    np.savez_compressed(DATA / SAMPLE, **dict(zip(FILES, arrays, strict=True)))
 
 
 if __name__ == "__main__":

@@ -24,27 +24,22 @@ def progress(log: str, there: int) -> str:
     return f"[{bar:30}] {fetched} of {found} packages fetched, {there} installed"
 
 
-def say(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
-
-
-def main(requirements: str) -> int:
-    """Install, and return pip's exit code."""
-    on_screen = sys.stderr.isatty()
-    say(f"Installing {requirements} into .venv/ (PyTorch is large: some minutes)\n")
+def main(requirements: str) -> str | None:
+    """Install; what went wrong, or None."""
+    print(f"Installing {requirements} into .venv/ (PyTorch is large: some minutes)", file=sys.stderr)
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--requirement", requirements]
     with LOG.open("w") as log:
         pip = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         while pip.poll() is None:
             time.sleep(0.2)
-            if on_screen:
+            if sys.stderr.isatty():
                 there = len(list(VENV.glob("lib/python*/site-packages/*.dist-info")))
-                say("\r" + progress(LOG.read_text(errors="replace"), there))
-    say("\n" * on_screen)
+                print("\r" + progress(LOG.read_text(errors="replace"), there), end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
     if pip.returncode:
         tail = LOG.read_text(errors="replace").splitlines()[-15:]
-        say("\n".join([*tail, f"The installation failed; all that pip said is in {LOG}", ""]))
-    return pip.returncode
+        return "\n".join([*tail, f"The installation failed; all that pip said is in {LOG}"])
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import operator
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-TYPES = {"int": int, "float": float, "str": str}
-NOUNS = {"int": "a whole number", "float": "a finite number", "str": "a text"}
+TYPES = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "a text")}
 LIMITS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
-LINE = re.compile(r"(\w+): (int|float|str) = (.+?)  # (.+)")
+LINE = re.compile(r"^(\w+): (int|float|str) = (.+?)  # (.+)$", re.MULTILINE)
 
 
 class ParameterError(ValueError):
@@ -38,28 +36,21 @@ class Parameter(NamedTuple):
     default: Any
     help: str  # says what is allowed: "..., at least 5", "..., above 0", "auto, sample or full: ..."
 
-    def accept(self, value: Any) -> Any:
-        """``value``, if the parameter takes it; an int will do for a float."""
-        kind = TYPES[self.type]
-        choices = re.match(r"((?:\w+, )*\w+ or \w+): ", self.help)
-        limits = re.findall(r"(at least|at most|above) (-?[\d,.]*\d)", self.help) if kind is not str else []
-        if not (
-            (type(value) is kind or (kind is float and type(value) is int))
-            and (kind is str or math.isfinite(value))
-            and (not choices or value in re.split(", | or ", choices[1]))
-            and all(LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits)
-        ):
-            allowed = [choices[1] if choices else NOUNS[self.type], *map(" ".join, limits)]
-            raise ParameterError(f"{self.name} must be {', '.join(allowed)}, got {value!r}")
-        return value
-
     def parse(self, text: str) -> Any:
-        """The value that ``text`` names."""
+        """The value that ``text`` names, if the parameter takes it."""
+        kind, noun = TYPES[self.type]
+        choices = re.match(r"(?:\w+, )*\w+ or \w+(?=: )", self.help)
+        limits = re.findall(r"(at least|at most|above) (-?[\d,.]*\d)", self.help)
+        value: Any = text
         try:
-            value = TYPES[self.type](text)
+            value = kind(text)
+            fits = all(LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits)
         except ValueError:
-            value = text  # accept says what is wrong with it
-        return self.accept(value)
+            fits = False
+        if not fits or (choices and text not in re.split(", | or ", choices[0])):
+            allowed = ", ".join([choices[0] if choices else noun, *map(" ".join, limits)])
+            raise ParameterError(f"{self.name} must be {allowed}, got {value!r}")
+        return value
 
 
 ONLY = Parameter("ONLY", "str", "", 'chapters to run, such as "05 07"; all if empty')
@@ -67,8 +58,8 @@ QUICK = Parameter("QUICK", "int", 0, "1 for small sizes, at least 0, at most 1")
 
 
 def find_notebooks(folder: Path = NOTEBOOKS) -> list[Path]:
-    """The chapters in ``folder``, in order."""
-    return sorted(p for p in folder.glob("[0-9][0-9]_*.ipynb") if not p.name.endswith(".failed.ipynb"))
+    """The chapters in ``folder``, in order; none that a run left unfinished."""
+    return sorted(path for path in folder.glob("[0-9][0-9]_*.ipynb") if "." not in path.stem)
 
 
 def read_json(path: Path) -> dict:
@@ -91,22 +82,13 @@ def parameters_cell(path: Path) -> dict:
 
 def read_parameters(path: Path) -> dict[str, Parameter]:
     """The parameters that the notebook at ``path`` declares, by name."""
-    found = {}
-    for line in "".join(parameters_cell(path)["source"]).splitlines():
-        try:
-            name, kind, default, comment = LINE.fullmatch(line).groups()
-            found[name] = Parameter(name, kind, ast.literal_eval(default), comment)
-            found[name].accept(found[name].default)
-        except (AttributeError, SyntaxError, ValueError):
-            form = "`NAME: TYPE = VALUE  # what it takes`, with a value that it takes"
-            raise ParameterError(f"{path.name}: a parameter must read {form}, got {line!r}") from None
-    return found
+    lines = LINE.findall("".join(parameters_cell(path)["source"]))
+    return {name: Parameter(name, kind, ast.literal_eval(value), help) for name, kind, value, help in lines}
 
 
 def read_quick(path: Path) -> dict[str, Any]:
     """The small values with which the tests run the notebook at ``path``."""
-    declared, quick = read_parameters(path), parameters_cell(path)["metadata"].get("quick", {})
-    return {name: declared[name].accept(value) for name, value in quick.items()}
+    return parameters_cell(path)["metadata"].get("quick", {})
 
 
 def plan(arguments: Sequence[str], source: Path = NOTEBOOKS) -> dict[Path, dict[str, Any]]:
@@ -137,27 +119,22 @@ def plan(arguments: Sequence[str], source: Path = NOTEBOOKS) -> dict[Path, dict[
     return values
 
 
-def describe(paths: Sequence[Path]) -> str:
-    """A table of all parameters: type, default, meaning, and the chapters that declare them."""
+def explain(error: ParameterError) -> str:
+    """A table of all parameters, with the chapters that declare them, and below it the error."""
     chapters: dict[Parameter, list[str]] = {ONLY: ["make run"], QUICK: ["make run"]}
-    for path in paths:
+    for path in find_notebooks():
         for parameter in read_parameters(path).values():
             chapters.setdefault(parameter, []).append(path.name[:2])
     lines = [
         f"  {name:12}  {kind:5}  {default!r:6}  {text} [{', '.join(where)}]"
         for (name, kind, default, text), where in chapters.items()
     ]
-    return "\n".join(["The parameters, with their defaults and the chapters that take them:", *lines])
-
-
-def guarded(command: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
-    """What ``command`` returns; 2 if it refuses a parameter: that is the last line, below a table of all."""
-    try:
-        return command(arguments)
-    except ParameterError as error:
-        print(f"{describe(find_notebooks())}\n\n{error}", file=sys.stderr)
-        return 2
+    title = "The parameters, with their defaults and the chapters that take them:"
+    return "\n".join([title, *lines, "", str(error)])
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda arguments: 0 * len(plan(arguments)), sys.argv[1:]))
+    try:
+        plan(sys.argv[1:])
+    except ParameterError as error:
+        sys.exit(explain(error))

@@ -11,8 +11,6 @@ import base64
 import datetime
 import hashlib
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -33,8 +31,8 @@ from helpers.book.parameters import (
     NOTEBOOKS,
     ParameterError,
     code_cells,
+    explain,
     find_notebooks,
-    guarded,
     plan,
     read_json,
     read_parameters,
@@ -52,103 +50,9 @@ class NotebookFailure(Exception):
     """A notebook stopped at an error; the message names the notebook, the cell and the error."""
 
 
-def run_notebook(path: Path, folder: Path, values: dict[str, Any] | None = None) -> Path:
-    """Run the notebook at ``path`` with these parameters into ``folder``, and return the executed one.
-
-    Nothing named like a chapter is in ``folder`` before the run is over. One that fails is kept there as
-    NAME.failed.ipynb, and raises a `NotebookFailure`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    names = (f".{path.stem}", path.stem, f"{path.stem}.failed")
-    partial, out, kept = (folder.resolve() / f"{name}.ipynb" for name in names)
-    try:
-        papermill.execute_notebook(
-            path.resolve(),
-            partial,
-            values,
-            kernel_name="python3",
-            cwd=ROOT,
-            progress_bar={"desc": path.stem, "leave": False, "disable": None},  # None: without a terminal
-            store_widget_state=False,
-            coalesce_streams=True,
-            extra_arguments=["--log-level=50"],  # the kernel's own words, at Ctrl-C for example
-        )
-        # The metadata came from the committed notebook, and the outputs did not.
-        notebook = nbformat.read(partial, as_version=4)
-        notebook.metadata["collection"] = provenance(path, notebook, values or {})
-        nbformat.write(notebook, partial)
-        os.replace(partial, out)
-    except (PapermillExecutionError, DeadKernelError) as error:
-        os.replace(partial, kept)
-        started = [c for c in code_cells(read_json(kept)) if c["metadata"]["papermill"]["start_time"]]
-        ids = [cell["id"] for cell in started if "injected-parameters" not in tags(cell)]
-        name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-        raise NotebookFailure(
-            f"{path.name} failed in cell {ids[-1]} (code cell {len(ids)}): {name}: {value}\n"
-            f"  as far as it came: {os.path.relpath(kept)}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return out
-
-
-def headlines(notebook: dict) -> list[str]:
-    """The text that cells tagged headline printed or showed."""
-    outputs = [output for c in code_cells(notebook) if "headline" in tags(c) for output in c["outputs"]]
-    texts = [output.get("text") or output["data"].get("text/plain", "") for output in outputs]
-    return ["".join(text).rstrip() for text in texts if "<Figure" not in text]
-
-
-def check_here(values: dict[Path, dict[str, Any]]) -> None:
-    """Refuse what this machine does not have: a device, a network of torchvision, images of MNIST."""
-    for path, given in values.items():
-        value = {p.name: p.default for p in read_parameters(path).values()} | given
-        networks = value.get("NETWORKS", "resnet50").split()
-        try:
-            pick_device(value.get("DEVICE", "auto"))
-            if value.get("DATA", "full") != "full":  # the whole set has yet to be downloaded
-                train_split, _ = load_mnist(value["DATA"], value["TRAIN_IMAGES"], value["TEST_IMAGES"])
-                check_batch_size(train_split, value["BATCH_SIZE"])
-        except (OSError, ValueError) as error:
-            raise ParameterError(error) from None
-        if not networks or not set(networks) <= set(list_models()):
-            raise ParameterError(f"NETWORKS must be in torchvision.models.list_models(), got {networks}")
-
-
-def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECUTED) -> int:
-    """Run the notebooks of ``source`` into ``folder``, one at a time; 1 if any failed, else 0.
-
-    Raises:
-        ParameterError: from `plan` and `check_here`, before anything runs.
-    """
-    values = plan(arguments, source)
-    check_here(values)
-    if any(given.get("DATA") == "full" for given in values.values()):
-        code = subprocess.run([sys.executable, "-m", "helpers.book.data", "download"], cwd=ROOT).returncode
-        if code:
-            return code
-
-    for stale in folder.glob("*.ipynb"):
-        stale.unlink()
-    failed, texts, start = [], [], time.perf_counter()
-    for path in values:
-        begin, verdict = time.perf_counter(), "done"
-        try:
-            texts += headlines(read_json(run_notebook(path, folder, values[path])))
-        except NotebookFailure as error:
-            failed.append(error)
-            verdict = "FAILED"
-        print(f"{path.stem:<28} {verdict:<6} {time.perf_counter() - begin:6.1f} s", flush=True)
-    for text in texts:
-        print(f"\n{text}")
-    took, fine = datetime.timedelta(seconds=round(time.perf_counter() - start)), len(values) - len(failed)
-    print(f"\n{fine} of {len(values)} notebooks ran in {took}: {os.path.relpath(folder)}", flush=True)
-    for error in failed:
-        print(f"\n{error}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-# The committed notebooks ---------------------------------------------------------------------------------
+def settings(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Every parameter of the notebook at ``path``: what is ``given``, else its default."""
+    return {name: parameter.default for name, parameter in read_parameters(path).items()} | given
 
 
 def code_hash(notebook: dict) -> str:
@@ -157,81 +61,138 @@ def code_hash(notebook: dict) -> str:
     return hashlib.sha256("".join(sources).encode()).hexdigest()
 
 
-def provenance(path: Path, notebook: dict, values: dict[str, Any]) -> dict[str, str]:
-    """What made the outputs of ``notebook``: the one at ``path``, run with ``values``."""
-    defaults = {p.name: p.default for p in read_parameters(path).values()}
-    device = pick_device({"DEVICE": "cpu", **defaults, **values}["DEVICE"])
-    return {
+def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) -> Path:
+    """Run the notebook at ``path`` with these parameters into ``folder``, and return the executed one.
+
+    It is called NAME.unfinished.ipynb there until its last cell is done.
+
+    Raises:
+        NotebookFailure: a cell failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder.resolve() / path.name
+    unfinished = out.with_suffix(".unfinished.ipynb")
+    try:
+        papermill.execute_notebook(
+            path.resolve(),
+            unfinished,
+            given,
+            kernel_name="python3",
+            cwd=ROOT,
+            progress_bar={"desc": path.stem, "leave": False, "disable": None},  # None: without a terminal
+            coalesce_streams=True,
+            extra_arguments=["--log-level=50"],  # the kernel's own words, at Ctrl-C for example
+        )
+    except (PapermillExecutionError, DeadKernelError) as error:
+        cells = code_cells(read_json(unfinished))
+        started = [cell for cell in cells if cell["metadata"]["papermill"]["start_time"]]
+        name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
+        raise NotebookFailure(
+            f"{path.name} failed in cell {started[-1]['id']}, In [{len(started)}]: {name}: {value}\n"
+            f"  as far as it came: {os.path.relpath(unfinished)}"
+        ) from error
+    notebook = nbformat.read(unfinished, as_version=4)
+    device = pick_device({"DEVICE": "cpu", **settings(path, given or {})}["DEVICE"])
+    notebook.metadata["collection"] = {  # what made these outputs
         "code_sha256": code_hash(notebook),
-        **{name: version(name) for name in ("torch", "torchvision")},
-        "python": platform.python_version(),
+        "torch": version("torch"),
+        "torchvision": version("torchvision"),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "date": datetime.date.today().isoformat(),
     }
+    nbformat.write(notebook, unfinished)
+    return unfinished.replace(out)
 
 
-def refresh_notebook(path: Path, figures: Path = MEASUREMENTS, folder: Path = BUILD / "refreshed") -> None:
-    """Run the notebook at ``path`` with its defaults, in ``folder``, and write the outputs back into it.
+def check_here(values: dict[Path, dict[str, Any]]) -> None:
+    """Refuse what this machine does not have: a device, a network of torchvision, images of MNIST.
 
-    All else in the file stays, and the whole file if a cell fails. PNGs of cells tagged readme-figure go to
+    The whole of MNIST is downloaded, if it is wanted and missing.
+    """
+    for path, given in values.items():
+        value = settings(path, given)
+        networks = value.get("NETWORKS", "resnet50").split()
+        try:
+            pick_device(value.get("DEVICE", "auto"))
+            if "DATA" in value:
+                train_split, _ = load_mnist(value["DATA"], value["TRAIN_IMAGES"], value["TEST_IMAGES"])
+                check_batch_size(train_split, value["BATCH_SIZE"])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ParameterError(error) from None
+        if not networks or not set(networks) <= set(list_models()):
+            raise ParameterError(f"NETWORKS must be in torchvision.models.list_models(), got {networks}")
+
+
+def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECUTED) -> str | None:
+    """Run the notebooks of ``source`` into ``folder``, one at a time; the errors of those that failed.
+
+    What cells tagged headline printed is printed at the end: the tables that a run is for.
+
+    Raises:
+        ParameterError: from `plan` and `check_here`, before anything runs.
+    """
+    values = plan(arguments, source)
+    check_here(values)
+    for stale in folder.glob("*.ipynb"):
+        stale.unlink()
+    errors, tables, start = [], [], time.perf_counter()
+    for path, given in values.items():
+        begin, verdict = time.perf_counter(), "done"
+        try:
+            cells = code_cells(read_json(run_notebook(path, folder, given)))
+            outputs = [output for cell in cells if "headline" in tags(cell) for output in cell["outputs"]]
+            tables += ["".join(output.get("text", "")) for output in outputs]
+        except NotebookFailure as error:
+            errors.append(str(error))
+            verdict = "FAILED"
+        print(f"{path.stem:<28} {verdict:<6} {time.perf_counter() - begin:6.1f} s", flush=True)
+    print("", *tables, sep="\n")
+    fine, took = len(values) - len(errors), time.perf_counter() - start
+    print(f"{fine} of {len(values)} notebooks ran in {took:.0f} s: {os.path.relpath(folder)}", flush=True)
+    return "\n".join(errors) or None
+
+
+def refresh(arguments: Sequence[str], figures: Path = MEASUREMENTS) -> None:
+    """Run the notebooks named by path, or all of them, with their defaults, and write the outputs back.
+
+    All else in the files stays, and the whole file if a cell fails. PNGs of cells tagged readme-figure go to
     ``figures``, under the notebook's name.
     """
-    notebook = nbformat.read(path, as_version=4)
-    executed = nbformat.read(run_notebook(path, folder), as_version=4)
-    for cell, made in zip(code_cells(notebook), code_cells(executed), strict=True):
-        cell.outputs, cell.execution_count = made.outputs, made.execution_count
-        cell.metadata.pop("execution", None)
-    # The same on every machine, so that a refresh changes what it means to change.
-    language = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python"}
-    notebook.metadata["language_info"] = {**language, "pygments_lexer": "ipython3"}
-    notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    notebook.metadata["collection"] = executed.metadata["collection"]
-    nbformat.write(notebook, path)
-    for cell in code_cells(notebook):
-        for output in cell.outputs if "readme-figure" in tags(cell) else []:
-            figures.mkdir(parents=True, exist_ok=True)
-            (figures / f"{path.stem}.png").write_bytes(base64.b64decode(output.data["image/png"]))
-
-
-def refresh(arguments: Sequence[str]) -> int:
-    """Refresh the notebooks named by path, or all of them; 1 if any failed, else 0."""
-    failed = False
     for path in map(Path, arguments or find_notebooks()):
-        begin = time.perf_counter()
-        try:
-            refresh_notebook(path)
-            print(f"{path.stem:<28} done   {time.perf_counter() - begin:6.1f} s", flush=True)
-        except (NotebookFailure, OSError) as error:
-            print(f"{error}\n  {path} is as it was", file=sys.stderr, flush=True)
-            failed = True
-    return int(failed)
+        notebook = nbformat.read(path, as_version=4)
+        executed = nbformat.read(run_notebook(path, BUILD / "refreshed"), as_version=4)
+        notebook.metadata["collection"] = executed.metadata["collection"]
+        for cell, made in zip(code_cells(notebook), code_cells(executed), strict=True):
+            cell.outputs, cell.execution_count = made.outputs, made.execution_count
+            for output in cell.outputs if "readme-figure" in tags(cell) else []:
+                figures.mkdir(parents=True, exist_ok=True)
+                (figures / f"{path.stem}.png").write_bytes(base64.b64decode(output.data["image/png"]))
+        nbformat.write(notebook, path)
+        print(f"{path.stem} is refreshed", flush=True)
 
 
-def html(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = BUILD / "html") -> int:
-    """Export the notebooks of ``source`` as pages in ``folder``; 1 if there are none or one fails, else 0."""
-    source = EXECUTED if "--executed" in arguments else source
-    try:
-        names = export(find_notebooks(source), folder, base=NOTEBOOKS if source == EXECUTED else source)
-    except PageError as error:
-        print(error, file=sys.stderr)
-        return 1
+def html(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = BUILD / "html") -> None:
+    """Export the notebooks of ``source``, or those of the last run, as pages in ``folder``."""
+    names = export(find_notebooks(EXECUTED if "--executed" in arguments else source), folder)
     print(f"{len(names)} pages are in {os.path.relpath(folder)}: open {os.path.relpath(folder / names[0])}")
-    return 0
 
 
 COMMANDS = {"run": run, "refresh": refresh, "html": html}
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> str | None:
+    """What went wrong, or None."""
     if not argv or argv[0] not in COMMANDS:
-        print(__doc__, file=sys.stderr)
-        return 2
+        return __doc__
     try:
-        return guarded(COMMANDS[argv[0]], argv[1:])
+        return COMMANDS[argv[0]](argv[1:])
+    except ParameterError as error:
+        return explain(error)
+    except (NotebookFailure, PageError) as error:
+        return str(error)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        return "\ninterrupted"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))  # words go to stderr, with the status 1

@@ -83,8 +83,13 @@ def test_committed_outputs(path):
 @each_page
 def test_parameters_are_explained_and_used(path):
     code = code_cells(nbformat.read(path, as_version=4))
+    [lines] = [cell["source"].splitlines() for cell in code if "parameters" in tags(cell)]
     rest = "\n".join(cell["source"] for cell in code if "parameters" not in tags(cell))
-    for parameter in read_parameters(path).values():
+    declared, quick = read_parameters(path), read_quick(path)
+    assert list(declared) == [line.partition(":")[0] for line in lines]
+    assert {name: declared[name].parse(str(value)) for name, value in quick.items()} == quick
+    for parameter in declared.values():
+        assert parameter.parse(str(parameter.default)) == parameter.default
         assert re.search(rf"\b{parameter.name}\b", rest), f"{parameter.name} is never used"
         bounded = parameter.type == "str" or re.search(r"(at least|above) \d", parameter.help)
         assert bounded, f"the comment of {parameter.name} must say which numbers are allowed"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import operator
 import re
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
-TYPES = {"int": (int, "a whole number"), "float": (float, "a number"), "str": (str, "a text")}
+TYPES = {"int": (int, "a whole number"), "float": (float, "a finite number"), "str": (str, "a text")}
 LIMITS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
 LINE = re.compile(r"^(\w+): (int|float|str) = (.+?)  # (.+)$", re.MULTILINE)
 
@@ -44,7 +45,8 @@ class Parameter(NamedTuple):
         value: Any = text
         try:
             value = kind(text)
-            fits = all(LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits)
+            fits = kind is str or math.isfinite(value)
+            fits = fits and all(LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits)
         except ValueError:
             fits = False
         if not fits or (choices and text not in re.split(", | or ", choices[0])):

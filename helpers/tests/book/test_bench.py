@@ -54,8 +54,8 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
     assert len(called[1][1]) == len(networks.NETWORKS) and called[1][2].name == "front_cpu.json"
     for wrong, said in {
         "FRONT=much": "FRONT must be a whole number, at least 0, at most 1, got 'much'",
-        "TIME_LIMIT=-1": "TIME_LIMIT must be a number, at least 0",
-        "TIME_LIMIT=inf": "TIME_LIMIT must be a number",
+        "TIME_LIMIT=-1": "TIME_LIMIT must be a finite number, at least 0",
+        "TIME_LIMIT=inf": "TIME_LIMIT must be a finite number",
         "REPEATS=0": "REPEATS must be a whole number, at least 1, got 0",
         "ONLY=vgg99": "ONLY must be part of a title, got 'vgg99'; there are: MNIST",
         "DEVICE=abacus": "DEVICE must be one of",

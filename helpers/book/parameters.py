@@ -45,8 +45,8 @@ class Parameter(NamedTuple):
         value: Any = text
         try:
             value = kind(text)
-            fits = kind is str or math.isfinite(value)
-            fits = fits and all(LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits)
+            within = [LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits]
+            fits = all(within) and (kind is str or math.isfinite(value))
         except ValueError:
             fits = False
         if not fits or (choices and text not in re.split(", | or ", choices[0])):

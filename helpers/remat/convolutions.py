@@ -27,39 +27,62 @@ class Geometry(NamedTuple):
     output_padding: list[int]
     groups: int
 
-    def price(self, weight: Tensor) -> float:
+    def price(self, weight: torch.Size) -> float:
         """Multiplications per value of the output: C_in / groups · Π k; the mean for a transposed one."""
         if not self.transposed:
-            return weight.numel() / weight.shape[0]
-        return weight.numel() / (weight.shape[1] * self.groups) / math.prod(self.stride)
+            return weight.numel() / weight[0]
+        return weight.numel() / (weight[1] * self.groups) / math.prod(self.stride)
+
+
+class Held(NamedTuple):
+    """A weight or bias that forward used, and what it was then."""
+
+    tensor: Tensor
+    version: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, t: Tensor | None) -> Held | None:
+        return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
+
+    def copied(self) -> Held:
+        """The same with a tensor that nobody else has."""
+        return Held.of(self.tensor.detach().clone())
+
+    def get(self, who: str, name: str) -> Tensor:
+        """The tensor; a RuntimeError if it is not what it was."""
+        t = self.tensor
+        if t._version == self.version and size_of(t) == self.nbytes:
+            return t
+        what = "changed" if t._version != self.version else "freed"
+        raise RuntimeError(
+            f"{who} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} was {what} after "
+            "forward. Run backward before that, or use remat(max_cost=0), which recomputes no convolution"
+        )
+
+
+def size_of(t: Tensor) -> int:
+    """Bytes of the storage, which sharded training frees under the tensor."""
+    return t.untyped_storage().nbytes()
 
 
 class Convolve(Recipe):
     """y = conv(a), by forward's call on the whole batch, so that it equals y to the bit."""
 
+    passes = 0.0
+
     def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
-        self.name, self.price, self.passes = function.__name__, price, 0.0
-        self.parameter = weakref.ref(weight)
-        self.weight = weight if weight.is_leaf else weight.detach()
-        self.version, self.nbytes = weight._version, weight.untyped_storage().nbytes()
-        self.bias = None if bias is None else bias.detach().clone()
+        self.name, self.price, self.parameter = function.__name__, price, weakref.ref(weight)
+        self.weight, self.bias = Held.of(weight), Held.of(bias)
 
-    def copy_weight(self) -> None:
-        """Take a copy, before the weight may be written to unseen."""
-        self.weight = self.weight.detach().clone()
-        self.version, self.nbytes = self.weight._version, self.weight.untyped_storage().nbytes()
+    def copy_parameters(self) -> None:
+        """Before one of them may be written to unseen."""
+        self.weight, self.bias = self.weight.copied(), self.bias and self.bias.copied()
 
     def run(self, out, a):
-        w = self.weight
-        if w._version != self.version or w.untyped_storage().nbytes() != self.nbytes:
-            what = "changed" if w._version != self.version else "freed"
-            raise RuntimeError(
-                f"{self.name} must be recomputed in backward, but its weight of shape {tuple(w.shape)} was "
-                f"{what} after forward. Run backward before that, or use remat(max_cost=0), which recomputes "
-                "no convolution"
-            )
-        return self.function(a, to(w, self.dtype), to(self.bias, self.dtype), **self.arguments)
+        weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
+        return self.function(a, to(weight, self.dtype), to(bias, self.dtype), **self.arguments)
 
 
 def may_run_again(weight: Tensor) -> bool:
@@ -95,11 +118,16 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry, self.value, self.dtype = (
             function, arguments, geometry, value, dtype)  # fmt: skip
+        self.name = function.__name__
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
         a, self.input = self.input, None
-        return self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
+        y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
+        if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
+            copies = a.nbytes + y.nbytes
+            self.scratch = 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
+        return y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
@@ -147,13 +175,6 @@ class Convolution(Operation):
     def pixels_read(self) -> tuple[slice, ...]:
         """The pixels of a that a 1x1 convolution with a stride reads."""
         return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
-
-    def scratch(self, inputs, out):
-        a, w, _ = inputs
-        if not out.is_cpu or not out.is_contiguous() or self.is_product(out, w):
-            return 0
-        copies = a.nbytes + out.nbytes
-        return 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
 
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
         """The gradients of weight and bias."""
@@ -204,7 +225,7 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
 class Linear(Operation):
     """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da."""
 
-    saved, prunes = (1,), True
+    saved, prunes, name = (1,), True, "linear"
 
     def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
         self.input, self.value, self.dtype = a, value, dtype

@@ -170,16 +170,16 @@ def slack(table: Table, retained: bool) -> list[int]:
             tensors.append(level)
             everything.append(level)
             continue
-        high, coming = level, operation.moment.tensors - operation.gradient
+        high, both = level, operation.gradient + operation.result  # of each, a gradient or the value
         for v in reversed(convolutions_before(operation.needed(), seen)):  # as they are computed
             level += v.nbytes
             change[v.when - 1] -= v.nbytes
-            high = max(high, level + coming + sum(p.nbytes for p in v.parents if p.kept is None))
+            high = max(high, level + operation.result + sum(p.nbytes for p in v.parents if p.kept is None))
         level += operation.grown()
         values = sum(v.nbytes for v in operation.needed() if v.kept is None and not v.recipe.price)
         beside = level + values * operation.beside
-        tensors.append(max(high, beside + operation.moment.tensors))
-        everything.append(max(high, beside + operation.moment.everything))
+        tensors.append(max(high, beside + both))
+        everything.append(max(high, beside + both + operation.scratch))
         for taker, nbytes in takers(operation):
             taker, before = min(taker, i - 1), gradients.get(taker, 0)
             gradients[taker] = max(before, nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class Task:
 
     def on_this_stream(self, value: Value) -> Tensor | None:
         """The held tensor, if it was recomputed on this stream: another would have to wait for it."""
-        t, stream = self.holding.get(value, (None, None))
+        t, stream = self.holding.get(value) or (None, None)
         return t if t is None or stream == stream_of(t) else None
 
     def recompute(self, value: Value) -> Tensor:
@@ -102,7 +103,7 @@ class Task:
                 if v.view.dense and t.stride() != v.view.stride:  # its views have forward's strides
                     t = v.view.empty().copy_(t)
             else:
-                t = self.passes(steps, v)
+                t = self.passes(steps)
             stack.pop()
             if not stack:
                 return t
@@ -128,25 +129,20 @@ class Task:
                 stack.extend((p, False) for p in reversed(v.parents))
         return steps, missing
 
-    def passes(self, steps: list[Value], last: Value) -> Tensor:
-        """Run cheap steps up to the last; on a CPU all of them on a few images at a time."""
-        t = self.at_hand(last)
-        if t is not None:
-            return t
-        merged = merge(steps)
-        steps = [v for v in steps if id(v) in merged]
-        whole = {id(last): last.view.empty()}
-        for v in steps[:-1]:  # write out what another node will need, if there is room
-            if v.needs and self.fits(v) and not isinstance(v.recipe, Part):
-                whole[id(v)] = v.view.empty()
-                self.hold(v, whole[id(v)])
-        given = {id(p): self.at_hand(p) for v in steps for p in merged[id(v)][1] if id(p) not in merged}
-        program = Program(steps, merged, whole, given, places_of(steps, merged, whole))
-        result = whole[id(last)]
-        n = result.shape[0] if result.dim() else 1
-        one = any(v.recipe.whole for v in steps)
-        for images in [slice(0, n)] if one else slabs(n, result):
-            program.run(None if images == slice(0, n) else images)
+    def passes(self, values: list[Value]) -> Tensor:
+        """Run cheap steps, and return the last one's result; on a CPU all of them on a few images at a time."""
+        steps, last = merge(values), values[-1]
+        memory: list[Tensor | None] = [None] * len(steps)
+        memory[-1] = result = last.view.empty()
+        for i, (v, recipe, _) in enumerate(steps[:-1]):  # write out what another node will need, if there is room
+            if v.needs and self.fits(v) and not isinstance(recipe, Part):
+                memory[i] = v.view.empty()
+                self.hold(v, memory[i])
+        program = Program.of(steps, memory, self.at_hand)
+        one = result.dim() == 0 or any(step.recipe.whole for step in steps)
+        images = [None] if one else slabs(len(result), result)
+        for some in images if len(images) > 1 else [None]:
+            program.run(some)
         return result
 
 
@@ -163,29 +159,30 @@ def slack(table: Table, retained: bool) -> list[int]:
     for value in [] if retained else table.alive():
         change[value.when - 1] -= value.nbytes
     level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them
-    tensors, everything = [], []  # how high each operation's backward rises, the last one's first
-    for i, operation in reversed([*enumerate(operations)]):
+    tensors, everything = [0] * len(operations), [0] * len(operations)  # how high each backward rises
+    for i in reversed(range(len(operations))):
+        operation = operations[i]
         level += change[i] - gradients.pop(i, 0)
+        tensors[i] = everything[i] = level
         if operation is None:
-            tensors.append(level)
-            everything.append(level)
             continue
-        high, both = level, operation.gradient + operation.result  # of each, a gradient or the value
-        for v in reversed(convolutions_before(operation.needed(), seen)):  # as they are computed
+        high, rise = level, operation.gradient + operation.result  # of each, a gradient or the value
+        unkept = [v for v in operation.needed() if v.kept is None]
+        for v in reversed(convolutions_before(unkept, seen)):  # as they are computed
             level += v.nbytes
             change[v.when - 1] -= v.nbytes
             high = max(high, level + operation.result + sum(p.nbytes for p in v.parents if p.kept is None))
         level += operation.grown()
-        values = sum(v.nbytes for v in operation.needed() if v.kept is None and not v.recipe.price)
-        beside = level + values * operation.beside
-        tensors.append(max(high, beside + both))
-        everything.append(max(high, beside + both + operation.scratch))
+        if operation.beside:
+            rise += sum(v.nbytes for v in unkept if not v.recipe.price)
+        tensors[i], everything[i] = max(high, level + rise), max(high, level + rise + operation.scratch)
         for taker, nbytes in takers(operation):
             taker, before = min(taker, i - 1), gradients.get(taker, 0)
-            gradients[taker] = max(before, nbytes)
-            level += gradients[taker] - before
-    pairs = zip(reversed(tensors), reversed(everything), strict=True)
-    return [min(max(tensors) - t, max(everything) - e) for t, e in pairs]
+            if nbytes > before:
+                gradients[taker] = nbytes
+                level += nbytes - before
+    peaks = max(tensors, default=0), max(everything, default=0)
+    return [min(peaks[0] - t, peaks[1] - e) for t, e in zip(tensors, everything, strict=True)]
 
 
 def takers(operation) -> list[tuple[int, int]]:
@@ -203,7 +200,7 @@ def takers(operation) -> list[tuple[int, int]]:
     return found
 
 
-def convolutions_before(values: tuple[Value, ...], seen: set[Value]) -> list[Value]:
+def convolutions_before(values: list[Value], seen: set[Value]) -> list[Value]:
     """The convolutions' outputs that must be recomputed for ``values``, without those behind ``seen``."""
     found, stack = [], [*values]
     while stack:
@@ -216,65 +213,73 @@ def convolutions_before(values: tuple[Value, ...], seen: set[Value]) -> list[Val
     return found
 
 
+class Step(NamedTuple):
+    """A value to recompute, by a recipe that may stand for some steps before it too, with its own parents."""
+
+    value: Value
+    recipe: Recipe
+    parents: tuple[Value, ...]
+
+
 class Program(NamedTuple):
     """Steps, each after those that it needs, to run on all images at once or on some of them.
 
     Attributes:
-        merged: the recipe and the parents of each step, which may stand for some steps before it too.
-        whole: memory for all images of the steps whose results are wanted.
-        given: the tensors that the steps start from.
-        places: for each step, the step in whose memory it is computed.
+        memory: for each step, memory for all images if its result is wanted.
+        inputs: for each step, what it is computed from: a tensor, or the position of an earlier step.
+        places: for each step, the position of the one in whose memory it is computed.
     """
 
-    steps: list[Value]
-    merged: dict[int, tuple[Recipe, tuple[Value, ...]]]
-    whole: dict[int, Tensor]
-    given: dict[int, Tensor]
-    places: dict[int, int]
+    steps: list[Step]
+    memory: list[Tensor | None]
+    inputs: list[list[Tensor | int]]
+    places: list[int]
+
+    @classmethod
+    def of(cls, steps: list[Step], memory: list[Tensor | None], at_hand: Callable) -> Program:
+        position = {step.value: i for i, step in enumerate(steps)}
+        inputs = [[position[p] if p in position else at_hand(p) for p in step.parents] for step in steps]
+        places, read = [*range(len(steps))], Counter(i for some in inputs for i in some if type(i) is int)
+        for i in reversed(places):  # into the memory of its only reader, if that can write over its input
+            v, first = steps[i].value, inputs[i][0]
+            if steps[i].recipe.reuse and type(first) is int and read[first] == 1 and memory[first] is None:
+                source = steps[first]
+                if source.value.view[:3] == v.view[:3] and not isinstance(source.recipe, Part):
+                    places[first] = places[i]
+        return cls(steps, memory, inputs, places)
 
     def run(self, images: slice | None) -> None:
-        made: dict[int, Tensor] = {}
-        room: dict[int, Tensor] = {}
-        for v in self.steps:
-            key, place, inputs = id(v), self.places[id(v)], []
-            recipe, parents = self.merged[key]
-            for p in parents:
-                t = made.get(id(p))
-                inputs.append(part(self.given[id(p)], v, images) if t is None else t)
-            out = room.get(place)
-            if out is None and place in self.whole:
-                out = room[place] = part(self.whole[place], v, images)
-            if isinstance(v.recipe, Part):
-                made[key] = v.recipe.run(None, *inputs)
+        count = None if images is None else images.stop - images.start
+        made, memory = [], [t if t is None or images is None else t[images] for t in self.memory]
+        for (v, recipe, _), inputs, place in zip(self.steps, self.inputs, self.places, strict=True):
+            inputs = [made[t] if type(t) is int else part(t, v, images) for t in inputs]
+            out = memory[place]
+            if isinstance(recipe, Part):
+                made.append(recipe.run(None, *inputs))
                 if out is not None:
-                    out.copy_(made[key])
+                    out.copy_(made[-1])
                 continue
             if out is None:
-                out = room[place] = v.view.empty(None if images is None else images.stop - images.start)
-            made[key] = recipe.run(out, *inputs)
+                out = memory[place] = v.view.empty(count)
+            made.append(recipe.run(out, *inputs))
 
 
-def merge(steps: list[Value]) -> dict[int, tuple[Recipe, tuple[Value, ...]]]:
-    """Recipe and parents of each step that is left where later ones do the work of earlier ones."""
-    if not passes.has_kernel(steps[-1].view.device.type):
-        return {id(v): (v.recipe, v.parents) for v in steps}
-    readers = readers_of(v.parents for v in steps)
-    merged, gone = {}, set()
-    for v in reversed(steps):
-        if id(v) not in gone:
-            found = v.recipe.merged(v.parents, lambda p: readers.get(id(p)) == 1)
-            merged[id(v)] = found or (v.recipe, v.parents)
+def merge(values: list[Value]) -> list[Step]:
+    """The steps that are left where later ones do the work of earlier ones, on an accelerator."""
+    if not passes.has_kernel(values[-1].view.device.type):
+        return [Step(v, v.recipe, v.parents) for v in values]
+    readers = Counter(p for v in values for p in v.parents)
+    steps, gone = [], set()
+    for v in reversed(values):
+        if v not in gone:
+            found = v.recipe.merged(v.parents, lambda p: readers[p] == 1)
+            steps.append(Step(v, *(found or (v.recipe, v.parents))))
             stack = [p for p in v.parents if found and p not in found[1]]
             while stack:
                 p = stack.pop()
-                gone.add(id(p))
+                gone.add(p)
                 stack.extend(q for q in p.parents if q not in found[1])
-    return merged
-
-
-def readers_of(parents) -> dict[int, int]:
-    """How often each value is read."""
-    return Counter(id(p) for some in parents for p in some)
+    return steps[::-1]
 
 
 def slabs(n: int, like: Tensor) -> list[slice]:
@@ -284,18 +289,6 @@ def slabs(n: int, like: Tensor) -> list[slice]:
     per_slab = max(1, SLAB_BYTES // max(1, like.nbytes // n))
     cut = [slice(i, min(i + per_slab, n)) for i in range(0, n, per_slab)]
     return cut[:1] if isinstance(like, FakeTensor) else cut
-
-
-def places_of(steps: list[Value], merged: dict, whole: dict[int, Tensor]) -> dict[int, int]:
-    """For each step, the id of the step in whose memory it is computed: itself, or its only reader."""
-    readers = readers_of(merged[id(v)][1] for v in steps)
-    places = {id(v): id(v) for v in steps}
-    for v in reversed(steps):
-        recipe, (first, *_) = merged[id(v)]
-        if recipe.reuse and id(first) in places and id(first) not in whole and readers[id(first)] == 1:
-            if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
-                places[id(first)] = places[id(v)]
-    return places
 
 
 def stream_of(t: Tensor):

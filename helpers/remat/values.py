@@ -206,11 +206,12 @@ class Table:
 
     def find(self, t: Tensor) -> Value:
         """The value of ``t``; a new one without a recipe if ``t`` is unknown."""
-        values, key = self._values(t), key_of(t)
-        value = values.get(key)
+        entry, key = self._storages.get(id(t.untyped_storage())), key_of(t)
+        value = entry and entry[1].get(key)
         if type(value) is weakref.ref:
             value = value()
         if value is None:
+            values = self._values(t)
             value = values[key] = self._part(values, t) or Value(t, start=len(self.operations) - 1)
             value.when = len(self.operations)
         return value
@@ -299,24 +300,20 @@ class Table:
         else:  # a margin for squeeze-and-excite's small convolutions
             most_price *= 17 / 16
         price = passes = made = 0.0
-        largest = value.nbytes
-        stack, seen = [value], {id(value)}
-        while stack:
-            v = stack.pop()
-            if v.kept is not None or (also is not None and v in also):
-                continue
-            if v.recipe is None:
+        largest, path = value.nbytes, [value]
+        for v in path:  # it grows
+            recipe = v.recipe
+            if recipe is None:
                 return False
             n = v.size
-            price, passes = price + v.recipe.price * n, passes + v.recipe.passes * n
+            price, passes = price + recipe.price * n, passes + recipe.passes * n
             if price > most_price or passes > most_passes:
                 return False
-            if v.recipe.price:
+            if recipe.price:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
-                if id(p) not in seen:
-                    seen.add(id(p))
-                    stack.append(p)
+                if p.kept is None and p not in path and not (also and p in also):
+                    path.append(p)
         if made > most_made * largest:
             return False
         if value.row is not None:

@@ -56,8 +56,9 @@ class Held(NamedTuple):
             return t
         what = "changed" if t._version != self.version else "freed"
         raise RuntimeError(
-            f"{who} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} was {what} after "
-            "forward. Run backward before that, or use remat(max_cost=0), which recomputes no convolution"
+            f"{who} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} was {what} "
+            "after forward. Run backward before that, or use remat(max_cost=0), which recomputes no "
+            "convolution"
         )
 
 

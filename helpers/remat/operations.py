@@ -137,7 +137,7 @@ class BatchNorm(Operation):
             return Normalise(gamma, beta, self.running[0], None, self.running[1], s.eps)
         self.running = None, None
         dtype = self.invstd.dtype
-        if dtype in WIDE and (gamma is None or gamma.dtype == dtype) and (beta is None or beta.dtype == dtype):
+        if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
             return Normalise(gamma, beta, self.mean, self.invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = copy_of(gamma), copy_of(beta)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat import passes
-from helpers.remat.values import Part, Recipe, Table, Value
+from helpers.remat.values import Part, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22
@@ -94,16 +90,16 @@ class Task:
         stack = [value]
         while True:
             v = stack[-1]
-            steps, missing = self.plan(v)
-            if missing:
-                stack.extend(missing)
+            program = Program(self, v)
+            if program.missing:
+                stack.extend(program.missing)
                 continue
             if v.recipe.price:
                 t = v.recipe.run(None, *[self.start(p) for p in v.parents])
                 if v.view.dense and t.stride() != v.view.stride:  # its views have forward's strides
                     t = v.view.empty().copy_(t)
             else:
-                t = self.passes(steps)
+                t = program.run()
             stack.pop()
             if not stack:
                 return t
@@ -111,39 +107,120 @@ class Task:
             while self.at_hand(stack[-1]) is not None:  # two paths led there
                 stack.pop()
 
-    def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
-        """The cheap steps to ``value``, each after those it needs; and convolutions that must run first."""
-        steps, missing, done = [], [], set()
-        stack = [(value, False)]
-        while stack:
-            v, ready = stack.pop()
-            if ready:
-                steps.append(v)
-            elif id(v) not in done and self.at_hand(v) is None:
-                done.add(id(v))
-                if v.recipe.price and v is not value:
-                    missing.append(v)
-                    continue
-                if not v.recipe.price:
-                    stack.append((v, True))
-                stack.extend((p, False) for p in reversed(v.parents))
-        return steps, missing
 
-    def passes(self, values: list[Value]) -> Tensor:
-        """Run cheap steps, and return the last one's result; on a CPU all of them on a few images at a time."""
-        steps, last = merge(values), values[-1]
-        memory: list[Tensor | None] = [None] * len(steps)
-        memory[-1] = result = last.view.empty()
-        for i, (v, recipe, _) in enumerate(steps[:-1]):  # write out what another node will need, if there is room
-            if v.needs and self.fits(v) and not isinstance(recipe, Part):
-                memory[i] = v.view.empty()
-                self.hold(v, memory[i])
-        program = Program.of(steps, memory, self.at_hand)
+class Step:
+    """A cheap step of a `Program`.
+
+    Attributes:
+        value, recipe: what it computes, and how; no recipe if a later step does its work too.
+        inputs: what it is computed from, tensors or earlier steps.
+        read: how many steps read it.
+        memory: for the whole result, if that is wanted.
+        out, made: memory for some images, and the result there.
+    """
+
+    __slots__ = ("inputs", "made", "memory", "out", "read", "recipe", "value")
+
+    def __init__(self, value: Value, inputs: list[Tensor | Step]) -> None:
+        self.value, self.recipe, self.inputs, self.read = value, value.recipe, inputs, 0
+        self.memory = self.out = self.made = None
+
+
+class Program:
+    """The cheap steps to a value, each after those it needs. On a CPU they run on a few images at a time.
+
+    Attributes:
+        steps: by their values.
+        missing: convolutions on the way that must run first.
+    """
+
+    def __init__(self, task: Task, value: Value) -> None:
+        self.task, self.steps, self.missing = task, {}, []
+        if value.recipe.price:
+            for p in value.parents:
+                self.source(p)
+        else:
+            self.last = self.add(value)
+
+    def add(self, v: Value) -> Step:
+        """Add the steps to ``v``."""
+        step = self.steps[v] = Step(v, [self.source(p) for p in v.parents])
+        return step
+
+    def source(self, v: Value) -> Tensor | Step | None:
+        """What a step reads ``v`` from."""
+        step = self.steps.get(v)
+        if step is None:
+            t = self.task.at_hand(v)
+            if t is not None:
+                return t
+            if v.recipe.price:
+                self.missing.append(v)
+                return None
+            step = self.add(v)
+        step.read += 1
+        return step
+
+    def run(self) -> Tensor:
+        """The value; on the way, other steps' results are written out that a node needs, if there is room."""
+        last, steps, task = self.last, self.steps.values(), self.task
+        if passes.has_kernel(last.value.view.device.type):
+            self.merge()
+        steps = [step for step in steps if step.recipe is not None]
+        last.memory = result = last.value.view.empty()
+        for step in steps:
+            v = step.value
+            if v.needs and step is not last and not isinstance(step.recipe, Part) and task.fits(v):
+                step.memory = v.view.empty()
+                task.hold(v, step.memory)
+        places = {}  # a step's only reader, in whose memory it is computed
+        for step in reversed(steps):
+            first = step.inputs[0]
+            if step.recipe.reuse and type(first) is Step and first.read == 1 and first.memory is None:
+                if first.value.view[:3] == step.value.view[:3] and not isinstance(first.recipe, Part):
+                    places[first] = places.get(step, step)
         one = result.dim() == 0 or any(step.recipe.whole for step in steps)
         images = [None] if one else slabs(len(result), result)
         for some in images if len(images) > 1 else [None]:
-            program.run(some)
+            run_some(steps, places, some)
         return result
+
+    def merge(self) -> None:
+        """On an accelerator, let later steps do the work of earlier ones that nothing else reads."""
+        for step in reversed([*self.steps.values()]):
+            found, old = None, step.inputs
+            if step.read or step is self.last:
+                found = step.recipe.merged(step.value.parents, self.alone)
+                if found is None:
+                    continue
+                step.inputs = [self.source(p) for p in found[1]]
+            step.recipe = found and found[0]
+            for source in old:
+                if type(source) is Step:
+                    source.read -= 1
+
+    def alone(self, v: Value) -> bool:
+        """Whether ``v`` is a step that one other reads."""
+        return v in self.steps and self.steps[v].read == 1
+
+
+def run_some(steps: list[Step], places: dict[Step, Step], images: slice | None) -> None:
+    """Compute some images, or all."""
+    for step in steps:
+        step.out = step.memory if images is None or step.memory is None else step.memory[images]
+    for step in steps:
+        v, place = step.value, places.get(step, step)
+        inputs = [t.made if type(t) is Step else part(t, v, images) for t in step.inputs]
+        if isinstance(step.recipe, Part):
+            step.made = step.recipe.run(None, *inputs)
+            if place.out is not None:
+                place.out.copy_(step.made)
+            continue
+        if place.out is None:
+            place.out = v.view.empty(None if images is None else images.stop - images.start)
+        step.made = step.recipe.run(place.out, *inputs)
+    for step in steps:
+        step.made = step.out = None
 
 
 def slack(table: Table, retained: bool) -> list[int]:
@@ -211,75 +288,6 @@ def convolutions_before(values: list[Value], seen: set[Value]) -> list[Value]:
             if v.recipe is not None and v.recipe.price:
                 found.append(v)
     return found
-
-
-class Step(NamedTuple):
-    """A value to recompute, by a recipe that may stand for some steps before it too, with its own parents."""
-
-    value: Value
-    recipe: Recipe
-    parents: tuple[Value, ...]
-
-
-class Program(NamedTuple):
-    """Steps, each after those that it needs, to run on all images at once or on some of them.
-
-    Attributes:
-        memory: for each step, memory for all images if its result is wanted.
-        inputs: for each step, what it is computed from: a tensor, or the position of an earlier step.
-        places: for each step, the position of the one in whose memory it is computed.
-    """
-
-    steps: list[Step]
-    memory: list[Tensor | None]
-    inputs: list[list[Tensor | int]]
-    places: list[int]
-
-    @classmethod
-    def of(cls, steps: list[Step], memory: list[Tensor | None], at_hand: Callable) -> Program:
-        position = {step.value: i for i, step in enumerate(steps)}
-        inputs = [[position[p] if p in position else at_hand(p) for p in step.parents] for step in steps]
-        places, read = [*range(len(steps))], Counter(i for some in inputs for i in some if type(i) is int)
-        for i in reversed(places):  # into the memory of its only reader, if that can write over its input
-            v, first = steps[i].value, inputs[i][0]
-            if steps[i].recipe.reuse and type(first) is int and read[first] == 1 and memory[first] is None:
-                source = steps[first]
-                if source.value.view[:3] == v.view[:3] and not isinstance(source.recipe, Part):
-                    places[first] = places[i]
-        return cls(steps, memory, inputs, places)
-
-    def run(self, images: slice | None) -> None:
-        count = None if images is None else images.stop - images.start
-        made, memory = [], [t if t is None or images is None else t[images] for t in self.memory]
-        for (v, recipe, _), inputs, place in zip(self.steps, self.inputs, self.places, strict=True):
-            inputs = [made[t] if type(t) is int else part(t, v, images) for t in inputs]
-            out = memory[place]
-            if isinstance(recipe, Part):
-                made.append(recipe.run(None, *inputs))
-                if out is not None:
-                    out.copy_(made[-1])
-                continue
-            if out is None:
-                out = memory[place] = v.view.empty(count)
-            made.append(recipe.run(out, *inputs))
-
-
-def merge(values: list[Value]) -> list[Step]:
-    """The steps that are left where later ones do the work of earlier ones, on an accelerator."""
-    if not passes.has_kernel(values[-1].view.device.type):
-        return [Step(v, v.recipe, v.parents) for v in values]
-    readers = Counter(p for v in values for p in v.parents)
-    steps, gone = [], set()
-    for v in reversed(values):
-        if v not in gone:
-            found = v.recipe.merged(v.parents, lambda p: readers[p] == 1)
-            steps.append(Step(v, *(found or (v.recipe, v.parents))))
-            stack = [p for p in v.parents if found and p not in found[1]]
-            while stack:
-                p = stack.pop()
-                gone.add(p)
-                stack.extend(q for q in p.parents if q not in found[1])
-    return steps[::-1]
 
 
 def slabs(n: int, like: Tensor) -> list[slice]:

@@ -142,7 +142,7 @@ class Convolution(Operation):
                 dw.view(w.shape[:2]).addbmm_(dz.flatten(2), read.transpose(1, 2))
                 del read
             else:
-                dw, db = self.grad_weight(dz, a, w, need_b, parts or [slice(None)])
+                dw, db = self.grad_weight(dz, a, w, need_b, parts)
             del a
         if need_b and db is None:
             db = dz.sum([0, *range(2, dz.dim())])
@@ -153,7 +153,7 @@ class Convolution(Operation):
                 read, da = da, dz.new_zeros(self.shape)
                 da[self.pixels_read()] = read
                 del read
-        elif need_a and len(parts) == 1:
+        elif need_a and not parts:
             da = self.grad_input(dz, w)
         elif need_a:
             da = dz.new_empty(self.shape)
@@ -180,9 +180,10 @@ class Convolution(Operation):
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
         """The gradients of weight and bias."""
         dw = db = None
-        for images in parts:
+        for images in parts or [None]:
+            dz_i, a_i = (dz, a) if images is None else (dz[images], a[images])
             how = (w, [dz.shape[1]], *self.geometry, [False, True, bias])
-            _, dw_i, db_i = aten.convolution_backward(dz[images], a[images], *how)
+            _, dw_i, db_i = aten.convolution_backward(dz_i, a_i, *how)
             dw = dw_i if dw is None else dw.add_(dw_i)
             if bias:
                 db = db_i if db is None else db.add_(db_i)
@@ -192,13 +193,13 @@ class Convolution(Operation):
         """The transposed convolution, without a, for which the library's backward would need memory."""
         g, size = self.geometry, self.shape[2:]
         if g.transposed:
-            da = aten.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
+            da = torch.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
         else:
             rest = [
                 (n + 2 * p - d * (k - 1) - 1) % s
                 for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
             ]
-            da = aten.convolution(dz, w, None, *g[:3], True, rest, g.groups)
+            da = torch.convolution(dz, w, None, *g[:3], True, rest, g.groups)
         if da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
@@ -211,7 +212,7 @@ def worth_a_cut(weight_bytes: int) -> int:
 
 
 def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
-    """The batch, or its quarters where a CPU library's copies of dz and a would raise the peak.
+    """The batch's quarters where a CPU library's copies of dz and a would raise the peak; else nothing.
 
     It copies both into its own layout, unless they are channels_last. A sum of quarters needs two more
     weights, and would lose digits in half precision.
@@ -219,7 +220,7 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
     n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
     pays = copies >= max(room, worth_a_cut(weight_bytes))
     if not (pays and dz.dtype in WIDE and dz.is_cpu and dz.is_contiguous() and n >= 4):
-        return [slice(0, n)]
+        return []
     return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
 
 

@@ -65,12 +65,9 @@ class Node(torch.autograd.Function):
             task.drop(operation.output)
         if twice:
             grads = once(ctx, dz, grads)
-        if not keeps_graph():
+        if not task.retained:
             ctx.operation = None
         return None, *grads
-
-
-keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Twice(torch.autograd.Function):
@@ -131,7 +128,7 @@ def task_of(table: Table) -> Task:
     key = torch._C._current_graph_task_id()
     task = table.tasks.get(key)
     if task is None:
-        task = table.tasks[key] = Task(table, keeps_graph())
+        task = table.tasks[key] = Task(table, torch._C._autograd._get_current_graph_task_keep_graph())
         # The engine holds it until the pass ends or fails.
         torch.autograd.Variable._execution_engine.queue_callback(task.end)
     return task

@@ -24,6 +24,7 @@ class Task:
         self.uses: dict[Value, int] = {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
         self.slack, self.now = slack(table, retained), 0  # and the number of the operation that runs
+        self.retained = retained
 
     def room(self, value: Value | None = None) -> int:
         """Bytes that may be held, now or until ``value``'s last use, without raising the peak to come."""

@@ -323,7 +323,7 @@ class Table:
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or the values that it is computed from, if these are smaller and still alive."""
         recipe = value.recipe
-        parts = None if recipe is None or recipe.price > self.max_cost else self.parts(value, {})
+        parts = None if recipe is None else self.parts(value, {})
         if parts and bytes_of(parts) < value.nbytes + recipe.joins and self.affordable(value, parts):
             for part, tensor in parts.items():
                 self.keep(part, tensor)

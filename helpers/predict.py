@@ -302,7 +302,9 @@ def max_cost_for(
     least, least_at, cost = math.inf, 0, 0
     while cost < math.inf:
         with next_price(cost) as further:
-            prediction = predict_memory(model, *inputs, max_cost=cost, **how, stop_above=least)
+            # At 0 nothing that has a price gets a recipe; just above, the same is kept, and prices are known.
+            price = cost or sys.float_info.min
+            prediction = predict_memory(model, *inputs, max_cost=price, **how, stop_above=least)
         if prediction is not None and prediction.peak < least:
             least, least_at = prediction.peak, cost
             if before + least <= memory:

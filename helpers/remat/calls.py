@@ -10,7 +10,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,15 +47,20 @@ def ordinary(t) -> bool:
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary dense floating-point tensors (or None)."""
-    for t in tensors:
-        if t is not None and not (ordinary(t) and t.is_floating_point()):
+    for t in tensors:  # a generator would take twice as long
+        if t is not None and (
+            type(t) not in TENSORS
+            or t.layout is not torch.strided
+            or not t.is_floating_point()
+            or t.is_inference()
+        ):
             return False
     return True
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether PyTorch would make a node."""
-    for t in tensors:  # a generator would take twice as long
+    for t in tensors:
         if t is not None and t.requires_grad:
             return True
     return False
@@ -98,9 +103,29 @@ def per_dimension(v, n: int) -> list[int]:
     return v
 
 
-@functools.lru_cache(maxsize=1024)
+class Setting(NamedTuple):
+    """What a convolution's call says beyond its tensors, and the price of a value."""
+
+    arguments: dict
+    geometry: Geometry
+    price: float
+
+
+@functools.lru_cache(maxsize=4096)
+def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> Setting:
+    """The setting of a call with a weight of this shape, and these arguments behind the tensors."""
+    dims, transposed = CONVOLUTIONS[function]
+    fit(len(shape) == dims + 2)
+    rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    names = ("stride", "padding", *rest)
+    arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
+    fit(len(given) <= len(names) and arguments.keys() <= set(names))
+    geometry = geometry_of(shape[2:], transposed, **arguments)
+    return Setting(arguments, geometry, geometry.price(shape))
+
+
 def geometry_of(
-    kernel: tuple[int, ...], transposed, stride, padding, dilation=1, groups=1, output_padding=0
+    kernel: tuple[int, ...], transposed, stride=1, padding=0, dilation=1, groups=1, output_padding=0
 ) -> Geometry:
     """The settings of a convolution as lists; "same" and "valid" as numbers."""
     n = len(kernel)
@@ -129,22 +154,23 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def convolution(mode: Mode, function, input, weight, bias=None, stride=1, padding=0, *rest, **named):
-    dims, transposed = CONVOLUTIONS[function]
-    fit(plain(input, weight, bias) and weight.dim() == input.dim() == dims + 2)
+def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
+    fit(plain(input, weight, bias) and input.dim() == weight.dim())
     fit(needs_grad(input, weight, bias) and input.numel() > 0)
-    names = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-    given = {"stride": stride, "padding": padding, **dict(zip(names, rest, strict=False)), **named}
-    given = {name: fixed(v) for name, v in given.items()}
-    geometry = geometry_of(weight.shape[2:], transposed, **given)
-    price = geometry.price(weight)
+    try:
+        setting = setting_of(function, weight.shape, given, tuple(named.items()))
+    except TypeError:  # a list, which the caller may change later
+        given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
+        setting = setting_of(function, weight.shape, given, tuple(named.items()))
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
     def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return Convolution(function, given, geometry, a, value, dtype)
+        return Convolution(function, setting.arguments, setting.geometry, a, value, dtype)
 
-    return lambda: multiply(mode, function, input, weight, bias, given, price, dtype, make)
+    return lambda: multiply(
+        mode, function, input, weight, bias, setting.arguments, setting.price, dtype, make
+    )
 
 
 def multiply(
@@ -159,13 +185,13 @@ def multiply(
         value = mode.needed(a, value)
     elif value is None:
         value = table.find(input)
-    operation = make(a, value if weight.requires_grad else None)
+    operation, recipe = make(a, value if weight.requires_grad else None), None
     y = mode.apply(operation, input, weight, bias)
-    if price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
+    if table.max_cost and price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
         recipe = Convolve(function, weight, bias, arguments, price, dtype)
-        if table.max_cost:  # else it never runs again
-            table.weights.setdefault(id(weight.untyped_storage()), weakref.WeakSet()).add(recipe)
-        table.note(y, recipe, (value,), operation)
+        for t in (weight,) if bias is None else (weight, bias):
+            table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
+    table.note(y, recipe, (value,), operation)
     return y
 
 
@@ -193,11 +219,11 @@ def low_batch_norm(mode, function, input, weight, bias, mean, var, training, mom
 
 
 def normalise(mode, input, running_mean, running_var, weight, bias, training, momentum=0.1, eps=1e-5):
-    fit(plain(input, weight, bias) and input.dim() >= 2 and input.numel() > 0)
-    fit(needs_grad(input, weight, bias))
-    fit(isinstance(momentum, float) and isinstance(eps, float))
-    fit((running_mean is None) == (running_var is None) and (training or running_mean is not None))
-    fit(not training or input.numel() // input.shape[1] > 1)  # else PyTorch's own error
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias))
+    shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
+    fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
+    fit(numbers and (running_mean is None) == (running_var is None))
+    fit(training or running_mean is not None)
 
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
@@ -237,7 +263,7 @@ def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parame
 
     def run() -> Tensor:
         value = mode.needed(input)
-        values = [None if t is None else t.detach().clone() for t in parameters]
+        values = [ops.copy_of(t) for t in parameters]
         operation = ops.Rerun(call, value, len(parameters))
         out = mode.apply(operation, input, *parameters)
         recipe = ops.Again(name, lambda y: call(y, *values), passes, parameters[0])
@@ -248,14 +274,9 @@ def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parame
 
 
 def activation(mode: Mode, function, u, /, *args, **kwargs):
-    kind_of = ACTIVATIONS[function]
-    names = (*kind_of.__code__.co_varnames, "inplace")
-    given = dict(zip(names, args, strict=False), **kwargs)
-    in_place = given.pop("inplace", False) or writes(function)[0]
-    fit(len(args) <= len(names) and plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
+    fit(plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
+    kind, in_place = activation_of(function, args, tuple(kwargs.items()))
     fit(not (in_place and (u._is_view() or u.is_leaf)))
-    kind = kind_of(**given)
-    fit(all(type(n) in (int, float) for n in kind.numbers))
 
     def run() -> Tensor:
         source = mode.table.find(u)
@@ -274,7 +295,22 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
     return run
 
 
+@functools.lru_cache(maxsize=1024)
+def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]:
+    """The activation that a call computes, and whether in place."""
+    kind_of = ACTIVATIONS[function]
+    names = (*kind_of.__code__.co_varnames, "inplace")
+    given = dict(zip(names, args, strict=False), **dict(kwargs))
+    in_place = given.pop("inplace", False) or writes(function)[0]
+    fit(len(args) <= len(names))
+    kind = kind_of(**given)
+    fit(all(type(n) in (int, float) for n in kind.numbers))  # and no tensor, which the cache would hold
+    return kind, bool(in_place)
+
+
 def elementwise(mode, function, p, q, **kwargs):
+    if not (p.requires_grad or (isinstance(q, Tensor) and q.requires_grad)):
+        return None  # a counter of batches, for example
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
         p, q, function = q, p, operator  # the larger one first

@@ -27,39 +27,63 @@ class Geometry(NamedTuple):
     output_padding: list[int]
     groups: int
 
-    def price(self, weight: Tensor) -> float:
+    def price(self, weight: torch.Size) -> float:
         """Multiplications per value of the output: C_in / groups · Π k; the mean for a transposed one."""
         if not self.transposed:
-            return weight.numel() / weight.shape[0]
-        return weight.numel() / (weight.shape[1] * self.groups) / math.prod(self.stride)
+            return weight.numel() / weight[0]
+        return weight.numel() / (weight[1] * self.groups) / math.prod(self.stride)
+
+
+class Held(NamedTuple):
+    """A weight or bias that forward used, and what it was then."""
+
+    tensor: Tensor
+    version: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, t: Tensor | None) -> Held | None:
+        return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
+
+    def copied(self) -> Held:
+        """The same with a tensor that nobody else has."""
+        return Held.of(self.tensor.detach().clone())
+
+    def get(self, who: str, name: str) -> Tensor:
+        """The tensor; a RuntimeError if it is not what it was."""
+        t = self.tensor
+        if t._version == self.version and size_of(t) == self.nbytes:
+            return t
+        what = "changed" if t._version != self.version else "freed"
+        raise RuntimeError(
+            f"{who} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} was {what} "
+            "after forward. Run backward before that, or use remat(max_cost=0), which recomputes no "
+            "convolution"
+        )
+
+
+def size_of(t: Tensor) -> int:
+    """Bytes of the storage, which sharded training frees under the tensor."""
+    return t.untyped_storage().nbytes()
 
 
 class Convolve(Recipe):
     """y = conv(a), by forward's call on the whole batch, so that it equals y to the bit."""
 
+    passes = 0.0
+
     def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
-        self.name, self.price, self.passes = function.__name__, price, 0.0
-        self.parameter = weakref.ref(weight)
-        self.weight = weight if weight.is_leaf else weight.detach()
-        self.version, self.nbytes = weight._version, weight.untyped_storage().nbytes()
-        self.bias = None if bias is None else bias.detach().clone()
+        self.name, self.price, self.parameter = function.__name__, price, weakref.ref(weight)
+        self.weight, self.bias = Held.of(weight), Held.of(bias)
 
-    def copy_weight(self) -> None:
-        """Take a copy, before the weight may be written to unseen."""
-        self.weight = self.weight.detach().clone()
-        self.version, self.nbytes = self.weight._version, self.weight.untyped_storage().nbytes()
+    def copy_parameters(self) -> None:
+        """Before one of them may be written to unseen."""
+        self.weight, self.bias = self.weight.copied(), self.bias and self.bias.copied()
 
     def run(self, out, a):
-        w = self.weight
-        if w._version != self.version or w.untyped_storage().nbytes() != self.nbytes:
-            what = "changed" if w._version != self.version else "freed"
-            raise RuntimeError(
-                f"{self.name} must be recomputed in backward, but its weight of shape {tuple(w.shape)} was "
-                f"{what} after forward. Run backward before that, or use remat(max_cost=0), which recomputes "
-                "no convolution"
-            )
-        return self.function(a, to(w, self.dtype), to(self.bias, self.dtype), **self.arguments)
+        weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
+        return self.function(a, to(weight, self.dtype), to(bias, self.dtype), **self.arguments)
 
 
 def may_run_again(weight: Tensor) -> bool:
@@ -95,11 +119,16 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry, self.value, self.dtype = (
             function, arguments, geometry, value, dtype)  # fmt: skip
+        self.name = function.__name__
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
         a, self.input = self.input, None
-        return self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
+        y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
+        if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
+            copies = a.nbytes + y.nbytes
+            self.scratch = 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
+        return y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
@@ -113,7 +142,7 @@ class Convolution(Operation):
                 dw.view(w.shape[:2]).addbmm_(dz.flatten(2), read.transpose(1, 2))
                 del read
             else:
-                dw, db = self.grad_weight(dz, a, w, need_b, parts or [slice(None)])
+                dw, db = self.grad_weight(dz, a, w, need_b, parts)
             del a
         if need_b and db is None:
             db = dz.sum([0, *range(2, dz.dim())])
@@ -124,7 +153,7 @@ class Convolution(Operation):
                 read, da = da, dz.new_zeros(self.shape)
                 da[self.pixels_read()] = read
                 del read
-        elif need_a and len(parts) == 1:
+        elif need_a and not parts:
             da = self.grad_input(dz, w)
         elif need_a:
             da = dz.new_empty(self.shape)
@@ -148,19 +177,13 @@ class Convolution(Operation):
         """The pixels of a that a 1x1 convolution with a stride reads."""
         return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
 
-    def scratch(self, inputs, out):
-        a, w, _ = inputs
-        if not out.is_cpu or not out.is_contiguous() or self.is_product(out, w):
-            return 0
-        copies = a.nbytes + out.nbytes
-        return 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
-
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
         """The gradients of weight and bias."""
         dw = db = None
-        for images in parts:
+        for images in parts or [None]:
+            dz_i, a_i = (dz, a) if images is None else (dz[images], a[images])
             how = (w, [dz.shape[1]], *self.geometry, [False, True, bias])
-            _, dw_i, db_i = aten.convolution_backward(dz[images], a[images], *how)
+            _, dw_i, db_i = aten.convolution_backward(dz_i, a_i, *how)
             dw = dw_i if dw is None else dw.add_(dw_i)
             if bias:
                 db = db_i if db is None else db.add_(db_i)
@@ -170,13 +193,13 @@ class Convolution(Operation):
         """The transposed convolution, without a, for which the library's backward would need memory."""
         g, size = self.geometry, self.shape[2:]
         if g.transposed:
-            da = aten.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
+            da = torch.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
         else:
             rest = [
                 (n + 2 * p - d * (k - 1) - 1) % s
                 for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
             ]
-            da = aten.convolution(dz, w, None, *g[:3], True, rest, g.groups)
+            da = torch.convolution(dz, w, None, *g[:3], True, rest, g.groups)
         if da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
@@ -189,7 +212,7 @@ def worth_a_cut(weight_bytes: int) -> int:
 
 
 def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
-    """The batch, or its quarters where a CPU library's copies of dz and a would raise the peak.
+    """The batch's quarters where a CPU library's copies of dz and a would raise the peak; else nothing.
 
     It copies both into its own layout, unless they are channels_last. A sum of quarters needs two more
     weights, and would lose digits in half precision.
@@ -197,14 +220,14 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
     n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
     pays = copies >= max(room, worth_a_cut(weight_bytes))
     if not (pays and dz.dtype in WIDE and dz.is_cpu and dz.is_contiguous() and n >= 4):
-        return [slice(0, n)]
+        return []
     return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
 
 
 class Linear(Operation):
     """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da."""
 
-    saved, prunes = (1,), True
+    saved, prunes, name = (1,), True, "linear"
 
     def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
         self.input, self.value, self.dtype = a, value, dtype

@@ -15,7 +15,7 @@ from helpers.remat.calls import HANDLERS, leave
 from helpers.remat.operations import Operation, weak
 from helpers.remat.record import Record
 from helpers.remat.task import Task
-from helpers.remat.values import Moment, Table, Value
+from helpers.remat.values import Table, Value
 
 TWICE = (
     "remat's backward cannot be differentiated again: the values that it recomputes have no graph. Run the "
@@ -38,8 +38,6 @@ class Node(torch.autograd.Function):
     def forward(ctx, operation: Operation, *inputs):
         ctx.operation = operation
         ctx.set_materialize_grads(False)
-        if operation.prunes:
-            ctx.tensors = [i for i, t in enumerate(inputs) if t is not None]
         if operation.saved:
             ctx.save_for_backward(*[inputs[i] for i in operation.saved])
         out = operation.forward(*inputs)
@@ -67,12 +65,9 @@ class Node(torch.autograd.Function):
             task.drop(operation.output)
         if twice:
             grads = once(ctx, dz, grads)
-        if not keeps_graph():
+        if not task.retained:
             ctx.operation = None
         return None, *grads
-
-
-keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 class Twice(torch.autograd.Function):
@@ -106,7 +101,7 @@ def wanted(ctx, operation: Operation) -> list[bool]:
     """Which inputs' gradients this backward pass needs: it may be restricted to some inputs."""
     needs = list(ctx.needs_input_grad[1:])
     if operation.prunes:
-        for i, (node, _) in zip(ctx.tensors, ctx.next_functions, strict=True):  # an edge for each tensor
+        for i, (node, _) in enumerate(ctx.next_functions):  # an edge for each tensor; a bias comes last
             if node is not None:
                 try:
                     needs[i] = torch._C._will_engine_execute_node(node)
@@ -133,7 +128,7 @@ def task_of(table: Table) -> Task:
     key = torch._C._current_graph_task_id()
     task = table.tasks.get(key)
     if task is None:
-        task = table.tasks[key] = Task(table, keeps_graph())
+        task = table.tasks[key] = Task(table, torch._C._autograd._get_current_graph_task_keep_graph())
         # The engine holds it until the pass ends or fails.
         torch.autograd.Variable._execution_engine.queue_callback(task.end)
     return task
@@ -163,9 +158,7 @@ class Mode(TorchFunctionMode):
         table = operation.table = self.table
         operation.number = len(table.operations)
         out = Node.apply(operation, *inputs)
-        operation.gradient = inputs[0].nbytes
-        both = inputs[0].nbytes + out.nbytes  # of each, a gradient or the value
-        operation.moment = Moment(both, both + operation.scratch(inputs, out))
+        operation.gradient, operation.result = inputs[0].nbytes, out.nbytes
         if operation.saved:
             operation.weight = weak(inputs[operation.saved[0]])
         table.operations.append(weakref.ref(operation))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from helpers.remat import passes
 from helpers.remat.task import Task, slabs
-from helpers.remat.values import Moment, Recipe, Value, View
+from helpers.remat.values import Recipe, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
@@ -29,8 +29,11 @@ class Operation:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
         prunes: whether it is worth asking which gradients this backward pass needs.
         beside: whether backward's result is in memory at the same time as the value that it needs.
-        table, number, weight, gradient, moment: the context's table, the place in its order, the parameter,
-            and bytes: of the input's gradient, and of all that backward needs at once; set by `Mode.apply`.
+        table, number, weight: the context's table, the place in its order, and the parameter; set by
+            `Mode.apply`, as are the next two.
+        gradient, result: bytes of the input (and of its gradient) and of the output.
+        scratch: bytes of a library's scratch memory in backward.
+        name: for people; of those that have no recipe.
         source: a weak reference to the input's value, if there is one for the output.
         value: what its backward needs, if anything.
         output: the value that it made, unless that is kept.
@@ -39,17 +42,14 @@ class Operation:
     saved: tuple[int, ...] = ()
     prunes = in_place = beside = False
     table = value = output = weight = source = None
-    number, gradient, moment = 0, 0, Moment()
+    number = gradient = result = scratch = 0
+    name = ""
 
     def forward(self, *inputs: Tensor) -> Tensor:
         raise NotImplementedError
 
     def backward(self, task: Task, dz: Tensor, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
         raise NotImplementedError
-
-    def scratch(self, inputs: tuple, out: Tensor) -> int:
-        """Bytes of a library's scratch memory in backward."""
-        return 0
 
     def needed(self) -> tuple[Value, ...]:
         """The values that backward needs."""
@@ -63,6 +63,10 @@ class Operation:
 
 def weak(t: Tensor | None):
     return None if t is None else weakref.ref(t)
+
+
+def copy_of(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().clone()
 
 
 def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -85,7 +89,7 @@ class Normalise(Recipe):
     def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
         self.parameter, self.mean, self.invstd, self.var, self.eps = weak(gamma), mean, invstd, var, eps
-        self.gamma, self.beta = (None if t is None else t.detach().clone() for t in (gamma, beta))
+        self.gamma, self.beta = copy_of(gamma), copy_of(beta)
 
     def norm(self) -> passes.Norm:
         invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
@@ -136,7 +140,7 @@ class BatchNorm(Operation):
         if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
             return Normalise(gamma, beta, self.mean, self.invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
-        values = [None if t is None else t.detach().clone() for t in (gamma, beta)]
+        values = copy_of(gamma), copy_of(beta)
         how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
         recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
         recipe.whole = True

@@ -65,7 +65,7 @@ def by_batch_norm(y: Tensor, gamma, beta, mean, var, eps: float, out: Tensor | N
     how = (y, gamma, beta, mean, var, False, 0.0, eps)
     if out is not None and out.is_cpu:
         none = mean.new_empty(0)  # the kernel keeps constant statistics
-        return torch.ops.aten.native_batch_norm.out(*how, out=out, save_mean=none, save_invstd=none)[0]
+        return torch.native_batch_norm(*how, out=(out, none, none))[0]
     z = torch.batch_norm(*how, False)
     return z if out is None else out.copy_(z)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from helpers.remat import passes
-from helpers.remat.values import Part, Recipe, Table, Value
+from helpers.remat.values import Part, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22
@@ -27,6 +24,7 @@ class Task:
         self.uses: dict[Value, int] = {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
         self.slack, self.now = slack(table, retained), 0  # and the number of the operation that runs
+        self.retained = retained
 
     def room(self, value: Value | None = None) -> int:
         """Bytes that may be held, now or until ``value``'s last use, without raising the peak to come."""
@@ -85,7 +83,7 @@ class Task:
 
     def on_this_stream(self, value: Value) -> Tensor | None:
         """The held tensor, if it was recomputed on this stream: another would have to wait for it."""
-        t, stream = self.holding.get(value, (None, None))
+        t, stream = self.holding.get(value) or (None, None)
         return t if t is None or stream == stream_of(t) else None
 
     def recompute(self, value: Value) -> Tensor:
@@ -93,16 +91,16 @@ class Task:
         stack = [value]
         while True:
             v = stack[-1]
-            steps, missing = self.plan(v)
-            if missing:
-                stack.extend(missing)
+            program = Program(self, v)
+            if program.missing:
+                stack.extend(program.missing)
                 continue
             if v.recipe.price:
                 t = v.recipe.run(None, *[self.start(p) for p in v.parents])
                 if v.view.dense and t.stride() != v.view.stride:  # its views have forward's strides
                     t = v.view.empty().copy_(t)
             else:
-                t = self.passes(steps, v)
+                t = program.run()
             stack.pop()
             if not stack:
                 return t
@@ -110,44 +108,120 @@ class Task:
             while self.at_hand(stack[-1]) is not None:  # two paths led there
                 stack.pop()
 
-    def plan(self, value: Value) -> tuple[list[Value], list[Value]]:
-        """The cheap steps to ``value``, each after those it needs; and convolutions that must run first."""
-        steps, missing, done = [], [], set()
-        stack = [(value, False)]
-        while stack:
-            v, ready = stack.pop()
-            if ready:
-                steps.append(v)
-            elif id(v) not in done and self.at_hand(v) is None:
-                done.add(id(v))
-                if v.recipe.price and v is not value:
-                    missing.append(v)
-                    continue
-                if not v.recipe.price:
-                    stack.append((v, True))
-                stack.extend((p, False) for p in reversed(v.parents))
-        return steps, missing
 
-    def passes(self, steps: list[Value], last: Value) -> Tensor:
-        """Run cheap steps up to the last; on a CPU all of them on a few images at a time."""
-        t = self.at_hand(last)
-        if t is not None:
-            return t
-        merged = merge(steps)
-        steps = [v for v in steps if id(v) in merged]
-        whole = {id(last): last.view.empty()}
-        for v in steps[:-1]:  # write out what another node will need, if there is room
-            if v.needs and self.fits(v) and not isinstance(v.recipe, Part):
-                whole[id(v)] = v.view.empty()
-                self.hold(v, whole[id(v)])
-        given = {id(p): self.at_hand(p) for v in steps for p in merged[id(v)][1] if id(p) not in merged}
-        program = Program(steps, merged, whole, given, places_of(steps, merged, whole))
-        result = whole[id(last)]
-        n = result.shape[0] if result.dim() else 1
-        one = any(v.recipe.whole for v in steps)
-        for images in [slice(0, n)] if one else slabs(n, result):
-            program.run(None if images == slice(0, n) else images)
+class Step:
+    """A cheap step of a `Program`.
+
+    Attributes:
+        value, recipe: what it computes, and how; no recipe if a later step does its work too.
+        inputs: what it is computed from, tensors or earlier steps.
+        read: how many steps read it.
+        memory: for the whole result, if that is wanted.
+        out, made: memory for some images, and the result there.
+    """
+
+    __slots__ = ("inputs", "made", "memory", "out", "read", "recipe", "value")
+
+    def __init__(self, value: Value, inputs: list[Tensor | Step]) -> None:
+        self.value, self.recipe, self.inputs, self.read = value, value.recipe, inputs, 0
+        self.memory = self.out = self.made = None
+
+
+class Program:
+    """The cheap steps to a value, each after those it needs. On a CPU they run on a few images at a time.
+
+    Attributes:
+        steps: by their values.
+        missing: convolutions on the way that must run first.
+    """
+
+    def __init__(self, task: Task, value: Value) -> None:
+        self.task, self.steps, self.missing = task, {}, []
+        if value.recipe.price:
+            for p in value.parents:
+                self.source(p)
+        else:
+            self.last = self.add(value)
+
+    def add(self, v: Value) -> Step:
+        """Add the steps to ``v``."""
+        step = self.steps[v] = Step(v, [self.source(p) for p in v.parents])
+        return step
+
+    def source(self, v: Value) -> Tensor | Step | None:
+        """What a step reads ``v`` from."""
+        step = self.steps.get(v)
+        if step is None:
+            t = self.task.at_hand(v)
+            if t is not None:
+                return t
+            if v.recipe.price:
+                self.missing.append(v)
+                return None
+            step = self.add(v)
+        step.read += 1
+        return step
+
+    def run(self) -> Tensor:
+        """The value; on the way, other steps' results are written out that a node needs, if there is room."""
+        last, steps, task = self.last, self.steps.values(), self.task
+        if passes.has_kernel(last.value.view.device.type):
+            self.merge()
+        steps = [step for step in steps if step.recipe is not None]
+        last.memory = result = last.value.view.empty()
+        for step in steps:
+            v = step.value
+            if v.needs and step is not last and not isinstance(step.recipe, Part) and task.fits(v):
+                step.memory = v.view.empty()
+                task.hold(v, step.memory)
+        places = {}  # a step's only reader, in whose memory it is computed
+        for step in reversed(steps):
+            first = step.inputs[0]
+            if step.recipe.reuse and type(first) is Step and first.read == 1 and first.memory is None:
+                if first.value.view[:3] == step.value.view[:3] and not isinstance(first.recipe, Part):
+                    places[first] = places.get(step, step)
+        one = result.dim() == 0 or any(step.recipe.whole for step in steps)
+        images = [None] if one else slabs(len(result), result)
+        for some in images if len(images) > 1 else [None]:
+            run_some(steps, places, some)
         return result
+
+    def merge(self) -> None:
+        """On an accelerator, let later steps do the work of earlier ones that nothing else reads."""
+        for step in reversed([*self.steps.values()]):
+            found, old = None, step.inputs
+            if step.read or step is self.last:
+                found = step.recipe.merged(step.value.parents, self.alone)
+                if found is None:
+                    continue
+                step.inputs = [self.source(p) for p in found[1]]
+            step.recipe = found and found[0]
+            for source in old:
+                if type(source) is Step:
+                    source.read -= 1
+
+    def alone(self, v: Value) -> bool:
+        """Whether ``v`` is a step that one other reads."""
+        return v in self.steps and self.steps[v].read == 1
+
+
+def run_some(steps: list[Step], places: dict[Step, Step], images: slice | None) -> None:
+    """Compute some images, or all."""
+    for step in steps:
+        step.out = step.memory if images is None or step.memory is None else step.memory[images]
+    for step in steps:
+        v, place = step.value, places.get(step, step)
+        inputs = [t.made if type(t) is Step else part(t, v, images) for t in step.inputs]
+        if isinstance(step.recipe, Part):
+            step.made = step.recipe.run(None, *inputs)
+            if place.out is not None:
+                place.out.copy_(step.made)
+            continue
+        if place.out is None:
+            place.out = v.view.empty(None if images is None else images.stop - images.start)
+        step.made = step.recipe.run(place.out, *inputs)
+    for step in steps:
+        step.made = step.out = None
 
 
 def slack(table: Table, retained: bool) -> list[int]:
@@ -163,29 +237,30 @@ def slack(table: Table, retained: bool) -> list[int]:
     for value in [] if retained else table.alive():
         change[value.when - 1] -= value.nbytes
     level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them
-    tensors, everything = [], []  # how high each operation's backward rises, the last one's first
-    for i, operation in reversed([*enumerate(operations)]):
+    tensors, everything = [0] * len(operations), [0] * len(operations)  # how high each backward rises
+    for i in reversed(range(len(operations))):
+        operation = operations[i]
         level += change[i] - gradients.pop(i, 0)
+        tensors[i] = everything[i] = level
         if operation is None:
-            tensors.append(level)
-            everything.append(level)
             continue
-        high, coming = level, operation.moment.tensors - operation.gradient
-        for v in reversed(convolutions_before(operation.needed(), seen)):  # as they are computed
+        high, rise = level, operation.gradient + operation.result  # of each, a gradient or the value
+        unkept = [v for v in operation.needed() if v.kept is None]
+        for v in reversed(convolutions_before(unkept, seen)):  # as they are computed
             level += v.nbytes
             change[v.when - 1] -= v.nbytes
-            high = max(high, level + coming + sum(p.nbytes for p in v.parents if p.kept is None))
+            high = max(high, level + operation.result + sum(p.nbytes for p in v.parents if p.kept is None))
         level += operation.grown()
-        values = sum(v.nbytes for v in operation.needed() if v.kept is None and not v.recipe.price)
-        beside = level + values * operation.beside
-        tensors.append(max(high, beside + operation.moment.tensors))
-        everything.append(max(high, beside + operation.moment.everything))
+        if operation.beside:
+            rise += sum(v.nbytes for v in unkept if not v.recipe.price)
+        tensors[i], everything[i] = max(high, level + rise), max(high, level + rise + operation.scratch)
         for taker, nbytes in takers(operation):
             taker, before = min(taker, i - 1), gradients.get(taker, 0)
-            gradients[taker] = max(before, nbytes)
-            level += gradients[taker] - before
-    pairs = zip(reversed(tensors), reversed(everything), strict=True)
-    return [min(max(tensors) - t, max(everything) - e) for t, e in pairs]
+            if nbytes > before:
+                gradients[taker] = nbytes
+                level += nbytes - before
+    peaks = max(tensors, default=0), max(everything, default=0)
+    return [min(peaks[0] - t, peaks[1] - e) for t, e in zip(tensors, everything, strict=True)]
 
 
 def takers(operation) -> list[tuple[int, int]]:
@@ -203,7 +278,7 @@ def takers(operation) -> list[tuple[int, int]]:
     return found
 
 
-def convolutions_before(values: tuple[Value, ...], seen: set[Value]) -> list[Value]:
+def convolutions_before(values: list[Value], seen: set[Value]) -> list[Value]:
     """The convolutions' outputs that must be recomputed for ``values``, without those behind ``seen``."""
     found, stack = [], [*values]
     while stack:
@@ -216,67 +291,6 @@ def convolutions_before(values: tuple[Value, ...], seen: set[Value]) -> list[Val
     return found
 
 
-class Program(NamedTuple):
-    """Steps, each after those that it needs, to run on all images at once or on some of them.
-
-    Attributes:
-        merged: the recipe and the parents of each step, which may stand for some steps before it too.
-        whole: memory for all images of the steps whose results are wanted.
-        given: the tensors that the steps start from.
-        places: for each step, the step in whose memory it is computed.
-    """
-
-    steps: list[Value]
-    merged: dict[int, tuple[Recipe, tuple[Value, ...]]]
-    whole: dict[int, Tensor]
-    given: dict[int, Tensor]
-    places: dict[int, int]
-
-    def run(self, images: slice | None) -> None:
-        made: dict[int, Tensor] = {}
-        room: dict[int, Tensor] = {}
-        for v in self.steps:
-            key, place, inputs = id(v), self.places[id(v)], []
-            recipe, parents = self.merged[key]
-            for p in parents:
-                t = made.get(id(p))
-                inputs.append(part(self.given[id(p)], v, images) if t is None else t)
-            out = room.get(place)
-            if out is None and place in self.whole:
-                out = room[place] = part(self.whole[place], v, images)
-            if isinstance(v.recipe, Part):
-                made[key] = v.recipe.run(None, *inputs)
-                if out is not None:
-                    out.copy_(made[key])
-                continue
-            if out is None:
-                out = room[place] = v.view.empty(None if images is None else images.stop - images.start)
-            made[key] = recipe.run(out, *inputs)
-
-
-def merge(steps: list[Value]) -> dict[int, tuple[Recipe, tuple[Value, ...]]]:
-    """Recipe and parents of each step that is left where later ones do the work of earlier ones."""
-    if not passes.has_kernel(steps[-1].view.device.type):
-        return {id(v): (v.recipe, v.parents) for v in steps}
-    readers = readers_of(v.parents for v in steps)
-    merged, gone = {}, set()
-    for v in reversed(steps):
-        if id(v) not in gone:
-            found = v.recipe.merged(v.parents, lambda p: readers.get(id(p)) == 1)
-            merged[id(v)] = found or (v.recipe, v.parents)
-            stack = [p for p in v.parents if found and p not in found[1]]
-            while stack:
-                p = stack.pop()
-                gone.add(id(p))
-                stack.extend(q for q in p.parents if q not in found[1])
-    return merged
-
-
-def readers_of(parents) -> dict[int, int]:
-    """How often each value is read."""
-    return Counter(id(p) for some in parents for p in some)
-
-
 def slabs(n: int, like: Tensor) -> list[slice]:
     """Slices of the batch; for fake tensors the first alone, which has the memory of any."""
     if like.device.type != "cpu" or n == 0:
@@ -284,18 +298,6 @@ def slabs(n: int, like: Tensor) -> list[slice]:
     per_slab = max(1, SLAB_BYTES // max(1, like.nbytes // n))
     cut = [slice(i, min(i + per_slab, n)) for i in range(0, n, per_slab)]
     return cut[:1] if isinstance(like, FakeTensor) else cut
-
-
-def places_of(steps: list[Value], merged: dict, whole: dict[int, Tensor]) -> dict[int, int]:
-    """For each step, the id of the step in whose memory it is computed: itself, or its only reader."""
-    readers = readers_of(merged[id(v)][1] for v in steps)
-    places = {id(v): id(v) for v in steps}
-    for v in reversed(steps):
-        recipe, (first, *_) = merged[id(v)]
-        if recipe.reuse and id(first) in places and id(first) not in whole and readers[id(first)] == 1:
-            if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
-                places[id(first)] = places[id(v)]
-    return places
 
 
 def stream_of(t: Tensor):

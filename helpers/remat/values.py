@@ -121,6 +121,7 @@ class Value:
 
     Attributes:
         recipe, parents: how to recompute it; None and () if it is kept or was made outside.
+        name: of what made it, if there is no recipe.
         kept: the tensor, if it is held from forward to backward; ``version`` is its version then.
         snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
         needs: how many nodes of the graph need it; ``first`` is the number of the first one's operation.
@@ -131,24 +132,23 @@ class Value:
             or of the first of those that made its parents.
     """
 
-    __slots__ = (
-        "counted", "first", "kept", "live", "nbytes", "needs", "operation", "origin", "parents", "read",
-        "recipe", "row", "size", "snapshot", "start", "version", "view", "waiting", "when", "__weakref__",
-    )  # fmt: skip
+    name = "given"
+    kept = snapshot = row = waiting = origin = operation = None
+    needs = when = first = 0
+    read = counted = False
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), start: int = 0
     ) -> None:
-        self.view, self.version, self.recipe, self.parents = View.of(t), t._version, recipe, parents
-        self.size, self.nbytes = t.numel(), t.nbytes
-        self.kept = self.snapshot = self.row = self.waiting = self.origin = self.operation = None
-        self.needs, self.when, self.start, self.first, self.read, self.counted = 0, 0, start, 0, False, False
-        self.live = weakref.ref(t)
+        self.view = View.of(t)
+        self.version, self.size, self.nbytes, self.live = t._version, t.numel(), t.nbytes, weakref.ref(t)
+        self.recipe, self.parents, self.start = recipe, parents, start
         if recipe is not None:
-            self.origin = recipe.parameter or parents[0].origin
-            self.start = min(p.start for p in parents)
+            self.origin, self.start = recipe.parameter or parents[0].origin, parents[0].start
             for parent in parents:
                 parent.read = True
+                if parent.start < self.start:
+                    self.start = parent.start
 
     def held(self) -> Tensor | None:
         """The kept tensor; a RuntimeError if it was changed after forward."""
@@ -165,13 +165,6 @@ class Value:
         return f"{what} of shape {tuple(self.view.shape)}"
 
 
-class Moment(NamedTuple):
-    """Temporary bytes of one operation's backward: of tensors, and with a library's scratch memory."""
-
-    tensors: int = 0
-    everything: int = 0
-
-
 class Table:
     """The values of all tensors that are alive, and the decision of what is kept.
 
@@ -182,15 +175,15 @@ class Table:
     def __init__(self, max_cost: float) -> None:
         self.max_cost, self.rows = max_cost, []
         self.plain_bytes = 0
-        # Recipes, by the storage of their weight.
-        self.weights: dict[int, weakref.WeakSet[Recipe]] = {}
+        # Weak references to recipes, by the storage of their weight or bias.
+        self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations, self.kept = [], []  # weak references, in forward's order; and to kept values
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
 
     def clear(self) -> None:
         self._storages.clear()
-        self.weights.clear()
+        self.parameters.clear()
 
     # Finding --------------------------------------------------------------------------------------------
 
@@ -213,11 +206,12 @@ class Table:
 
     def find(self, t: Tensor) -> Value:
         """The value of ``t``; a new one without a recipe if ``t`` is unknown."""
-        values, key = self._values(t), key_of(t)
-        value = values.get(key)
+        entry, key = self._storages.get(id(t.untyped_storage())), key_of(t)
+        value = entry and entry[1].get(key)
         if type(value) is weakref.ref:
             value = value()
         if value is None:
+            values = self._values(t)
             value = values[key] = self._part(values, t) or Value(t, start=len(self.operations) - 1)
             value.when = len(self.operations)
         return value
@@ -248,14 +242,19 @@ class Table:
                     return Value(t, Part(t.shape[1:], t.stride(), t.storage_offset() - offset), (whole,))
         return None
 
-    def note(self, t: Tensor, recipe: Recipe, parents: tuple[Value, ...], operation=None) -> Value:
-        """``t`` was made by this recipe, which lives as long as the operation's node, or else as ``t``."""
+    def note(self, t: Tensor, recipe: Recipe | None, parents: tuple[Value, ...], operation=None) -> Value:
+        """``t`` was made by this recipe, which lives as long as the operation's node, or else as ``t``.
+
+        Without a recipe, of an operation that cannot run again, the record still tells what made it.
+        """
         value, values, key = Value(t, recipe, parents), self._values(t), key_of(t)
         value.when = len(self.operations)
         if operation is not None:
             operation.output, value.operation = value, weakref.ref(operation)
             operation.source, value.start = weakref.ref(parents[0]), operation.number
             values[key] = weakref.ref(value)
+            if recipe is None:
+                value.parents, value.name, value.origin = (), operation.name, operation.weight
         else:
             value.live = weakref.ref(t, lambda _: values.pop(key, None))
             values[key] = value
@@ -265,55 +264,56 @@ class Table:
 
     def need(self, value: Value, t: Tensor) -> Value:
         """A node needs ``value``, whose tensor is ``t``: decide what to keep for it."""
-        if not value.needs:
-            value.first = len(self.operations)
         value.needs += 1
-        self.row_of(value)
+        if value.needs > 1:
+            return value
+        value.first = len(self.operations)
+        if value.row is None:
+            self.add_row(value)
         if value.kept is None:
-            path = [value, *value.parents, *(p for v in value.parents for p in v.parents)]
+            parents = value.parents
             if not self.affordable(value):
                 self.keep_least(value, t)
-            for v in path:
-                v.waiting = None
+            value.waiting = None
+            for p in parents:
+                p.waiting = None
+                for q in p.parents:
+                    q.waiting = None
         return value
 
-    def row_of(self, value: Value) -> Row:
+    def add_row(self, value: Value) -> None:
         """The value's line in the record."""
-        if value.row is None:
-            name = "given" if value.recipe is None else value.recipe.name
-            value.row = Row(name, value.origin, value.view)
-            self.rows.append(value.row)
-        return value.row
+        name = value.name if value.recipe is None else value.recipe.name
+        value.row = Row(name, value.origin, value.view)
+        self.rows.append(value.row)
 
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
         """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
-        size = value.size
-        most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
         if value.recipe is None:
             return value.kept is not None
+        if value.recipe.price > self.max_cost:
+            return False
+        size = value.size
+        most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
         if value.recipe.price:  # leave some for the values computed from it
             most_passes, most_made = most_passes - 4 * size, most_made - 0.5
         else:  # a margin for squeeze-and-excite's small convolutions
             most_price *= 17 / 16
         price = passes = made = 0.0
-        largest = value.nbytes
-        stack, seen = [value], {id(value)}
-        while stack:
-            v = stack.pop()
-            if v.kept is not None or (also is not None and v in also):
-                continue
-            if v.recipe is None:
+        largest, path = value.nbytes, [value]
+        for v in path:  # it grows
+            recipe = v.recipe
+            if recipe is None:
                 return False
             n = v.size
-            price, passes = price + v.recipe.price * n, passes + v.recipe.passes * n
+            price, passes = price + recipe.price * n, passes + recipe.passes * n
             if price > most_price or passes > most_passes:
                 return False
-            if v.recipe.price:
+            if recipe.price:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
-                if id(p) not in seen:
-                    seen.add(id(p))
-                    stack.append(p)
+                if p.kept is None and p not in path and not (also and p in also):
+                    path.append(p)
         if made > most_made * largest:
             return False
         if value.row is not None:
@@ -322,8 +322,9 @@ class Table:
 
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or the values that it is computed from, if these are smaller and still alive."""
-        parts = self.parts(value, {}) if value.recipe is not None else None
-        if parts and bytes_of(parts) < value.nbytes + value.recipe.joins and self.affordable(value, parts):
+        recipe = value.recipe
+        parts = None if recipe is None else self.parts(value, {})
+        if parts and bytes_of(parts) < value.nbytes + recipe.joins and self.affordable(value, parts):
             for part, tensor in parts.items():
                 self.keep(part, tensor)
         else:
@@ -353,15 +354,19 @@ class Table:
         """Hold ``t`` until backward. The table's reference is weak from now on."""
         value.kept, value.version = t.detach(), t._version
         self.kept.append(weakref.ref(value))
-        self.row_of(value).kept = True
+        if value.row is None:
+            self.add_row(value)
+        value.row.kept = True
         value.recipe, value.parents = None, ()
-        operation = value.operation and value.operation()
-        if operation is not None:  # its node outlives those that need the tensor
-            operation.output = None
-        values = self._values(t)
-        for key, v in values.items():
-            if v is value:
-                values[key] = weakref.ref(value)
+        if value.operation is not None:
+            operation = value.operation()
+            if operation is not None:  # its node outlives those that need the tensor
+                operation.output = None
+        else:
+            values = self._values(t)
+            for key, v in values.items():
+                if v is value:
+                    values[key] = weakref.ref(value)
 
     def alive(self) -> list[Value]:
         values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]
@@ -385,8 +390,9 @@ class Table:
                 self.keep(value, whole)
             if value.kept is not None and value.read and value.snapshot is None:
                 value.snapshot = value.kept.clone()
-        for recipe in self.weights.pop(id(t.untyped_storage()), ()):
-            recipe.copy_weight()
+        for ref in self.parameters.pop(id(t.untyped_storage()), ()):
+            if (recipe := ref()) is not None:
+                recipe.copy_parameters()
         self._storages.pop(id(t.untyped_storage()), None)
 
     def count_plain(self, value: Value) -> None:

@@ -13,11 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from helpers.memory import MemoryTrace
-from helpers.remat.mode import Mode, remat
+from helpers.remat.mode import remat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +64,17 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     model raises. Under ``torch.autocast`` both run in autocast.
 
     Args:
-        model: on any device that `MemoryTrace` can measure.
+        model: on any device that `MemoryTrace` can measure. It may return tensors in lists, tuples, dicts and
+            whatever else ``torch.utils._pytree`` knows.
         rounds: pairs of steps that are timed.
 
     Raises:
         ValueError: an argument that does not fit, or cannot be copied.
-        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be an int from 1 on, got {rounds!r}")
-    inside = any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
-    if inside or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        raise RuntimeError("compare must be called outside of remat and of saved-tensor hooks")
     contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -86,12 +82,13 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     with torch.inference_mode(False), torch.enable_grad():
         start = step(model, given).start  # libraries allocate at first use
         plain, ours = (step(model, given, start, *how) for how in zip(contexts, traces, strict=True))
-        equal = [t.dtype for t in plain.values] == [t.dtype for t in ours.values]
-        equal = equal and all(map(same, plain.values, ours.values))
+        equal = len(plain.values) == len(ours.values) and all(map(same, plain.values, ours.values))
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
-                exact, reference = step(*in_float64((model, given, start)), no_autocast(device)), "float64"
+                wide = tree_map_only(Tensor, in_float64, (given, start))
+                no_autocast = torch.autocast(device.type, enabled=False)
+                exact, reference = step(copy.deepcopy(model).double(), *wide, no_autocast), "float64"
         exact = exact or step(model, given, start)
         difference, rounding = apart(ours.grads, plain.grads), apart(plain.grads, exact.grads)
         del plain, ours, exact
@@ -113,7 +110,11 @@ class Step(NamedTuple):
 
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
-    model, (args, kwargs) = copy_of(model, given)
+    try:
+        model, (args, kwargs) = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
+    except Exception as error:  # whatever a part may have against it
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model and its arguments must allow copy.deepcopy, got {what}") from error
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]
@@ -137,32 +138,17 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     return Step(values, grads, start, fixed, seconds)
 
 
-def copy_of(model: nn.Module, given: tuple) -> tuple:
-    """Deep copies of the model and of its arguments, whose tensors become leaves."""
-    leaf = lambda t: t.detach().clone().requires_grad_(t.requires_grad)  # noqa: E731
-    try:
-        copies = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
-    except Exception as error:  # whatever a part may have against it
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model and its arguments must allow copy.deepcopy, got {what}") from error
-    if not all(p.is_leaf for p in copies[0].parameters()):
-        raise ValueError(f"model must have leaf parameters when it is copied, got {type(model).__name__}")
-    return copies
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.requires_grad)
 
 
-def in_float64(what: tuple) -> tuple:
-    """``(model, its arguments, gradients)`` as copies in float64."""
-    wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
-    return copy_of(what[0], ())[0].double(), *tree_map_only(Tensor, wide, what[1:])
+def in_float64(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
 
 
 def same(p: Tensor, q: Tensor) -> bool:
     """Whether they are equal to the bit, a NaN equal to a NaN."""
-    return p.shape == q.shape and bool(((p == q) | ((p != p) & (q != q))).all())
-
-
-def no_autocast(device: torch.device):
-    return torch.autocast(device.type, enabled=False)
+    return p.dtype == q.dtype and p.shape == q.shape and torch.allclose(p, q, 0, 0, equal_nan=True)
 
 
 def random_state(device: torch.device) -> list[Tensor]:
@@ -177,14 +163,7 @@ def clock(device: torch.device) -> float:
 
 
 def tensors_in(tree) -> list[Tensor]:
-    """All tensors in lists, tuples, dicts, PyTorch's other trees, and dataclasses."""
-    found = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
-    return found
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 def apart(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -196,4 +175,4 @@ def apart(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def wide(t: Tensor) -> Tensor:
-    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+    return t.to(torch.promote_types(t.dtype, torch.float64))

@@ -30,6 +30,10 @@ from helpers.conv import check_images, conv2d_backward
 
 __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction"]
 
+TWICE = (
+    b"FusedConvBN2d has first derivatives only; where you need second ones, call its two modules instead, "
+    b"first conv and then bn"
+)
 HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that a module may have
 
 
@@ -136,48 +140,30 @@ class FusedConvBN2dFunction(torch.autograd.Function):
     """``apply(x, weight, bias, gamma, beta, Settings())``: z, and mean and variance of y without the bias.
 
     Batch norm takes the batch's own statistics. The tensors must fit each other, as `FusedConvBN2d` checks.
-    The gradients cannot be differentiated (`FirstOnly`).
+    Differentiating one of the gradients raises an error.
     """
 
     @staticmethod
-    def forward(x, weight, bias, gamma, beta, settings):
-        return fused_forward(x, weight, gamma, beta, settings)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, gamma, _, ctx.settings = inputs
-        ctx.save_for_backward(x, weight, gamma, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+    def forward(ctx, x, weight, bias, gamma, beta, settings):
+        z, mean, var = fused_forward(x, weight, gamma, beta, settings)
+        ctx.save_for_backward(x, weight, gamma, mean, var)
+        ctx.mark_non_differentiable(mean, var)
+        ctx.settings = settings
+        return z, mean, var
 
     @staticmethod
     def backward(ctx, dz, *_):
-        needs = ctx.needs_input_grad[:5]
-        run = FirstOnly.apply if torch.is_grad_enabled() else fused_backward  # enabled with create_graph=True
-        with torch._C._DisableAutocast():  # forward has chosen the dtypes
-            grads = run(dz, *ctx.saved_tensors, ctx.settings, needs[:2])
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), None
-
-
-class FirstOnly(torch.autograd.Function):
-    """The same backward as a function of dz and the saved tensors; differentiating one of its results raises.
-
-    PyTorch's once_differentiable raises only if dz has a graph. For the loss z.sum() it has none, and the
-    missing second derivative would silently count as 0.
-    """
-
-    generate_vmap_rule = True
-    forward = staticmethod(fused_backward)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            "FusedConvBN2d has first derivatives only; where you need second ones, call its two modules "
-            "instead, first conv and then bn"
-        )
+        needs, made_from = ctx.needs_input_grad[:5], (dz, *ctx.saved_tensors)
+        with torch.no_grad(), torch._C._DisableAutocast():  # forward has chosen the dtypes
+            grads = fused_backward(*made_from, ctx.settings, needs[:2])
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+        if torch.is_grad_enabled():  # with create_graph=True
+            # PyTorch's once_differentiable would raise only if dz has a graph. For the loss z.sum() it has
+            # none, and the missing second derivative would silently count as 0.
+            tensors = [t for t in (*grads, *made_from) if t is not None]
+            guarded = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
+            grads = [grad if grad is None else next(guarded) for grad in grads]
+        return *grads, None
 
 
 def uncompiled(function):

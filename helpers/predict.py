@@ -149,7 +149,7 @@ def predict_memory(
         device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
 
     Raises:
-        ValueError: an argument that does not fit.
+        ValueError: an argument that does not fit; what PyTorch or the model raise for these shapes.
     """
     if device_type not in DEVICES:
         raise ValueError(f"device_type must be one of {', '.join(DEVICES)}, got {device_type!r}")
@@ -186,11 +186,6 @@ def predict_memory(
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     """``inputs`` with a tensor without memory, in the dtype of the parameters, in place of each shape."""
-    if not inputs:
-        raise ValueError("inputs must have at least one tensor or shape, got none")
-    for shape in inputs:
-        if not isinstance(shape, Tensor):
-            check_shape("inputs", shape)
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
@@ -229,7 +224,6 @@ def largest_batch(
     Raises:
         ValueError: ``budget_bytes`` is too little for one image, or an argument does not fit.
     """
-    check_shape("image_shape", image_shape)
     check_bytes("budget_bytes", budget_bytes)
     how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
     needed: dict[int, int] = {}
@@ -304,10 +298,10 @@ def next_price(cost: int):
     def noting(table, value, *others) -> bool:
         if affordable(table, value, *others):
             return True
-        asked, table.max_cost = table.max_cost, math.inf
+        table.max_cost = math.inf
         if affordable(table, value, *others):  # it was refused for its price
             further[0] = min(further[0], max(cost + 1, math.ceil(value.row.cost)))
-        table.max_cost = asked
+        table.max_cost = cost
         return False
 
     with patch.object(Table, "affordable", noting):
@@ -318,9 +312,3 @@ def check_bytes(name: str, value) -> None:
     """Raise a ValueError unless ``value`` is a number of bytes."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number of bytes above 0, got {value!r}")
-
-
-def check_shape(name: str, shape) -> None:
-    """Raise a ValueError unless ``shape`` is a shape."""
-    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 1 for n in shape):
-        raise ValueError(f"{name} must be a shape, a tuple of ints from 1 on, got {shape!r}")

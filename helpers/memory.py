@@ -12,6 +12,7 @@ before it and are not included.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -45,13 +46,10 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
     device = torch.device(device)
     if device.type == "cpu":
         return device, "CPU allocator, every allocation from the profiler"
-    try:
-        torch.accelerator.max_memory_allocated(device)
-        if not torch.accelerator.memory_stats(device):
-            raise RuntimeError("no statistics")
-    except (AttributeError, RuntimeError, NotImplementedError, ValueError):
-        return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"
-    return device, f"{device.type} allocator's statistics"
+    with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError, ValueError):
+        if torch.accelerator.memory_stats(device):
+            return device, f"{device.type} allocator's statistics"
+    return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"
 
 
 def describe_device(device: torch.device | str) -> dict[str, str]:

@@ -15,10 +15,12 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 import sys
 import weakref
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -166,8 +168,7 @@ def predict_memory(
     inputs, held = as_tensors(model, inputs), Held(block)
 
     def fake(t: Tensor) -> Tensor:
-        how = {"dtype": t.dtype, "device": device, "requires_grad": t.requires_grad}
-        return torch.empty_strided(t.shape, t.stride(), **how)
+        return torch.empty_like(t, device=device, requires_grad=t.requires_grad)
 
     with FakeTensorMode(allow_non_fake_inputs=True):
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
@@ -226,31 +227,25 @@ def largest_batch(
     """
     check_bytes("budget_bytes", budget_bytes)
     how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
-    needed: dict[int, int] = {}
 
-    def fits(n: int) -> bool:
-        needed[n] = bytes_needed(model, as_tensors(model, [(n, *image_shape)]), optimizer_copies, **how)
-        return needed[n] <= budget_bytes
+    @functools.cache
+    def needed(n: int) -> int:
+        return bytes_needed(model, as_tensors(model, [(n, *image_shape)]), optimizer_copies, **how)
 
-    if not fits(2):
-        with suppress(ValueError):  # batch norm may need more than one value per channel
-            if fits(1):
-                return 1
-        least = min(needed)
+    least = 1
+    try:
+        needed(1)
+    except ValueError:  # batch norm may need more than one value per channel
+        least = 2
+    if needed(least) > budget_bytes:
         raise ValueError(
-            f"budget_bytes must hold a step of batch size {least}, {needed[least]:,} bytes, "
+            f"budget_bytes must hold a step of batch size {least}, {needed(least):,} bytes, "
             f"got {budget_bytes:,}"
         )
-    low, high = 2, 16
-    while fits(high):
-        low, high = high, 4 * high
-    while high - low > 1:
-        # Memory is nearly linear in the batch: try where a line meets the budget.
-        per_image = (needed[high] - needed[low]) / (high - low)
-        n = low + int((budget_bytes - needed[low]) / per_image) if len(needed) < 12 else (low + high) // 2
-        n = min(max(n, low + 1), high - 1)
-        low, high = (n, high) if fits(n) else (low, n)
-    return low
+    most = 4 * least
+    while needed(most) <= budget_bytes:
+        most *= 4
+    return bisect.bisect_right(range(most), budget_bytes, lo=most // 4, key=needed) - 1
 
 
 def max_cost_for(

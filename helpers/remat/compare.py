@@ -86,9 +86,10 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
-                wide = tree_map_only(Tensor, in_float64, (given, start))
+                to_float64 = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+                arguments = tree_map_only(Tensor, to_float64, (given, start))
                 no_autocast = torch.autocast(device.type, enabled=False)
-                exact, reference = step(copy.deepcopy(model).double(), *wide, no_autocast), "float64"
+                exact, reference = step(copy.deepcopy(model).double(), *arguments, no_autocast), "float64"
         exact = exact or step(model, given, start)
         difference, rounding = apart(ours.grads, plain.grads), apart(plain.grads, exact.grads)
         del plain, ours, exact
@@ -110,6 +111,7 @@ class Step(NamedTuple):
 
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
+    leaf = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
     try:
         model, (args, kwargs) = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
     except Exception as error:  # whatever a part may have against it
@@ -136,14 +138,6 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     return Step(values, grads, start, fixed, seconds)
-
-
-def leaf(t: Tensor) -> Tensor:
-    return t.detach().requires_grad_(t.requires_grad)
-
-
-def in_float64(t: Tensor) -> Tensor:
-    return t.double() if t.is_floating_point() else t
 
 
 def same(p: Tensor, q: Tensor) -> bool:

@@ -66,32 +66,6 @@ class Settings(NamedTuple):
         return [slice(start, start + images) for start in range(0, len(x), images)]
 
 
-def fused_forward(
-    x: Tensor, weight: Tensor, gamma: Tensor | None, beta: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z, and the mean and variance of y, (C_out,) each, in float32 at least.
-
-        y = conv(x, w)        μ, var = statistics of y        z = γ (y - μ)/σ + β,  σ² = var + ε
-
-    There is no bias: the norm would subtract it again. z is written into y's memory.
-    """
-    first, *others = settings.slabs(x, weight)
-    y = F.conv2d(x[first], weight, None, *settings.geometry)
-    if others:
-        y_first, y = y, y.new_empty_strided((len(x), *y.shape[1:]), y.stride())
-        y[first] = y_first
-    for s in others:
-        y[s] = F.conv2d(x[s], weight, None, *settings.geometry)
-    mean, var = batch_stats(y)
-    scale = scale_of(gamma, var + settings.eps)
-    for piece in pieces(y):
-        z = centre(piece, mean, inplace=True).mul_(per_channel(scale))
-        if beta is not None:
-            z.add_(per_channel(beta))
-        piece.copy_(z)  # z is the piece, but for half precision
-    return y, mean, var
-
-
 def fused_backward(
     dz: Tensor, x: Tensor, weight: Tensor, gamma: Tensor | None, mean: Tensor, var: Tensor, settings, needs
 ) -> tuple[Tensor | None, ...]:
@@ -137,19 +111,35 @@ def moved_into(dx: Tensor, y: Tensor) -> Tensor:
 
 
 class FusedConvBN2dFunction(torch.autograd.Function):
-    """``apply(x, weight, bias, gamma, beta, Settings())``: z, and mean and variance of y without the bias.
+    """``apply(x, weight, bias, gamma, beta, Settings())``: z, and the mean and variance of y, (C_out,) each.
 
-    Batch norm takes the batch's own statistics. The tensors must fit each other, as `FusedConvBN2d` checks.
-    Differentiating one of the gradients raises an error.
+        y = conv(x, w)        μ, var = statistics of y        z = γ (y - μ)/σ + β,  σ² = var + ε
+
+    The statistics are the batch's own, in float32 at least. The bias gets a gradient of 0 and is not in y:
+    the norm would subtract it again. The tensors must fit each other, as `FusedConvBN2d` checks. A gradient
+    that is differentiated again raises an error.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, settings):
-        z, mean, var = fused_forward(x, weight, gamma, beta, settings)
+        first, *others = settings.slabs(x, weight)
+        y = F.conv2d(x[first], weight, None, *settings.geometry)
+        if others:
+            y_first, y = y, y.new_empty_strided((len(x), *y.shape[1:]), y.stride())
+            y[first] = y_first
+        for s in others:
+            y[s] = F.conv2d(x[s], weight, None, *settings.geometry)
+        mean, var = batch_stats(y)
+        scale = scale_of(gamma, var + settings.eps)
+        for piece in pieces(y):  # becomes z
+            z = centre(piece, mean, inplace=True).mul_(per_channel(scale))
+            if beta is not None:
+                z.add_(per_channel(beta))
+            piece.copy_(z)  # in half precision z has memory of its own
         ctx.save_for_backward(x, weight, gamma, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.settings = settings
-        return z, mean, var
+        return y, mean, var
 
     @staticmethod
     def backward(ctx, dz, *_):
@@ -164,15 +154,6 @@ class FusedConvBN2dFunction(torch.autograd.Function):
             guarded = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
             grads = [grad if grad is None else next(guarded) for grad in grads]
         return *grads, None
-
-
-def uncompiled(function):
-    """``function``, for torch.compile to leave as it is.
-
-    The compiler would notice that backward repeats forward's convolution, compute it once, and keep y: the
-    very tensor that this file avoids keeping.
-    """
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function
 
 
 class FusedConvBN2d(nn.Module):
@@ -239,8 +220,12 @@ class FusedConvBN2d(nn.Module):
             raise ValueError("input: batch statistics need more than 1 value per channel, got 1")
         x, padding = padded(input.to(y.dtype), conv)
         settings = Settings(bn.eps, conv.stride, padding, conv.dilation, conv.groups, self.slab_size)
-        inputs = (x, conv.weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
-        z, mean, var = uncompiled(FusedConvBN2dFunction.apply)(*inputs)
+        run = FusedConvBN2dFunction.apply
+        if torch.compiler.is_compiling():
+            # The compiler would notice that backward repeats forward's convolution, compute it once, and keep
+            # y: the very tensor that this layer avoids keeping.
+            run = torch.compiler.disable(run)
+        z, mean, var = run(x, conv.weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
         if bn.training and bn.track_running_stats:
             bn.num_batches_tracked.add_(1)
             momentum = bn.momentum

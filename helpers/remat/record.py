@@ -19,11 +19,7 @@ class Record:
     """
 
     def __init__(self, table: Table) -> None:
-        self._table, self._names = table, {}
-
-    @property
-    def rows(self) -> list[Row]:
-        return self._table.rows
+        self._table, self._names, self.rows = table, {}, table.rows
 
     @property
     def kept_bytes(self) -> int:

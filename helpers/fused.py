@@ -38,22 +38,15 @@ HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that
 
 
 class Settings(NamedTuple):
-    """What the kernel needs apart from tensors; stride to groups are F.conv2d's, in its order.
+    """What the kernel needs apart from tensors: the norm's ε, F.conv2d's arguments, and the slab.
 
     ``slab_size`` is the number of images to process at once: backward's temporary memory grows with it. None
     chooses by size, "batch" takes the whole batch, as the tutorial does.
     """
 
     eps: float = 1e-5
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    groups: int = 1
+    geometry: tuple = (1, 0, 1, 1)  # stride, padding, dilation, groups
     slab_size: int | str | None = None
-
-    @property
-    def geometry(self) -> tuple:
-        return self[1:5]
 
     def slabs(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The images of each slab; forward and backward cut alike."""
@@ -183,8 +176,7 @@ class FusedConvBN2d(nn.Module):
         **conv_by_name,
     ) -> None:
         super().__init__()
-        is_number = isinstance(slab_size, int) and not isinstance(slab_size, bool) and slab_size >= 1
-        if slab_size not in (None, "batch") and not is_number:
+        if slab_size not in (None, "batch") and (type(slab_size) is not int or slab_size < 1):
             raise ValueError(
                 f'slab_size must be None, "batch" or a number of images from 1 on, got {slab_size!r}'
             )
@@ -210,22 +202,24 @@ class FusedConvBN2d(nn.Module):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
-        conv, bn, y = self.conv, self.bn, self.output_of_no_images(input)
+        conv, bn = self.conv, self.bn
+        weight = conv.weight  # once: a parametrization computes it at each access
+        y = self.output_of_no_images(input, weight)
         m = len(input) * y.shape[2:].numel()
         if m == 0:  # no statistics
             return bn(conv(input))
         if not bn.training and bn.running_mean is not None:
-            return conv._conv_forward(input, *fold(conv, bn))
+            return conv._conv_forward(input, *fold(weight, conv.bias, bn))
         if m == 1:
             raise ValueError("input: batch statistics need more than 1 value per channel, got 1")
         x, padding = padded(input.to(y.dtype), conv)
-        settings = Settings(bn.eps, conv.stride, padding, conv.dilation, conv.groups, self.slab_size)
+        settings = Settings(bn.eps, (conv.stride, padding, conv.dilation, conv.groups), self.slab_size)
         run = FusedConvBN2dFunction.apply
         if torch.compiler.is_compiling():
             # The compiler would notice that backward repeats forward's convolution, compute it once, and keep
             # y: the very tensor that this layer avoids keeping.
             run = torch.compiler.disable(run)
-        z, mean, var = run(x, conv.weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
+        z, mean, var = run(x, weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
         if bn.training and bn.track_running_stats:
             bn.num_batches_tracked.add_(1)
             momentum = bn.momentum
@@ -235,17 +229,17 @@ class FusedConvBN2d(nn.Module):
             update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
         return z
 
-    def output_of_no_images(self, input: Tensor) -> Tensor:
+    def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
         check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
         check_images(input)
-        y = self.conv._conv_forward(input[:0].detach(), self.conv.weight.detach(), None)  # PyTorch's checks
+        y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}
             if name.startswith("conv."):  # under autocast any, since they are cast
                 allowed = {t.dtype if torch._C._is_any_autocast_enabled() else input.dtype}
             if t.device != input.device or (t.is_floating_point() and t.dtype not in allowed):
-                must = f"{' or '.join(map(str, allowed))} on {input.device}"
+                must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
         return y
 
@@ -272,13 +266,13 @@ def padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:
     return input, (rows // 2, columns // 2)
 
 
-def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals conv, then a norm with constant statistics.
+def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals this one, then a norm with constant statistics.
 
     γ (w∗x + b - μ)/σ + β  =  (γ/σ w)∗x  +  β + γ/σ (b - μ), with ∗ the convolution.
     """
     mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (bn.running_mean, bn.running_var))
     scale = scale_of(bn.weight, var + bn.eps)
-    shift = scale * (-mean if conv.bias is None else conv.bias - mean)
+    shift = scale * (-mean if bias is None else bias - mean)
     shift = shift if bn.bias is None else shift + bn.bias
-    return (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype), shift.to(conv.weight.dtype)
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)

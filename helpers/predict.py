@@ -212,14 +212,14 @@ def largest_batch(
 ) -> int:
     """The largest batch whose training step is predicted to fit into ``budget_bytes``.
 
-    This counts parameters and buffers, ``optimizer_copies`` times the parameters that are trained, the batch
-    of images, and the peak of `predict_memory`, which includes the gradients of the parameters. It does not
-    count labels, the gradient of the output, and what the driver and libraries take: leave room for these.
+    This counts parameters and buffers, the optimizer's tensors, the batch of images, and the peak of
+    `predict_memory`, which includes the gradients of the parameters. It does not count labels, the gradient
+    of the output, and what the driver and libraries take: leave room for these.
 
     Args:
         image_shape: of one image, (C, H, W), in the dtype of the parameters.
-        optimizer_copies: tensors that the optimizer keeps for each parameter: 0 for plain SGD, 1 with
-            momentum, 2 for Adam.
+        optimizer_copies: what the optimizer keeps for each trained parameter: 0 tensors of its size for plain
+            SGD, 1 with momentum, 2 for Adam.
         model, device_type, max_cost, autocast: see `predict_memory`.
 
     Raises:

@@ -285,6 +285,14 @@ def test_the_pairs_parameters_and_state_and_copies():
         assert other.slab_size == 2 and torch.equal(other.eval()(x), fused.eval()(x))
 
 
+def test_a_parametrized_weight_is_computed_once():
+    """Spectral norm takes a step each time."""
+    pair = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), nn.BatchNorm2d(3))
+    fused, x = fuse(pair), torch.randn(2, 2, 5, 5)
+    pair(x), fused(x)
+    close(fused.conv.parametrizations.weight[0]._u, pair[0].parametrizations.weight[0]._u, "u")
+
+
 def test_frozen_norm_inside_a_training_layer():
     fused = FusedConvBN2d(2, 3, 3)
     fused.bn.eval()

@@ -2,7 +2,7 @@
 
 from helpers.batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
 from helpers.conv import conv2d_backward
-from helpers.fused import FusedConvBN2d, FusedConvBN2dFunction, fused_conv_bn2d
+from helpers.fused import FusedConvBN2d, FusedConvBN2dFunction
 from helpers.predict import Prediction, largest_batch, max_cost_for, predict_memory
 from helpers.remat import remat
 from helpers.remat.compare import Comparison, compare
@@ -17,7 +17,6 @@ __all__ = [
     "batch_stats",
     "compare",
     "conv2d_backward",
-    "fused_conv_bn2d",
     "largest_batch",
     "max_cost_for",
     "predict_memory",

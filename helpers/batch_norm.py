@@ -12,10 +12,6 @@ from torch import Tensor
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
-# Bytes to process at once. On a CPU they should stay in a core's cache between the steps that use them; an
-# accelerator needs larger pieces to be busy.
-PIECE_BYTES = {"cpu": 1 << 22}
-PIECE_BYTES_ACCELERATOR = 1 << 27
 
 
 def per_channel(vector: Tensor) -> Tensor:
@@ -23,9 +19,18 @@ def per_channel(vector: Tensor) -> Tensor:
     return vector.view(-1, 1, 1)
 
 
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and sums: float64 stays, everything smaller becomes float32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+def piece_bytes(t: Tensor) -> int:
+    """How many bytes of ``t`` to process at once.
+
+    On a CPU they should stay in a core's cache between the steps that use them; an accelerator needs larger
+    pieces to be busy.
+    """
+    return 1 << 22 if t.is_cpu else 1 << 27
+
+
+def pieces(t: Tensor) -> tuple[Tensor, ...]:
+    """Views of ``t``, each of so many images."""
+    return t.split(max(1, piece_bytes(t) // t[0].nbytes))
 
 
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,31 +48,17 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(mean, var)``, each (C,), float32 or, for float64 input, float64.
     """
-    dtype, m = stats_dtype(y.dtype), y.numel() // y.shape[1]
-    c, zero = y[0].mean((1, 2), dtype=dtype), torch.zeros(y.shape[1], dtype=dtype, device=y.device)
-    sums = None
-    for piece in y.split(max(1, piece_bytes(y) * len(y) // y.nbytes)):
-        centred = centre(piece, c)
-        sums = add_up(sums, batch_norm_sums(centred, centred, zero))
+    c, m = y[0].mean((1, 2), dtype=torch.promote_types(y.dtype, torch.float32)), y.numel() // y.shape[1]
+    centred = (centre(piece, c) for piece in pieces(y))
+    sums = add_up([batch_norm_sums(piece, piece, torch.zeros_like(c)) for piece in centred])
     delta, square = (total / m for total in sums)
-    return (c + delta).to(dtype), (square - delta**2).clamp_min(0).to(dtype)
+    return (c + delta).to(c.dtype), (square - delta**2).clamp_min(0).to(c.dtype)
 
 
-def piece_bytes(t: Tensor) -> int:
-    """How many bytes of ``t`` to process at once."""
-    return PIECE_BYTES.get(t.device.type, PIECE_BYTES_ACCELERATOR)
-
-
-def add_up(total: list[Tensor] | None, parts: tuple[Tensor, ...]) -> list[Tensor]:
-    """Per-channel sums over pieces of a batch, in `wide_dtype`."""
-    if total is None:
-        return [t.to(wide_dtype(t)) for t in parts]
-    return [t.add_(part) for t, part in zip(total, parts, strict=True)]
-
-
-def wide_dtype(t: Tensor) -> torch.dtype:
-    """The dtype in which sums of pieces are added up: float64 where the device has it."""
-    return t.dtype if t.device.type == "mps" else torch.float64
+def add_up(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Per-channel sums over a batch, from those over its parts; in float64, but for MPS, which has none."""
+    wide = parts[0][0].dtype if parts[0][0].is_mps else torch.float64
+    return [torch.stack(sums).sum(0, dtype=wide) for sums in zip(*parts, strict=True)]
 
 
 def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
@@ -94,6 +85,11 @@ def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, 
     return grad_out.sum(CHANNELS, dtype=mean.dtype), (grad_out * centre(y, mean)).sum(CHANNELS)
 
 
+def scale_of(weight: Tensor | None, var_eps: Tensor) -> Tensor:
+    """γ/σ, with σ² = var + ε (``var_eps``)."""
+    return torch.rsqrt(var_eps) if weight is None else weight * torch.rsqrt(var_eps)
+
+
 def grad_input_coefficients(
     scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,24 +99,18 @@ def grad_input_coefficients(
     κ_0 = -κ_dz Σ dz / m.
     """
     # Round each once: an error in κ_0 is in all m values, and Σ dy would no longer vanish.
-    sum_dz, sum_dz_y = (t.to(wide_dtype(t)) for t in sums)
+    sum_dz, sum_dz_y = add_up([sums])
     by_m = scale / -m
     return scale, (by_m * sum_dz_y / var_eps).to(scale.dtype), (by_m * sum_dz).to(scale.dtype)
 
 
 def grad_input_(
-    grad_out: Tensor, y_centred: Tensor, kappa_dz: Tensor, kappa_y: Tensor | None, kappa_0: Tensor | None
+    grad_out: Tensor, y_centred: Tensor, kappa_dz: Tensor, kappa_y: Tensor, kappa_0: Tensor
 ) -> Tensor:
-    """dy = κ_dz dz + κ_y (y - μ) + κ_0, in the memory of ``y_centred`` = y - μ.
-
-    κ_y and κ_0 are None for constant statistics.
-    """
-    kappa_dz = per_channel(kappa_dz)
-    if kappa_y is None:
-        return torch.mul(grad_out, kappa_dz, out=y_centred)
-    # A broadcast first argument of addcmul is slow on a CPU; these three are not.
+    """dy = κ_dz dz + κ_y (y - μ) + κ_0, in the memory of ``y_centred`` = y - μ."""
+    # A broadcast first argument of addcmul is slow on a CPU; these three steps are not.
     y_centred.mul_(per_channel(kappa_y)).add_(per_channel(kappa_0))
-    return y_centred.addcmul_(grad_out, kappa_dz)
+    return y_centred.addcmul_(grad_out, per_channel(kappa_dz))
 
 
 def batch_norm_forward(
@@ -134,13 +124,8 @@ def batch_norm_forward(
         mean, var: (C,): the batch's own (``batch_stats``) in training, the running ones in eval mode.
         eps: ε, inside the root.
     """
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight
-    z = centre(input, mean) * per_channel(scale)
-    if bias is not None:
-        z = z + per_channel(bias)
-    return z.to(input.dtype)
+    z = centre(input, mean) * per_channel(scale_of(weight, var + eps))
+    return (z if bias is None else z + per_channel(bias)).to(input.dtype)
 
 
 def batch_norm_backward(
@@ -181,14 +166,15 @@ def batch_norm_backward(
     for name, vector in (("mean", mean), ("var", var), ("weight", weight)):
         if vector is not None and tuple(vector.shape) != (input.shape[1],):
             raise ValueError(f"{name} must have shape ({input.shape[1]},), got {tuple(vector.shape)}")
-    var_eps = var + eps
-    scale = torch.rsqrt(var_eps) if weight is None else weight * torch.rsqrt(var_eps)
-    y_centred = centre(input, mean)
-    sum_dz, sum_dz_centred = sums = batch_norm_sums(grad_out, input, mean)
-    m = input.numel() // input.shape[1]
-    kappas = grad_input_coefficients(scale, var_eps, sums, m) if training else (scale, None, None)
-    dy = grad_input_(grad_out, y_centred, *kappas)
-    return dy.to(input.dtype), sum_dz_centred * torch.rsqrt(var_eps), sum_dz
+    var_eps, m = var + eps, input.numel() // input.shape[1]
+    scale = scale_of(weight, var_eps)
+    sum_dz, sum_dz_y = sums = batch_norm_sums(grad_out, input, mean)
+    if training:
+        kappas = grad_input_coefficients(scale, var_eps, sums, m)
+        dy = grad_input_(grad_out, centre(input, mean), *kappas)
+    else:
+        dy = grad_out * per_channel(scale)
+    return dy.to(input.dtype), sum_dz_y * torch.rsqrt(var_eps), sum_dz
 
 
 def update_running_stats(

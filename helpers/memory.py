@@ -12,16 +12,18 @@ before it and are not included.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
 import platform
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.module_tracker import ModuleTracker
 
 __all__ = [
     "MemoryTrace",
@@ -44,13 +46,10 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
     device = torch.device(device)
     if device.type == "cpu":
         return device, "CPU allocator, every allocation from the profiler"
-    try:
-        torch.accelerator.max_memory_allocated(device)
-        if not torch.accelerator.memory_stats(device):
-            raise RuntimeError("no statistics")
-    except (AttributeError, RuntimeError, NotImplementedError, ValueError):
-        return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"
-    return device, f"{device.type} allocator's statistics"
+    with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError, ValueError):
+        if torch.accelerator.memory_stats(device):
+            return device, f"{device.type} allocator's statistics"
+    return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"
 
 
 def describe_device(device: torch.device | str) -> dict[str, str]:
@@ -68,7 +67,6 @@ def describe_device(device: torch.device | str) -> dict[str, str]:
     return facts
 
 
-@dataclass
 class MemoryTrace:
     """Context manager that records the memory of what runs inside it.
 
@@ -86,25 +84,16 @@ class MemoryTrace:
         mark_times: milliseconds of each mark on the timeline's clock.
     """
 
-    device: torch.device | str = "cpu"
-    timeline: list[tuple[float, int]] | bool = False
-    peak: int = 0
-    tensor_peak: int | None = None
-    marks: dict[str, int] = field(default_factory=dict)
-    mark_times: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.device = torch.device(self.device)
+    def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:
+        self.device = torch.device(device)
         usable, how = memory_device(self.device)
         if usable != self.device:
             raise ValueError(f"device must keep memory statistics, got {self.device} ({how})")
         self._profile = None
-        if self.device.type == "cpu" or self.timeline:
-            activities = [ProfilerActivity.CPU]
-            if self.device.type == "cuda":
-                activities.append(ProfilerActivity.CUDA)
+        if self.device.type == "cpu" or timeline:
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             self._profile = profile(activities=activities, profile_memory=True)
-        self.timeline = []
+        self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
 
     def mark(self, name: str) -> None:
         """Note the memory held at this moment."""
@@ -174,8 +163,7 @@ def _silence_the_profilers_first_warning() -> None:
             os.close(stderr)
 
 
-@dataclass
-class SavedTensor:
+class SavedTensor(NamedTuple):
     """A tensor that autograd keeps: which module saved it, its shape and its storage."""
 
     module: str
@@ -203,37 +191,24 @@ def saved_by(function, *inputs: torch.Tensor):
     return output, saved
 
 
-def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor, include_parameters: bool = False):
-    """Run ``model(*inputs)`` and list what it saves for backward, in order.
-
-    Args:
-        model: its modules' names label the entries.
-        inputs: its arguments.
-        include_parameters: also list saved parameters, which exist anyway.
+def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor):
+    """Run ``model(*inputs)`` and list what it saves for backward, in order, but for its parameters.
 
     Returns:
         ``(output, [SavedTensor, ...])``. A tensor that is saved twice is listed twice, with one
         ``storage``; its memory counts once.
     """
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved, alive, stack, handles = [], [], [""], []
+    parameters = {storage_address(p) for p in model.parameters()}
+    saved, alive = [], []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if include_parameters or storage.data_ptr() not in parameters:
+        if storage_address(t) not in parameters:
             alive.append(t)  # while it lives, no other tensor can get its address
-            entry = (tuple(t.shape), t.dtype, storage.data_ptr(), storage.nbytes())
-            saved.append(SavedTensor(stack[-1], *entry))
+            innermost = max(running.parents, key=lambda path: path.count("."))  # as "Net.conv1.bn"
+            entry = (tuple(t.shape), t.dtype, storage_address(t), t.untyped_storage().nbytes())
+            saved.append(SavedTensor(innermost.partition(".")[2], *entry))
         return t
 
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: (stack.pop(), None)[1], always_call=True))
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            output = model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ModuleTracker() as running, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = model(*inputs)
     return output, saved

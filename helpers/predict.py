@@ -15,11 +15,11 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -33,9 +33,9 @@ from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
-# PyTorch's "meta" device stands in for an accelerator: backward on a fake "cuda" tensor needs a real GPU.
-STAND_IN = {"cpu": "cpu", "cuda": "meta"}
-BLOCK_BYTES = {"cpu": 1, "cuda": 512}  # the allocator rounds up to a multiple
+# What stands in for a device, since backward on a fake "cuda" tensor needs a real GPU; and the bytes to a
+# multiple of which its allocator rounds up.
+DEVICES = {"cpu": ("cpu", 1), "cuda": ("meta", 512)}
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 
@@ -134,9 +134,7 @@ def predict_memory(
     max_cost: float | None = None,
     autocast: torch.dtype | None = None,
     device_type: str = "cpu",
-    loss: Callable[..., Tensor] | None = None,
-    stop_above: float = math.inf,
-) -> Prediction | None:
+) -> Prediction:
     """The memory of ``out = model(*inputs)`` and ``out.backward(grad)``, without running them.
 
     On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
@@ -144,73 +142,62 @@ def predict_memory(
     parameters are. Nothing is computed, and nothing in ``model`` changes.
 
     Args:
-        model: in training or eval mode, on any device, "meta" included.
+        model: in training or eval mode, on any device, "meta" included. It must return a tensor, for example
+            the loss.
         inputs: tensors, of which only shape and dtype matter, or shapes, in the dtype of the parameters.
         max_cost: if given, forward runs under ``remat(max_cost)``.
         autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
         device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
-        loss: if given, ``loss(out)`` is part of forward, and backward starts from it.
-        stop_above: return None if forward alone takes more bytes at any moment.
 
     Raises:
-        ValueError: an argument that does not fit.
+        ValueError: an argument that does not fit; what PyTorch or the model raise for these shapes.
     """
-    if device_type not in STAND_IN:
-        raise ValueError(f"device_type must be one of {', '.join(STAND_IN)}, got {device_type!r}")
+    if device_type not in DEVICES:
+        raise ValueError(f"device_type must be one of {', '.join(DEVICES)}, got {device_type!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
-    if autocast is not None and STAND_IN[device_type] != device_type:
+    device, block = DEVICES[device_type]
+    if autocast is not None and device != device_type:
         raise ValueError(
             f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
             f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
         )
     precision = nullcontext() if autocast is None else torch.autocast(device_type, autocast)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
-    inputs = as_tensors(model, inputs)
-    mode, held = FakeTensorMode(allow_non_fake_inputs=True), Held(BLOCK_BYTES[device_type])
-    to = {"device": STAND_IN[device_type]}
+    inputs, held = as_tensors(model, inputs), Held(block)
 
     def fake(t: Tensor) -> Tensor:
-        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, requires_grad=t.requires_grad, **to)
+        return torch.empty_like(t, device=device, requires_grad=t.requires_grad)
 
-    with mode:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        args = [fake(t) for t in inputs]
+        args = tuple(fake(t) for t in inputs)
         held.ignore(*state.values(), *args)
         with held, precision, recomputation:
-            out = torch.func.functional_call(model, state, tuple(args))
-            result = out if loss is None else loss(out)
-        if not isinstance(result, Tensor):
-            what = "what the model returns" if loss is None else "what it returns"
-            raise ValueError(f"loss: {what} must be a tensor to start backward from, got {type(result)}")
-        if held.peak > stop_above:
-            return None
-        forward, grad = held.held, torch.empty_like(result)
+            out = torch.func.functional_call(model, state, args)
+        if not isinstance(out, Tensor):
+            raise ValueError(f"model must return a tensor to start backward from, got {type(out)}")
+        forward, grad = held.held, torch.empty_like(out)
         held.ignore(grad)
         with held:
-            result.backward(grad)
+            out.backward(grad)
     return Prediction(forward, held.peak)
 
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     """``inputs`` with a tensor without memory, in the dtype of the parameters, in place of each shape."""
-    if not inputs:
-        raise ValueError("inputs must have at least one tensor or shape, got none")
-    for shape in inputs:
-        if not isinstance(shape, Tensor):
-            check_shape("inputs", shape)
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
 
 
-def bytes_before(model: nn.Module, inputs: list[Tensor], optimizer_copies: int) -> int:
-    """Bytes of parameters, buffers, inputs, and the optimizer's copies of the parameters that are trained."""
+def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> int:
+    """Bytes of a step and of all that is there before it, as `largest_batch` lists it."""
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
         raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    there = (*model.parameters(), *model.buffers(), *inputs)
-    return sum(t.nbytes for t in there) + optimizer_copies * trained
+    there = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
+    return there + optimizer_copies * trained + predict_memory(model, *inputs, **how).peak
 
 
 def largest_batch(
@@ -219,56 +206,50 @@ def largest_batch(
     budget_bytes: float,
     optimizer_copies: int = 1,
     device_type: str = "cuda",
-    loss: Callable[..., Tensor] | None = None,
     max_cost: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> int:
     """The largest batch whose training step is predicted to fit into ``budget_bytes``.
 
-    This counts parameters and buffers, ``optimizer_copies`` times the parameters that are trained, the batch
-    of images, and the peak of `predict_memory`, which includes the gradients of the parameters. It does not
-    count labels, the gradient of the output unless ``loss`` is given, and what the driver and libraries take:
-    leave room for these.
+    This counts parameters and buffers, the optimizer's tensors, the batch of images, and the peak of
+    `predict_memory`, which includes the gradients of the parameters. It does not count labels, the gradient
+    of the output, and what the driver and libraries take: leave room for these.
 
     Args:
         image_shape: of one image, (C, H, W), in the dtype of the parameters.
-        optimizer_copies: tensors that the optimizer keeps for each parameter: 0 for plain SGD, 1 with
-            momentum, 2 for Adam.
-        model, device_type, loss, max_cost, autocast: see `predict_memory`.
+        optimizer_copies: what the optimizer keeps for each trained parameter: 0 tensors of its size for plain
+            SGD, 1 with momentum, 2 for Adam.
+        model, device_type, max_cost, autocast: see `predict_memory`.
 
     Raises:
         ValueError: ``budget_bytes`` is too little for one image, or an argument does not fit.
     """
-    check_shape("image_shape", image_shape)
-    if not math.isfinite(budget_bytes):
-        raise ValueError(f"budget_bytes must be finite, got {budget_bytes}")
-    how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type, "loss": loss}
-    needed: dict[int, int] = {}
+    check_bytes("budget_bytes", budget_bytes)
+    how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
 
-    def fits(n: int) -> bool:
-        images = as_tensors(model, [(n, *image_shape)])
-        peak = predict_memory(model, *images, **how).peak
-        needed[n] = bytes_before(model, images, optimizer_copies) + peak
-        return needed[n] <= budget_bytes
+    @functools.cache
+    def needed(n: int) -> int:
+        return bytes_needed(model, as_tensors(model, [(n, *image_shape)]), optimizer_copies, **how)
 
-    if not fits(2):
-        with suppress(ValueError):  # batch norm may need more than one value per channel
-            if fits(1):
-                return 1
-        least = min(needed)
+    least = 1
+    try:
+        needed(1)
+    except ValueError:  # batch norm may need more than one value per channel
+        least = 2
+    if needed(least) > budget_bytes:
         raise ValueError(
-            f"budget_bytes must hold a step of batch size {least}, {needed[least]:,} bytes, "
+            f"budget_bytes must hold a step of batch size {least}, {needed(least):,} bytes, "
             f"got {budget_bytes:,}"
         )
-    low, high = 2, 16
-    while fits(high):
+    low, high = least, 16
+    while needed(high) <= budget_bytes:
         low, high = high, 4 * high
     while high - low > 1:
         # Memory is nearly linear in the batch: try where a line meets the budget.
-        per_image = (needed[high] - needed[low]) / (high - low)
-        n = low + int((budget_bytes - needed[low]) / per_image) if len(needed) < 12 else (low + high) // 2
-        n = min(max(n, low + 1), high - 1)
-        low, high = (n, high) if fits(n) else (low, n)
+        line = (budget_bytes - needed(low)) / (needed(high) - needed(low))
+        share = line if needed.cache_info().currsize < 12 else 0.5
+        n = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        low, high = (n, high) if needed(n) <= budget_bytes else (low, n)
     return low
 
 
@@ -279,40 +260,34 @@ def max_cost_for(
     optimizer_copies: int = 1,
     autocast: torch.dtype | None = None,
     device_type: str = "cuda",
-    loss: Callable[..., Tensor] | None = None,
 ) -> int:
     """The smallest whole ``max_cost`` at which a training step is predicted to fit into ``memory`` bytes.
 
         with remat(max_cost_for(model, images, memory=16 * 2**30)):
 
-    ``memory`` counts what `largest_batch` counts: parameters and buffers, ``optimizer_copies`` times the
-    parameters that are trained, the inputs, and the peak of the step; leave room for driver and libraries.
-
-    What is held at the end of forward falls as the price rises; the peak need not. So this tries each price
-    at which `remat` decides anything differently, from 0 upwards, until one fits: one prediction for each.
+    ``memory`` counts what `largest_batch` counts. What is held at the end of forward falls as the price
+    rises; the peak need not. So this tries each price at which `remat` decides anything differently, from 0
+    upwards, until one fits: one prediction for each.
 
     Raises:
         ValueError: no price makes it fit (the message names the price that takes least), or an argument that
             does not fit.
     """
-    if isinstance(memory, bool) or not isinstance(memory, (int, float)) or not 0 < memory < math.inf:
-        raise ValueError(f"memory must be a finite number of bytes above 0, got {memory!r}")
-    inputs, how = as_tensors(model, inputs), {"autocast": autocast, "device_type": device_type, "loss": loss}
-    before = bytes_before(model, inputs, optimizer_copies)
-    least, least_at, cost = math.inf, 0, 0
+    check_bytes("memory", memory)
+    how = {"autocast": autocast, "device_type": device_type}
+    inputs, needed, cost = as_tensors(model, inputs), {}, 0
     while cost < math.inf:
         with next_price(cost) as further:
             # At 0 nothing that has a price gets a recipe; just above, the same is kept, and prices are known.
             price = cost or sys.float_info.min
-            prediction = predict_memory(model, *inputs, max_cost=price, **how, stop_above=least)
-        if prediction is not None and prediction.peak < least:
-            least, least_at = prediction.peak, cost
-            if before + least <= memory:
-                return cost
+            needed[cost] = bytes_needed(model, inputs, optimizer_copies, max_cost=price, **how)
+        if needed[cost] <= memory:
+            return cost
         cost = further[0]
-    plain = before + predict_memory(model, *inputs, **how).peak
+    least_at = min(needed, key=needed.get)
+    plain = bytes_needed(model, inputs, optimizer_copies, **how)
     raise ValueError(
-        f"memory must be at least {before + least:,} bytes, what this step takes at max_cost={least_at} "
+        f"memory must be at least {needed[least_at]:,} bytes, what this step takes at max_cost={least_at} "
         f"({plain:,} in plain PyTorch), got {memory:,}"
     )
 
@@ -335,7 +310,7 @@ def next_price(cost: int):
         yield further
 
 
-def check_shape(name: str, shape) -> None:
-    """Raise a ValueError unless ``shape`` is a shape."""
-    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 1 for n in shape):
-        raise ValueError(f"{name} must be a shape, a tuple of ints from 1 on, got {shape!r}")
+def check_bytes(name: str, value) -> None:
+    """Raise a ValueError unless ``value`` is a number of bytes."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number of bytes above 0, got {value!r}")

@@ -65,7 +65,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     model raises. Under ``torch.autocast`` both run in autocast.
 
     Args:
-        model: on any device that `MemoryTrace` can measure.
+        model: on any device that `MemoryTrace` can measure. It may return tensors in lists, tuples, dicts and
+            whatever else ``torch.utils._pytree`` knows, and in dataclasses.
         rounds: pairs of steps that are timed.
 
     Raises:
@@ -86,12 +87,14 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     with torch.inference_mode(False), torch.enable_grad():
         start = step(model, given).start  # libraries allocate at first use
         plain, ours = (step(model, given, start, *how) for how in zip(contexts, traces, strict=True))
-        equal = [t.dtype for t in plain.values] == [t.dtype for t in ours.values]
-        equal = equal and all(map(same, plain.values, ours.values))
+        equal = len(plain.values) == len(ours.values) and all(map(same, plain.values, ours.values))
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
-                exact, reference = step(*in_float64((model, given, start)), no_autocast(device)), "float64"
+                to_float64 = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+                arguments = tree_map_only(Tensor, to_float64, (given, start))
+                no_autocast = torch.autocast(device.type, enabled=False)
+                exact, reference = step(copy.deepcopy(model).double(), *arguments, no_autocast), "float64"
         exact = exact or step(model, given, start)
         difference, rounding = apart(ours.grads, plain.grads), apart(plain.grads, exact.grads)
         del plain, ours, exact
@@ -113,7 +116,12 @@ class Step(NamedTuple):
 
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
-    model, (args, kwargs) = copy_of(model, given)
+    leaf = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
+    try:
+        model, (args, kwargs) = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
+    except Exception as error:  # whatever a part may have against it
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model and its arguments must allow copy.deepcopy, got {what}") from error
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]
@@ -137,32 +145,9 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     return Step(values, grads, start, fixed, seconds)
 
 
-def copy_of(model: nn.Module, given: tuple) -> tuple:
-    """Deep copies of the model and of its arguments, whose tensors become leaves."""
-    leaf = lambda t: t.detach().clone().requires_grad_(t.requires_grad)  # noqa: E731
-    try:
-        copies = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
-    except Exception as error:  # whatever a part may have against it
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model and its arguments must allow copy.deepcopy, got {what}") from error
-    if not all(p.is_leaf for p in copies[0].parameters()):
-        raise ValueError(f"model must have leaf parameters when it is copied, got {type(model).__name__}")
-    return copies
-
-
-def in_float64(what: tuple) -> tuple:
-    """``(model, its arguments, gradients)`` as copies in float64."""
-    wide = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
-    return copy_of(what[0], ())[0].double(), *tree_map_only(Tensor, wide, what[1:])
-
-
 def same(p: Tensor, q: Tensor) -> bool:
     """Whether they are equal to the bit, a NaN equal to a NaN."""
-    return p.shape == q.shape and bool(((p == q) | ((p != p) & (q != q))).all())
-
-
-def no_autocast(device: torch.device):
-    return torch.autocast(device.type, enabled=False)
+    return p.dtype == q.dtype and p.shape == q.shape and torch.allclose(p, q, 0, 0, equal_nan=True)
 
 
 def random_state(device: torch.device) -> list[Tensor]:
@@ -196,4 +181,4 @@ def apart(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def wide(t: Tensor) -> Tensor:
-    return t.to(torch.complex128 if t.is_complex() else torch.float64)
+    return t.to(torch.promote_types(t.dtype, torch.float64))

@@ -19,11 +19,7 @@ class Record:
     """
 
     def __init__(self, table: Table) -> None:
-        self._table, self._names = table, {}
-
-    @property
-    def rows(self) -> list[Row]:
-        return self._table.rows
+        self._table, self._names, self.rows = table, {}, table.rows
 
     @property
     def kept_bytes(self) -> int:
@@ -55,17 +51,12 @@ class Record:
             price = "" if row.kept else f"{row.cost:,.0f}"
             shape = "×".join(map(str, row.shape))
             cells.append((row.recipe, self.origin(row), shape, f"{row.nbytes / MIB:,.2f}", again, price))
-        widths = [max(len(c[i]) for c in cells) for i in range(6)]
-        lines = [
-            "  ".join(
-                c.rjust(w) if i in (3, 5) else c.ljust(w)
-                for i, (c, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        ]
+        widths = (max(map(len, column)) for column in zip(*cells, strict=True))
+        line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<><>", widths, strict=True))
+        lines = [line.format(*row).rstrip() for row in cells]
         kept, plain = self.kept_bytes / MIB, self.plain_bytes / MIB
         ratio = f", {kept / plain:.2f} of them" if plain else ""
         lines.append(
             f"{kept:,.1f} MiB kept; PyTorch would have saved {plain:,.1f} MiB for these operations{ratio}"
         )
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)

@@ -99,7 +99,7 @@ def grad_input_coefficients(
     κ_0 = -κ_dz Σ dz / m.
     """
     # Round each once: an error in κ_0 is in all m values, and Σ dy would no longer vanish.
-    sum_dz, sum_dz_y = add_up([sums])
+    sum_dz, sum_dz_y = sums
     by_m = scale / -m
     return scale, (by_m * sum_dz_y / var_eps).to(scale.dtype), (by_m * sum_dz).to(scale.dtype)
 
@@ -168,13 +168,14 @@ def batch_norm_backward(
             raise ValueError(f"{name} must have shape ({input.shape[1]},), got {tuple(vector.shape)}")
     var_eps, m = var + eps, input.numel() // input.shape[1]
     scale = scale_of(weight, var_eps)
-    sum_dz, sum_dz_y = sums = batch_norm_sums(grad_out, input, mean)
+    sums = add_up([batch_norm_sums(grad_out, input, mean)])
     if training:
         kappas = grad_input_coefficients(scale, var_eps, sums, m)
         dy = grad_input_(grad_out, centre(input, mean), *kappas)
     else:
         dy = grad_out * per_channel(scale)
-    return dy.to(input.dtype), sum_dz_y * torch.rsqrt(var_eps), sum_dz
+    dgamma, dbeta = sums[1] * torch.rsqrt(var_eps), sums[0]
+    return dy.to(input.dtype), dgamma.to(mean.dtype), dbeta.to(mean.dtype)
 
 
 def update_running_stats(

@@ -1,4 +1,4 @@
-"""The drawings of chapters 1 to 7 that would be long on the page: axes and a few numbers go in."""
+"""The drawings of chapters 2 to 7 that would be long on the page: axes and a few numbers go in."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ from itertools import product
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from helpers.book.plots import COLOURS, FILLS, LINE, arrow, box, ink, note
+from helpers.book.plots import FILLS, arrow, box, note
 
 HUES = ("#E69F00", "#882255", "#000000")  # safe for the colour-blind too, and of none of the methods
-
-
-def saved_bars(ax, bars: Sequence[tuple[str, float, bool]]) -> None:
-    """A horizontal bar for each (label, MiB, whether it is hatched), from the top down."""
-    for row, (_, size, hatched) in enumerate(bars):
-        colour, edge, hatch = (COLOURS["unfused"], "white", "///") if hatched else ("#c8c8c8", "#888888", "")
-        ax.barh(row, size, color=colour, edgecolor=edge, hatch=hatch)
-        text = f"  {size:.2f}" + ("  y: can be recomputed" if hatched else "")
-        ax.text(size, row, text, va="center", color=ink(colour) if hatched else LINE)
-    ax.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=9)
-    ax.set(xlabel="MiB", xlim=(0, 1.65 * max(size for _, size, _ in bars)))
-    ax.invert_yaxis()
 
 
 def number_grid(
@@ -104,51 +92,23 @@ def pair_diagram(ax, title: str, kept: str, steps: Sequence[str] = ("", "", "", 
     ax.axis("off")
 
 
-def lifetimes(ax, title: str, steps: Sequence[str], buffers: dict, nodes: dict) -> None:
-    """During which of ``steps`` each buffer is alive, and how many are alive at once.
-
-    ``buffers``: name -> (first step, the step before which it is gone); ``nodes``: the same of autograd's.
-    """
-    n = len(buffers)
-    for row, ((name, (start, end)), fill) in enumerate(zip(buffers.items(), ("dz", "y", "dx"), strict=True)):
-        ax.barh(row, end - start, left=start, height=0.7, color=FILLS[fill], edgecolor=LINE)
-        ax.text(start + 0.08, row, name, va="center")
-    for step, text in enumerate(steps):
-        alive = sum(start <= step < end for start, end in buffers.values())
-        ax.text(step + 0.5, n - 0.2, text, ha="center", va="center", fontsize=9)
-        ax.text(step + 0.5, n + 0.4, f"{alive} alive", ha="center", va="center", fontweight="bold")
-    ax.vlines(range(len(steps) + 1), -0.6, n + 0.7, color="#777777", linestyle=":", linewidth=1)
-    for name, (start, end) in nodes.items():
-        ax.plot([start + 0.03, end - 0.03], [-0.75, -0.75], color=LINE, linewidth=3)
-        ax.text((start + end) / 2, -0.95, name, ha="center", va="bottom", fontsize=9)
-    ax.set(title=title, xlim=(-0.02, len(steps) + 0.02), ylim=(n + 1, -1.6))
-    ax.axis("off")
-
-
 def tensor_row(
-    ax, title: str, boxes: Sequence[tuple[str, str, float]], kept: Iterable[str], colour: str,
-    skip: tuple[str, str] | None = None, given: Iterable[str] = ("x",),
-) -> None:  # fmt: skip
-    """Tensors of forward as boxes in their order: ``kept`` ones filled, ``given`` ones grey, others dashed.
+    ax, title: str, boxes: Sequence[tuple[str, str, float]], kept: Iterable[str], colour: str
+) -> None:
+    """Tensors of forward as boxes in their order: ``kept`` ones filled, x grey, others dashed.
 
-    A box is (operation that makes it, name, channels: its width). A residual connection joins ``skip``.
+    A box is (operation that makes it, name, channels: its width).
     """
-    gap = 0.11 * sum(width for *_, width in boxes)
-    left, centre = 0.0, {}
+    gap, left = 0.11 * sum(width for *_, width in boxes), 0.0
     for step, name, width in boxes:
         if step:
             arrow(ax, (left, 0), (left + gap, 0))
             ax.text(left + 0.46 * gap, 0.1, step, ha="center", va="bottom", fontsize=8)
             left += gap
-        fill = colour if name in kept else "#e4e4e4" if name in given else "white"
+        fill = colour if name in kept else "#e4e4e4" if name == "x" else "white"
         look = {"fontweight": "bold" if name in kept else "normal", "fontsize": 9, "facecolor": fill}
         box(ax, left, -0.36, width, 0.72, name, linestyle="--" if fill == "white" else "-", **look)
-        centre[name] = left + width / 2
         left += width
-    if skip:
-        start, end = (centre[name] for name in skip)
-        ax.plot([start, start, end], [-0.36, -0.6, -0.6], color=LINE, linewidth=1)
-        arrow(ax, (end, -0.61), (end, -0.36))
-    ax.set(xlim=(-0.1, left + 0.1), ylim=(-0.66 if skip else -0.4, 0.4))
+    ax.set(xlim=(-0.1, left + 0.1), ylim=(-0.4, 0.4))
     ax.set_title(title, fontsize=10, pad=3)
     ax.axis("off")

@@ -1,12 +1,12 @@
-"""What `bench` compares: the same layers and networks, trained in different ways."""
+"""What `bench` compares: the same layers and networks, trained by different methods."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -58,13 +58,11 @@ class TutorialConvBN2dFunction(torch.autograd.Function):
         return dx, dw, None, None
 
 
-class TutorialConvBN2d(nn.Module):
-    """The tutorial's layer: ``TutorialConvBN2dFunction`` with a weight."""
+class TutorialConvBN2d(nn.Conv2d):
+    """The tutorial's layer: a convolution's weight, with ``TutorialConvBN2dFunction``."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, padding: int = 0) -> None:
-        super().__init__()
-        self.weight = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False).weight
-        self.padding = padding
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return TutorialConvBN2dFunction.apply(x, self.weight, self.padding)
@@ -83,107 +81,58 @@ def checkpointed(module: nn.Module) -> nn.Module:
     return module
 
 
-class Remat(nn.Module):
-    """A module under `helpers.remat`."""
-
-    def __init__(self, module: nn.Module, max_cost: float) -> None:
-        super().__init__()
-        self.module, self.max_cost = module, max_cost
-
-    def forward(self, x: Tensor) -> Tensor:
-        with remat(self.max_cost):
-            return self.module(x)
+BLOCKS = {"BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer"}
 
 
-BLOCKS = ("BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer")
-
-
-def block_by_block(model: nn.Module) -> nn.Module:
-    """Each block of one of torchvision's networks under a checkpoint of its own."""
-    for module in model.modules():
-        if type(module).__name__ in BLOCKS:
-            checkpointed(module)
-    return model
-
-
-def stage_by_stage(model: nn.Module) -> nn.Module:
-    """Each stage of one of torchvision's networks, its blocks of one width, under a checkpoint of its own."""
-    if isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
+def in_parts(model: nn.Module, parts: str) -> nn.Module:
+    """One of torchvision's networks, its "blocks" or its "stages" (blocks of one width) each checkpointed."""
+    if parts == "stages" and isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
         starts = [i for i, block in enumerate(model.features) if not getattr(block, "use_res_connect", False)]
         stages = pairwise([*starts, len(model.features)])  # each begins with the first block of its width
         model.features = nn.Sequential(*[model.features[start:end] for start, end in stages])
     for module in model.modules():
-        blocks = isinstance(module, nn.Sequential) and {type(block).__name__ for block in module}
-        if (blocks and blocks <= {*BLOCKS}) or type(module).__name__ == "_DenseBlock":
+        inside = module.children() if parts == "stages" else [module]
+        names = {type(block).__name__ for block in inside}
+        if names and names <= BLOCKS:
             checkpointed(module)
     return model
 
 
-def compiled(model: nn.Module, budget: float) -> nn.Module:
-    """``model`` under torch.compile; with a ``budget`` below 1 the compiler keeps about that share of memory.
-
-    The model must draw no random numbers: with a budget the compiler draws a dropout's mask anew in backward,
-    and the gradients are wrong (seen in torch 2.14.1).
-    """
-    inductor = torch._dynamo.lookup_backend("inductor")
-
-    def backend(graph, inputs):
-        with torch._functorch.config.patch(activation_memory_budget=budget):
-            return inductor(graph, inputs)
-
-    return torch.compile(model, backend=backend, dynamic=False)
-
-
-def chain(make: Callable[..., nn.Module], blocks: int, channels: int, kernel: int) -> nn.Sequential:
-    """``blocks`` equal blocks conv, batch norm, ReLU that keep the image's size."""
-    block = [nn.Sequential(make(channels, channels, kernel, kernel // 2), nn.ReLU()) for _ in range(blocks)]
-    return nn.Sequential(*block)
-
-
-NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
-PRICES = (0, 150, 600)
-FRONT_PRICES = (0, 9, 32, 64, 150, 300, 600, 1200)
-
-
-def real_network(name: str) -> nn.Module:
-    """torchvision's network ``name``, always with the same weights and without dropout."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = torchvision.models.get_model(name, weights=None)
-    for module in model.modules():  # what is dropped would differ from method to method
-        if isinstance(module, (nn.Dropout, StochasticDepth)):
-            module.p = 0.0
+def under_remat(model: nn.Module, max_cost: float) -> nn.Module:
+    """``model``, from now on under `remat`."""
+    model.forward = remat(max_cost)(model.forward)
     return model
 
 
-def under_remat(make: Callable[[], nn.Module], prices: tuple[float, ...] = PRICES) -> dict[str, Callable]:
-    """The network of ``make`` under `remat`, at each price."""
-    return {f"remat, {price:g}": lambda price=price: Remat(make(), price) for price in prices}
+NETWORKS = ("resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0")
+LAYERS = {  # the network for MNIST with each of them
+    "unfused": pair,
+    "tutorial": TutorialConvBN2d,
+    "checkpoint": lambda *sizes: checkpointed(pair(*sizes)),
+    "fused, whole batch": partial(FusedConvBN2d, bias=False, slab_size="batch"),
+    "fused, slabs": partial(FusedConvBN2d, bias=False),
+}
 
 
-def ways(name: str, prices: tuple[float, ...] = PRICES) -> dict[str, Callable[[], nn.Module]]:
-    """The ways to train torchvision's network ``name`` in less memory, unfused first."""
-    make = functools.partial(real_network, name)
-    checkpoints = {"checkpoint, blocks": lambda: block_by_block(make())}
-    return {"unfused": make, **under_remat(make, prices), **checkpoints}
+def build(network: str, method: str) -> nn.Module:
+    """The network, "MNIST" or one of torchvision's, without dropout, to be trained by this method.
 
-
-def front_of(name: str) -> dict[str, Callable[[], nn.Module]]:
-    """More of them, for chapter 8's figure."""
-    found = ways(name, FRONT_PRICES)
-    found["checkpoint, stages"] = lambda: stage_by_stage(real_network(name))
-    if name == "resnet50":  # compiling takes minutes on a CPU
-        found["compile, 0.4"] = lambda: compiled(real_network(name), 0.4)
-    return found
-
-
-def digit_ways() -> dict[str, Callable[[], nn.Module]]:
-    """The network for MNIST with each of the layers, and under `remat`."""
-    layers = {
-        "unfused": pair,
-        "tutorial": TutorialConvBN2d,
-        "checkpoint": lambda *sizes: checkpointed(pair(*sizes)),
-        "fused, whole batch": functools.partial(FusedConvBN2d, bias=False, slab_size="batch"),
-        "fused, slabs": functools.partial(FusedConvBN2d, bias=False),
-    }
-    return {**{name: functools.partial(Net, layer) for name, layer in layers.items()}, **under_remat(Net)}
+    A method is "unfused", "remat, PRICE", "checkpoint, blocks" or "stages", "compile, BUDGET" (the share of
+    memory that the compiler keeps, about), or for MNIST one of `LAYERS`.
+    """
+    if network == "MNIST":
+        model = Net(LAYERS.get(method, pair))
+    else:
+        model = torchvision.models.get_model(network, weights=None)
+    for module in model.modules():
+        # What is dropped would differ from method to method; and with a budget, the compiler draws the mask
+        # anew in backward, so that gradients are wrong (seen in torch 2.14.1).
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
+            module.p = 0.0
+    kind, _, value = method.partition(", ")
+    if kind == "remat":
+        return under_remat(model, float(value))
+    if kind == "compile":
+        torch._functorch.config.activation_memory_budget = float(value)  # of all that the process compiles
+        return torch.compile(model, dynamic=False)
+    return in_parts(model, value) if kind == "checkpoint" and value else model

@@ -21,9 +21,8 @@ STEPS_PER_EPOCH = 30  # at least; one pass over the whole set at batch size 2,04
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device called ``name``; "auto" is the accelerator if there is one, else the CPU."""
-    here, allowed = torch.accelerator.current_accelerator(check_available=True), ["auto", "cpu"]
-    if here:
-        allowed += [here.type, *(f"{here.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    here = torch.accelerator.current_accelerator(check_available=True)
+    allowed = ["auto", "cpu", *([here.type] if here else [])]
     if name not in allowed:
         raise ValueError(f"DEVICE must be one of {', '.join(allowed)} on this machine, got {name!r}")
     return torch.device(name) if name != "auto" else here or torch.device("cpu")
@@ -121,16 +120,13 @@ def train(
 
 
 def test(model: nn.Module, split: Split, batch_size: int, device: Device = "cpu") -> tuple[float, float]:
-    """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``, in eval mode; the mode is restored."""
-    check_batch_size(split, batch_size)
-    modes = [(module, module.training) for module in model.modules()]
+    """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``; it leaves the model in eval mode."""
+    found = batches(split, batch_size, device)
     model.to(device).eval()
     loss, correct = 0.0, 0
     with torch.inference_mode():
-        for x, labels in batches(split, batch_size, device):
+        for x, labels in found:
             log_p = model(x)
             loss += F.nll_loss(log_p, labels, reduction="sum").item()
             correct += (log_p.argmax(1) == labels).sum().item()
-    for module, training in modes:
-        module.training = training
     return loss / len(split.images), correct / len(split.images)

@@ -5,21 +5,22 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from helpers.book import bench, networks
 
+CPU = torch.device("cpu")
 
-@pytest.mark.parametrize("under_checkpoints", [networks.block_by_block, networks.stage_by_stage])
+
+@pytest.mark.parametrize("parts", ["blocks", "stages"])
 @pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121"])
-def test_checkpoints_change_no_gradient(name, under_checkpoints):
-    make = partial(bench.real_network, name)
-    plain, ours = make().double(), under_checkpoints(make()).double()
+def test_checkpoints_change_no_gradient(name, parts):
+    plain, ours = (networks.build(name, method).double() for method in ("unfused", f"checkpoint, {parts}"))
+    for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
+        q.data.copy_(p.data)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     want, got = plain(x), ours(x)
     assert torch.equal(got, want)
@@ -31,12 +32,15 @@ def test_checkpoints_change_no_gradient(name, under_checkpoints):
         torch.testing.assert_close(q.grad, p.grad)
 
 
-def test_front_has_every_way():
-    for name in networks.NETWORKS:
-        ways = list(networks.front_of(name))
-        assert ways[0] == "unfused" and ways[1:9] == [f"remat, {q}" for q in networks.FRONT_PRICES]
-        assert ways[9:] == ["checkpoint, blocks", "checkpoint, stages", "compile, 0.4"][: len(ways) - 9]
-        assert ("compile, 0.4" in ways) == (name == "resnet50")
+def test_front_has_every_method():
+    titles = bench.tables(torch.device("cpu"), False, True)
+    for name, (title, table) in zip(networks.NETWORKS, titles.items(), strict=True):
+        assert title.startswith(f"{name}, 16x3x160x160, float32")
+        assert table.methods[0] == "unfused" and len(table.methods) == 11 + (name == "resnet50")
+        prices = [method for method in table.methods if method.startswith("remat, ")]
+        assert prices == [f"remat, {price}" for price in (0, 9, 32, 64, 150, 300, 600, 1200)]
+        assert table.methods[9:11] == ["checkpoint, blocks", "checkpoint, stages"]
+        assert ("compile, 0.4" in table.methods) == (name == "resnet50")
 
 
 def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_path):
@@ -44,14 +48,13 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
     monkeypatch.setattr(bench, "BUILD", tmp_path)
     monkeypatch.setattr(bench, "run", lambda *arguments: called.append(arguments))
     assert bench.main(["TIME_LIMIT=2.5", "ONLY=MNIST", "DEVICE=cpu", "REPEATS=3", "QUICK=1"]) == 0
-    [(device, found, path, repeats, minutes)] = called
-    assert found[0][0] == "MNIST network, 64x1x28x28, float32" and (repeats, minutes) == (3, 2.5)
-    if sys.platform == "linux":
-        assert [environment for *_, environment in found] == [{}, bench.KEEPS_MEMORY]
-        assert found[1][0] == found[0][0] + ", allocator keeps its memory"
-    assert path == tmp_path / "bench_cpu_MNIST.json" and device == torch.device("cpu")
+    [(found, path, repeats, minutes)] = called
+    first, *others = found
+    assert first == "MNIST, 64x1x28x28, float32" and (repeats, minutes) == (3, 2.5)
+    assert others == [first + ", allocator keeps its memory"] * (sys.platform == "linux")
+    assert path == tmp_path / "bench_cpu_MNIST.json" and found[first].device == torch.device("cpu")
     assert bench.main(["FRONT=1", "QUICK=1", "DEVICE=cpu"]) == 0
-    assert len(called[1][1]) == len(networks.NETWORKS) and called[1][2].name == "front_cpu.json"
+    assert len(called[1][0]) == len(networks.NETWORKS) and called[1][1].name == "front_cpu.json"
     for wrong, said in {
         "FRONT=much": "FRONT must be a whole number, at least 0, at most 1, got 'much'",
         "TIME_LIMIT=-1": "TIME_LIMIT must be a finite number, at least 0",
@@ -70,29 +73,32 @@ def test_every_table_of_a_card_has_a_title():
     titles = list(bench.tables(torch.device("cuda"), False, False))
     for name in networks.NETWORKS:
         for n in (184, 272):
-            for mode in (bench.TF32, bench.BFLOAT16):
+            for mode in ("float32", "bfloat16 autocast, channels_last"):
                 assert f"{name}, {n}x3x224x224, {mode}" in titles
-    for part in ("MNIST", "time by kind", "largest batch", "errors"):
+    for part in ("MNIST", "passes", "largest batch", "errors"):
         assert any(part in title for title in titles)
 
 
-class Breaks(nn.Module):
-    def forward(self, x):
+def breaks(table, method):
+    if method == "bad":
         raise RuntimeError("out of everything\nand more")
+    return {"peak": 3 * 2**20}
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_a_network_that_fails_costs_its_own_row(first):
-    made = {"good": nn.Linear(3, 3), "bad": Breaks(), "other": nn.Linear(3, 3)}
-    made = {name: made[name] for name in (("bad", "good", "other") if first else made)}
-    said = [dict(row) for row in bench.compare(made, torch.randn(2, 3), 2)]
-    assert [row["name"] for row in said] == 2 * list(made)
-    assert not any("seconds" in row for row in said[:3])
-    found = {row["name"]: row for row in said}
-    assert found["bad"] == {"name": "bad", "error": "RuntimeError: out of everything"}
-    assert found["other"]["seconds"] > 0 and ("time_ratio" in found["other"]) == (not first)
-    text = bench.table(said[3:])
-    assert "out of everything" in text and ("nan" in text) == first
+@pytest.mark.parametrize("methods", [["good", "bad", "other"], ["bad", "good", "other"]])
+def test_a_method_that_fails_costs_its_own_row(methods, tmp_path):
+    path = tmp_path / "record.json"
+    bench.write(path, {"tables": {}})
+    bench.fill(path, "one", bench.Table(breaks, methods, "MNIST", (2, 1, 28, 28), CPU, False), 1)
+    rows = json.loads(path.read_text())["tables"]["one"]
+    assert [row["name"] for row in rows] == methods
+    for row in rows:
+        bad = {"error": "RuntimeError: out of everything"}
+        assert row == {"name": row["name"]} | (bad if row["name"] == "bad" else {"peak": 3 * 2**20})
+    lines = bench.shown(rows).splitlines()
+    assert lines[0].split() == ["name", "peak", "error"]
+    assert "out of everything" in lines[1 + methods.index("bad")] and "3,145,728" in lines[-1]
+    assert lines[-1].endswith(" 1.000") == (methods[0] == "good")
 
 
 @pytest.fixture
@@ -110,7 +116,7 @@ def record(monkeypatch, tmp_path):
 
 
 # One of each kind of table; a process for each.
-@pytest.mark.parametrize("only", ["MNIST", "time by kind", "largest", "errors, mobilenet"])
+@pytest.mark.parametrize("only", ["MNIST", "passes", "largest", "errors, mobilenet"])
 def test_runs_from_end_to_end(only, record):
     record = record(only)
     assert {"date", "device", "torch", "memory"} < record.keys() and record["tables"]
@@ -124,11 +130,11 @@ def test_runs_from_end_to_end(only, record):
         layers = ["unfused", "tutorial", "checkpoint", "fused, whole batch", "fused, slabs"]
         assert names == [*layers, "remat, 0", "remat, 150", "remat, 600"]
         assert all(row["peak"] > row["forward"] > 0 and row["time_ratio"] > 0 for row in rows)
-    if only == "time by kind":
+        assert rows[0]["time_ratio"] == 1 and rows[-1]["forward"] < rows[0]["forward"]
+    if only == "passes":
         assert names == ["unfused", "remat, 0", "remat, 150"]
         for row in rows:
-            assert row["convolution"] > 0 and row["norm"] > 0 and row["calls"] > 100
-            assert row["other"] < 0.5 * sum(row[kind] for kind in bench.KINDS)
+            assert row["calls"] > 100 and row["seconds"] > 0 and row["longest"].count("conv") > 0
     if only == "largest":
         batches = [row["batch"] for row in rows]
         assert names == ["unfused", "remat, 0", "remat, 150"] and 0 < batches[0] < batches[1]
@@ -137,24 +143,27 @@ def test_runs_from_end_to_end(only, record):
         assert all(row["forward_equal"] and row["difference"] < 1 for row in rows)
 
 
-def breaks_off(way, device, repeats):
-    yield {"name": "first"}
-    if way == "raises":
-        raise RuntimeError("out of everything")
-    if way == "dies":
+def breaks_off(table, method):
+    if method == "dies":
         os._exit(7)
-    time.sleep(600)
+    if method == "sleeps":
+        time.sleep(600)
+    return {"peak": 1}
 
 
-@pytest.mark.parametrize("way, status", [("raises", 1), ("dies", 7)])
-def test_a_table_that_breaks_off_keeps_its_rows(monkeypatch, record, way, status):
-    monkeypatch.setattr(bench, "tables", lambda *_: {"one": partial(breaks_off, way)})
-    last = {"name": "all", "error": f"the process ended with {status}"}
-    assert record()["tables"] == {"one": [{"name": "first"}, last]}
+def table_of(*methods):
+    table = bench.Table(breaks_off, list(methods), "MNIST", (2, 1, 28, 28), CPU, False)
+    return lambda *_: {"one": table}
+
+
+def test_a_table_that_breaks_off_keeps_its_rows(monkeypatch, record):
+    monkeypatch.setattr(bench, "tables", table_of("first", "dies"))
+    last = {"name": "all", "error": "the process ended with 7"}
+    assert record()["tables"] == {"one": [{"name": "first", "peak": 1}, last]}
 
 
 def test_a_table_that_takes_too_long_is_stopped(monkeypatch, record):
-    monkeypatch.setattr(bench, "tables", lambda *_: {"one": partial(breaks_off, "sleeps")})
+    monkeypatch.setattr(bench, "tables", table_of("first", "sleeps"))
     rows = record(time_limit=0.01)["tables"]["one"]  # the first row may be there already
     assert rows[-1] == {"name": "all", "error": "stopped at the time limit"}
 
@@ -166,7 +175,7 @@ def test_what_is_recorded_is_shown_and_that_there_is_none(monkeypatch, tmp_path)
     record = {"date": "2020-01-02", "device": "a card", "tables": {"MNIST, x": rows, "other": rows}}
     (tmp_path / "bench_cuda.json").write_text(json.dumps(record))
     shown = bench.recorded("cuda", "MNIST")
-    assert "date 2020-01-02, device a card" in shown and "1.0 MiB 1.000" in shown
+    assert "date 2020-01-02, device a card" in shown and "1,048,576 1.000" in shown
     assert "other" not in shown
 
 

@@ -15,7 +15,7 @@ from helpers.book.exercises import compare, exercise, held_after, require
 @exercise(1)
 def check_plan(answer):
     """(parts, price) from (model, image_shape, batch, memory, prices)."""
-    # As the price rises, this network's peak falls at first, and then is higher than at 0.
+    # As the price rises, this network's peak falls at first, and then it is as high as at 0.
     widen, depthwise = nn.Conv2d(12, 48, 1), nn.Conv2d(48, 48, 3, padding=1, groups=48)
     convolutions = nn.Conv2d(3, 12, 3, padding=1), widen, depthwise, nn.Conv2d(48, 12, 1)
     blocks = [(conv, nn.BatchNorm2d(conv.out_channels), nn.SiLU()) for conv in convolutions]

@@ -208,17 +208,17 @@ def linear(mode, function, input, weight, bias=None):
 
 
 def batch_norm(
-    mode, function, input, running_mean, running_var, weight=None, bias=None, training=False, *rest, **named
+    mode,
+    function,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
-    return normalise(mode, input, running_mean, running_var, weight, bias, training, *rest, **named)
-
-
-def low_batch_norm(mode, function, input, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
-    fit(cudnn_enabled == torch.backends.cudnn.enabled)
-    return normalise(mode, input, mean, var, weight, bias, training, momentum, eps)
-
-
-def normalise(mode, input, running_mean, running_var, weight, bias, training, momentum=0.1, eps=1e-5):
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias))
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
@@ -228,8 +228,8 @@ def normalise(mode, input, running_mean, running_var, weight, bias, training, mo
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
         value = mode.needed(input) if need else mode.table.find(input)
-        settings = ops.Statistics(running_mean, running_var, bool(training), momentum, eps)
-        operation = ops.BatchNorm(settings, value if need else None)
+        statistics = running_mean, running_var, bool(training), momentum, eps
+        operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
         mode.table.note(z, operation.recipe(weight, bias), (value,), operation)
         return z
@@ -541,7 +541,6 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(EXPOSING, expose),
     F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),
-    torch.batch_norm: handler(low_batch_norm),
     F.group_norm: handler(group_norm),
     F.layer_norm: handler(layer_norm),
     torch.prelu: handler(prelu),

@@ -80,27 +80,19 @@ class Normalise(Recipe):
     """z = γ (y - μ)/σ + β with forward's statistics, equal to the last bit.
 
     With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
-    the one for batch statistics did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes
-    1/σ.
+    forward's did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes 1/σ.
     """
 
     name, passes = "norm", 1.0
 
-    def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
+    def __init__(self, gamma, beta, mean, invstd) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, self.mean, self.invstd, self.var, self.eps = weak(gamma), mean, invstd, var, eps
-        self.gamma, self.beta = copy_of(gamma), copy_of(beta)
-
-    def norm(self) -> passes.Norm:
-        invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
-        return passes.Norm(self.mean, invstd, self.gamma, self.beta)
+        self.parameter, self.norm = weak(gamma), passes.Norm(mean, invstd, copy_of(gamma), copy_of(beta))
 
     def run(self, out, y):
         if not y.is_cpu:
-            return passes.normalise(y, self.norm(), out)
-        running = self.gamma, self.beta, self.mean, self.var
-        constants = self.norm().constants() if self.var is None else running
-        return passes.by_batch_norm(y, *constants, self.eps, out)
+            return passes.normalise(y, self.norm, out)
+        return passes.by_batch_norm(y, *self.norm.constants(), 0.0, out)
 
 
 class Again(Recipe):
@@ -119,31 +111,32 @@ class BatchNorm(Operation):
 
     saved, beside = (1,), True
 
-    def __init__(self, settings, value: Value | None) -> None:
-        self.settings, self.value = settings, value
+    def __init__(
+        self, value: Value | None, running_mean, running_var, training: bool, momentum: float, eps: float
+    ) -> None:
+        self.value, self.running, self.training = value, (running_mean, running_var), training
+        self.momentum, self.eps = momentum, eps
         self.mean = self.invstd = self.reserve = self.kernel = None
 
     def forward(self, y, gamma, beta):
-        s = self.settings
-        how = (s.running_mean, s.running_var, s.training, s.momentum, s.eps, torch.backends.cudnn.enabled)
+        how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         return z
 
     def recipe(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
-        s = self.settings
-        if not s.training:
-            self.running = s.running_mean.clone(), s.running_var.clone()
-            return Normalise(gamma, beta, self.running[0], None, self.running[1], s.eps)
-        self.running = None, None
-        dtype = self.invstd.dtype
-        if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
-            return Normalise(gamma, beta, self.mean, self.invstd)
+        if self.training:
+            self.running, mean, invstd = (None, None), self.mean, self.invstd
+        else:
+            self.running = mean, var = tuple(t.clone() for t in self.running)
+            invstd = (var + self.eps).rsqrt()
+        if invstd.dtype in WIDE and all(t is None or t.dtype == invstd.dtype for t in (gamma, beta)):
+            return Normalise(gamma, beta, mean, invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = copy_of(gamma), copy_of(beta)
-        how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
+        how = (*self.running, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)
         recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
-        recipe.whole = True
+        recipe.whole = self.training
         return recipe
 
     def backward(self, task, dz, needs, saved):
@@ -153,12 +146,11 @@ class BatchNorm(Operation):
             y, mask = dz, [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
-        s = self.settings
-        if s.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
-        how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)
-        return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *how))
+        how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
+        return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
 
 
 def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
@@ -182,16 +174,6 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
         torch.sub(y[images], mean, out=dy[images])
         dy[images].mul_(factor).add_(shift).addcmul_(dz[images], scale)
     return [dy, dgamma, dbeta]
-
-
-class Statistics(NamedTuple):
-    """The settings of a batch norm."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool
-    momentum: float
-    eps: float
 
 
 class Rerun(Operation):
@@ -298,7 +280,7 @@ class NormActivate(Recipe):
         self.normalise, self.kind = normalise, kind
 
     def run(self, out, y, added=None):
-        return passes.norm_act(y, self.normalise.norm(), self.kind, added, out)
+        return passes.norm_act(y, self.normalise.norm, self.kind, added, out)
 
 
 class Activation(Operation):
@@ -315,7 +297,7 @@ class Activation(Operation):
             if merged := recipe.merged(parents, lambda v: task.at_hand(v) is None):
                 recipe, parents = merged
                 y, *added = (task.start(v) for v in parents)
-                return [passes.act_backward(dz, y, recipe.normalise.norm(), self.kind, *added)]
+                return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
         return [self.kind.backward(dz, x, x if mine and x.dtype == dz.dtype else torch.empty_like(x))]
 

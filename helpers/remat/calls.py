@@ -10,7 +10,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -103,17 +103,12 @@ def per_dimension(v, n: int) -> list[int]:
     return v
 
 
-class Setting(NamedTuple):
-    """What a convolution's call says beyond its tensors, and the price of a value."""
-
-    arguments: dict
-    geometry: Geometry
-    price: float
-
-
 @functools.lru_cache(maxsize=4096)
-def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> Setting:
-    """The setting of a call with a weight of this shape, and these arguments behind the tensors."""
+def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple[dict, Geometry, float]:
+    """What a call with a weight of this shape says behind its tensors, and the price of a value.
+
+    A list, which the caller could change later, is a TypeError: it has no hash.
+    """
     dims, transposed = CONVOLUTIONS[function]
     fit(len(shape) == dims + 2)
     rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
@@ -121,7 +116,7 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> Setti
     arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
     fit(len(given) <= len(names) and arguments.keys() <= set(names))
     geometry = geometry_of(shape[2:], transposed, **arguments)
-    return Setting(arguments, geometry, geometry.price(shape))
+    return arguments, geometry, geometry.price(shape)
 
 
 def geometry_of(
@@ -155,56 +150,33 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
-    fit(plain(input, weight, bias) and input.dim() == weight.dim())
-    fit(needs_grad(input, weight, bias) and input.numel() > 0)
-    try:
-        setting = setting_of(function, weight.shape, given, tuple(named.items()))
-    except TypeError:  # a list, which the caller may change later
-        given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
-        setting = setting_of(function, weight.shape, given, tuple(named.items()))
+    """Also a linear layer, which is a convolution without pixels."""
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
+    fit(input.dim() == weight.dim() or (function is F.linear and input.dim() > 1))
+    arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
-    def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return Convolution(function, setting.arguments, setting.geometry, a, value, dtype)
+    def run() -> Tensor:
+        table, a, value, recipe = mode.table, input, None, None
+        if dtype is not None and input.dtype != dtype:
+            a = input.detach().to(dtype)
+            value = Value(a, ops.Again("cast", lambda t: t, 1.0), (table.find(input),))
+        if weight.requires_grad:
+            value = mode.needed(a, value)
+        elif value is None:
+            value = table.find(input)
+        kind = Linear if function is F.linear else Convolution
+        operation = kind(function, arguments, geometry, a, value if weight.requires_grad else None, dtype)
+        y = mode.apply(operation, input, weight, bias)
+        if table.max_cost and price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
+            recipe = Convolve(function, weight, bias, arguments, price, dtype)
+            for t in (weight,) if bias is None else (weight, bias):
+                table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
+        table.note(y, recipe, (value,), operation)
+        return y
 
-    return lambda: multiply(
-        mode, function, input, weight, bias, setting.arguments, setting.price, dtype, make
-    )
-
-
-def multiply(
-    mode, function, input, weight, bias, arguments: dict, price: float, dtype, make: Callable
-) -> Tensor:
-    """Apply an operation with a price, ``make(a, its value)``; a is ``input``, cast by autocast."""
-    table, a, value = mode.table, input, None
-    if dtype is not None and input.dtype != dtype:
-        a = input.detach().to(dtype)
-        value = Value(a, ops.Cast(), (table.find(input),))
-    if weight.requires_grad:
-        value = mode.needed(a, value)
-    elif value is None:
-        value = table.find(input)
-    operation, recipe = make(a, value if weight.requires_grad else None), None
-    y = mode.apply(operation, input, weight, bias)
-    if table.max_cost and price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
-        recipe = Convolve(function, weight, bias, arguments, price, dtype)
-        for t in (weight,) if bias is None else (weight, bias):
-            table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
-    table.note(y, recipe, (value,), operation)
-    return y
-
-
-def linear(mode, function, input, weight, bias=None):
-    fit(plain(input, weight, bias) and input.dim() > 1 and weight.dim() == 2 and input.numel() > 0)
-    fit(needs_grad(input, weight, bias))
-    dtype = autocast_dtype(input, weight, bias)
-    fit(dtype is not None or input.dtype == weight.dtype)
-
-    def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return Linear(a, value, dtype)
-
-    return lambda: multiply(mode, function, input, weight, bias, {}, float(weight.shape[1]), dtype, make)
+    return run
 
 
 def batch_norm(
@@ -496,7 +468,7 @@ CONVOLUTIONS = {
     getattr(torch, f"conv{transposed}{n}d"): (n, bool(transposed))
     for n in (1, 2, 3)
     for transposed in ("", "_transpose")
-}
+} | {F.linear: (0, False)}
 ACTIVATIONS: dict[Callable, Callable[..., ops.Kind]] = {
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), lambda: ops.Kind("relu")),
     **dict.fromkeys(
@@ -539,7 +511,6 @@ HANDLERS: dict[Callable, Callable | None] = {
         (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), one_input("resize")
     ),
     **dict.fromkeys(EXPOSING, expose),
-    F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),
     F.group_norm: handler(group_norm),
     F.layer_norm: handler(layer_norm),

@@ -45,10 +45,6 @@ class Held(NamedTuple):
     def of(cls, t: Tensor | None) -> Held | None:
         return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
 
-    def copied(self) -> Held:
-        """The same with a tensor that nobody else has."""
-        return Held.of(self.tensor.detach().clone())
-
     def get(self, who: str, name: str) -> Tensor:
         """The tensor; a RuntimeError if it is not what it was."""
         t = self.tensor
@@ -79,7 +75,8 @@ class Convolve(Recipe):
 
     def copy_parameters(self) -> None:
         """Before one of them may be written to unseen."""
-        self.weight, self.bias = self.weight.copied(), self.bias and self.bias.copied()
+        held = self.weight, self.bias
+        self.weight, self.bias = (h and Held.of(h.tensor.detach().clone()) for h in held)
 
     def run(self, out, a):
         weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
@@ -224,22 +221,15 @@ def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> lis
     return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
 
 
-class Linear(Operation):
-    """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da."""
+class Linear(Convolution):
+    """y = a wᵀ + b, a 1x1 convolution in another layout."""
 
-    saved, prunes, name = (1,), True, "linear"
-
-    def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
-        self.input, self.value, self.dtype = a, value, dtype
-
-    def forward(self, a, w, b):
-        a, self.input = self.input, None
-        return torch.nn.functional.linear(a, to(w, self.dtype), to(b, self.dtype))
+    def is_product(self, dz, w):
+        return True
 
     def backward(self, task, dz, needs, saved):
         need_a, need_w, need_b = needs
-        rows = dz.reshape(-1, dz.shape[-1])
-        dw = None
+        rows, dw = dz.reshape(-1, dz.shape[-1]), None
         if need_w:
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])

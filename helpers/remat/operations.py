@@ -96,7 +96,7 @@ class Normalise(Recipe):
 
 
 class Again(Recipe):
-    """Forward's call once more, without its side effects."""
+    """Forward's call once more, without its side effects; then a cast, if the value has another dtype."""
 
     def __init__(self, name: str, call: Callable[[Tensor], Tensor], passes: float, parameter=None) -> None:
         self.name, self.call, self.passes, self.parameter = name, call, passes, weak(parameter)
@@ -355,15 +355,6 @@ class Concatenate(Recipe):
 
     def run(self, out, *parts):
         return torch.cat(parts, self.dim, out=out)
-
-
-class Cast(Recipe):
-    """The same values in another dtype."""
-
-    name = "cast"
-
-    def run(self, out, x):
-        return out.copy_(x)
 
 
 class Window(NamedTuple):

@@ -66,11 +66,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def images(t: Tensor) -> bool:
-    """Whether ``t`` is a batch of images, and PyTorch would make a node."""
-    return plain(t) and t.dim() == 4 and t.requires_grad and t.numel() > 0
-
-
 class Unfit(Exception):
     """These arguments are not for remat."""
 
@@ -83,7 +78,7 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except (Unfit, TypeError, AttributeError, KeyError, ZeroDivisionError):
+            except (Unfit, TypeError, AttributeError, LookupError, ZeroDivisionError):
                 pass
         return leave(mode, function, args, kwargs) if run is None else run()
 
@@ -209,42 +204,6 @@ def batch_norm(
     return run
 
 
-def group_norm(mode, function, input, num_groups, weight=None, bias=None, eps=1e-5):
-    fit(input.dim() >= 3 and type(eps) in (int, float))
-    call = lambda y, *affine: function(y, num_groups, *affine, eps)  # noqa: E731
-    return rerun(mode, "norm", 3.0, call, input, weight, bias)
-
-
-def layer_norm(mode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    shape = fixed(normalized_shape)
-    fit(input.dim() > len(shape) and type(eps) in (int, float))
-    call = lambda y, *affine: function(y, shape, *affine, eps)  # noqa: E731
-    return rerun(mode, "norm", 3.0, call, input, weight, bias)
-
-
-def prelu(mode, function, input, weight):
-    fit(input.dim() > 1)
-    return rerun(mode, "prelu", 1.0, function, input, weight)
-
-
-def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parameters: Tensor | None):
-    """``call(input, *parameters)``, a function of each image alone, which backward calls again."""
-    fit(plain(input, *parameters) and input.requires_grad and input.numel() > 0)
-    fit(not torch._C._is_any_autocast_enabled())
-    fit(all(t is None or t.dtype == input.dtype for t in parameters))
-
-    def run() -> Tensor:
-        value = mode.needed(input)
-        values = [ops.copy_of(t) for t in parameters]
-        operation = ops.Rerun(call, value, len(parameters))
-        out = mode.apply(operation, input, *parameters)
-        recipe = ops.Again(name, lambda y: call(y, *values), passes, parameters[0])
-        mode.table.note(out, recipe, (value,), operation)
-        return out
-
-    return run
-
-
 def activation(mode: Mode, function, u, /, *args, **kwargs):
     fit(plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
     kind, in_place = activation_of(function, args, tuple(kwargs.items()))
@@ -351,23 +310,44 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def one_input(name: str, passes: float = 1.0) -> Callable:
-    """A recipe for a cheap function of each image alone whose node saves nothing."""
+def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False) -> Callable:
+    """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
-    def bind(mode: Mode, function, x, /, *args, **kwargs):
+    Args:
+        name: of the recipe, for people.
+        passes: over a tensor of its input's or output's size, the larger.
+        node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
+        linear: whether its backward needs only the input's shape.
+    """
+
+    def bind(mode: Mode, function, x, /, *args, **named):
         fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
-        args, kwargs = [fixed(v) for v in args], {name: fixed(v) for name, v in kwargs.items()}
+        arguments = (*args, *named.values())
+        places = [i for i, v in enumerate(arguments) if isinstance(v, Tensor)]
+        parameters = [arguments[i] for i in places]
+        given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
+        fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
+        fit(function is not F.layer_norm or len(args[0]) < x.dim())
+        fit(linear or not node or not torch._C._is_any_autocast_enabled())
+
+        def call(x: Tensor, *tensors: Tensor) -> Tensor:
+            values = given.copy()
+            for i, t in zip(places, tensors, strict=True):
+                values[i] = t
+            return function(x, *values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
 
         def run() -> Tensor:
-            value = mode.table.find(x)
-            out = function(x, *args, **kwargs)
-            if (
-                type(out) in TENSORS
-                and out.shape[:1] == x.shape[:1]
-                and out.untyped_storage() is not x.untyped_storage()
-            ):
-                recipe = ops.Again(name, lambda t: function(t, *args, **kwargs), passes)
-                mode.table.note(out, recipe, (value,))
+            operation, value = None, mode.needed(x) if node and not linear else mode.table.find(x)
+            if node:
+                mode.table.count_plain(value)
+                operation = ops.Rerun(call, None if linear else value, x.shape, len(parameters))
+            copies = [ops.copy_of(t) for t in parameters]
+            out = mode.apply(operation, x, *parameters) if node else call(x)
+            alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
+            if alike and out.untyped_storage() is not x.untyped_storage():
+                work = passes * max(1.0, x.numel() / out.numel())
+                recipe = ops.Again(name, lambda x: call(x, *copies), work, *parameters[:1])
+                mode.table.note(out, recipe, (value,), operation)
             return out
 
         return run
@@ -378,10 +358,11 @@ def one_input(name: str, passes: float = 1.0) -> Callable:
 def max_pool(
     mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **named
 ):
-    fit(not named.get("return_indices") and images(input))
+    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
     k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
     window = ops.Window(k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2))
-    fit(d == [1, 1] and k[0] * k[1] <= 256 and k[1] <= input.shape[3])
+    fit(not named.get("return_indices") and d == [1, 1])
+    fit(k[0] * k[1] <= 256 and k[1] <= input.shape[3])
 
     def run() -> Tensor:
         table = mode.table
@@ -393,35 +374,6 @@ def max_pool(
         offsets.kept = True
         table.rows.append(offsets)
         return y
-
-    return run
-
-
-def average_pool(
-    mode,
-    function,
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
-    fit(images(input))
-    stride = kernel_size if stride is None or stride == [] or stride == () else stride
-    window = [per_dimension(v, 2) for v in (kernel_size, stride, padding)]
-    arguments = (*window, ceil_mode, count_include_pad, divisor_override)
-
-    def run() -> Tensor:
-        value = mode.table.find(input)
-        mode.table.count_plain(value)
-        operation = ops.AveragePool(arguments, input)
-        out = mode.apply(operation, input)
-        passes = input.numel() / max(out.numel(), 1)
-        again = ops.Again("avg_pool2d", lambda t: torch._C._nn.avg_pool2d(t, *arguments), passes)
-        mode.table.note(out, again, (value,), operation)
-        return out
 
     return run
 
@@ -508,13 +460,13 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys(
-        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), one_input("resize")
+        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous),
+        again("resize", node=False),
     ),
     **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
-    F.group_norm: handler(group_norm),
-    F.layer_norm: handler(layer_norm),
-    torch.prelu: handler(prelu),
+    **dict.fromkeys((F.group_norm, F.layer_norm), again("norm", 3.0)),
+    torch.prelu: again("prelu"),
+    F.avg_pool2d: again("avg_pool2d", linear=True),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),
-    F.avg_pool2d: handler(average_pool),
 }

@@ -179,19 +179,19 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
 class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    For group norm, layer norm and PReLU.
+    For group norm, layer norm and PReLU. Average pooling is linear, so any tensor of the input's ``shape``
+    will do; then there is no ``value``.
     """
 
     beside = True
 
-    def __init__(self, call: Callable[..., Tensor], value: Value, parameters: int) -> None:
-        self.forward, self.value, self.saved = call, value, tuple(range(1, 1 + parameters))
+    def __init__(self, call, value: Value | None, shape: torch.Size, parameters: int) -> None:
+        self.forward, self.value, self.shape = call, value, shape
+        self.saved = tuple(range(1, 1 + parameters))
 
     def backward(self, task, dz, needs, saved):
-        inputs = [
-            t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip((task.get(self.value)[0], *saved), needs, strict=True)
-        ]
+        x = dz.new_zeros(1).expand(self.shape) if self.value is None else task.get(self.value)[0]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *saved), needs, strict=True)]
         with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run inside remat's context
             out = self.forward(*inputs)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
@@ -402,17 +402,3 @@ class MaxPool(Operation):
             index.add_(index.div(k, rounding_mode="floor"), alpha=width - k).add_(starts)
             dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *how, index)
         return [dx]
-
-
-class AveragePool(Operation):
-    """Its backward needs only the shape of the input."""
-
-    def __init__(self, arguments: tuple, x: Tensor) -> None:
-        self.arguments, self.shape = arguments, x.shape
-
-    def forward(self, x):
-        return torch._C._nn.avg_pool2d(x, *self.arguments)
-
-    def backward(self, task, dz, needs, saved):
-        like = dz.new_empty(1).expand(self.shape)
-        return [aten.avg_pool2d_backward(dz, like, *self.arguments)]

@@ -239,58 +239,39 @@ def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]
     return kind, bool(in_place)
 
 
-def elementwise(mode, function, p, q, **kwargs):
+def elementwise(mode: Mode, function, p, q, **kwargs):
+    """PyTorch's own node, but for a product of two tensors that need gradients, and a recipe."""
     if not (p.requires_grad or (isinstance(q, Tensor) and q.requires_grad)):
         return None  # a counter of batches, for example
+    tensors = [p, q] if isinstance(q, Tensor) else [p]
+    fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype)
+    fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
-    if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
-        p, q, function = q, p, operator  # the larger one first
-    fit(not kwargs and plain(p) and p.dim() > 1)
-    if isinstance(q, Tensor):
-        fit(plain(q) and p.dtype == q.dtype and (p.requires_grad or q.requires_grad))
-        if operator is torch.mul and p.requires_grad and q.requires_grad:
-            fit(not in_place)
-            return lambda: product(mode, function, p, q)
-        fit(operator is not torch.div or not q.requires_grad)
-    else:
-        fit(type(q) in (int, float))
-    return lambda: note_elementwise(mode, function, operator, in_place, p, q)
+    product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
+    fit(not (product and in_place) and (operator is not torch.div or not needs_grad(*tensors[1:])))
+    if operator in (torch.add, torch.mul):
+        tensors.sort(key=Tensor.numel, reverse=True)  # the result has the first one's shape
+    first = tensors[0]
+    fit(first.dim() > 1)
 
-
-def note_elementwise(mode: Mode, function, operator, in_place: bool, p: Tensor, q) -> Tensor:
-    """PyTorch's own node, and a recipe."""
-    tensors = [t for t in (p, q) if isinstance(t, Tensor)]
-    values = [mode.table.find(t) for t in tensors]
-    if in_place:
-        mode.table.before_write(p)
-    out = function(p, q)
-    if not out.requires_grad:
+    def run() -> Tensor:
+        operation, values = None, [(mode.needed if product else mode.table.find)(t) for t in tensors]
+        if product:
+            operation = ops.Product(function, *values)
+            out = mode.apply(operation, *tensors)
+        else:
+            if in_place:
+                mode.table.before_write(p)
+            out = function(p, q)
+            for t, value in zip(tensors[1:], values[1:], strict=True):
+                if value.recipe is None and value.kept is None and t.numel() * SMALL <= out.numel():
+                    mode.table.keep(value, t)
+        if first.shape == out.shape and out.dtype == p.dtype:
+            recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
+            mode.table.note(out, recipe, tuple(values), operation)
         return out
-    for t, value in zip(tensors, values, strict=True):
-        if value.recipe is None and value.kept is None and t is not p and t.numel() * SMALL <= out.numel():
-            mode.table.keep(value, t)
-    if tensors[0].shape == out.shape and out.dtype == p.dtype:
-        recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
-        mode.table.note(out, recipe, tuple(values))
-    return out
 
-
-def covers(p: Tensor, q: Tensor) -> bool:
-    """Whether ``q`` broadcasts to the shape of ``p``."""
-    pairs = zip(reversed(p.shape), reversed(q.shape), strict=False)
-    return p.dim() >= q.dim() and all(n in (1, m) for m, n in pairs)
-
-
-def product(mode: Mode, function, p: Tensor, q: Tensor) -> Tensor:
-    if not covers(p, q):
-        if not covers(q, p):
-            return function(p, q)
-        p, q = q, p
-    values = mode.needed(p), mode.needed(q)
-    operation = ops.Product(function, *values)
-    out = mode.apply(operation, p, q)
-    mode.table.note(out, ops.Elementwise(torch.mul), values, operation)
-    return out
+    return run
 
 
 def concatenate(mode, function, tensors, dim=0):

@@ -341,14 +341,14 @@ def max_pool(
 ):
     fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
     k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
-    window = ops.Window(k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2))
+    how = k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2), d, bool(ceil_mode)
     fit(not named.get("return_indices") and d == [1, 1])
     fit(k[0] * k[1] <= 256 and k[1] <= input.shape[3])
 
     def run() -> Tensor:
         table = mode.table
         table.count_plain(table.find(input))
-        operation = ops.MaxPool(window, bool(ceil_mode), input)
+        operation = ops.MaxPool(how, input)
         y = mode.apply(operation, input)
         table.plain_bytes += 8 * y.numel()
         offsets = Row("offsets", None, View.of(operation.offsets))

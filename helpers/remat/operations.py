@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from helpers.remat import passes
 from helpers.remat.task import Task, slabs
 from helpers.remat.values import Recipe, Value, View
@@ -161,19 +162,16 @@ def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
 def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor) -> list:
     """dy, dγ and dβ of a norm with batch statistics (chapter 3), with no temporary tensor of dy's size.
 
-    The CPU library's backward allocates dy twice. Here it computes the two sums alone, dβ = Σ dz and
-    dγ = Σ dz (y - μ)/σ; then dy = γ/σ (dz - dβ/m - (y - μ)/σ dγ/m), some images at a time.
+    The CPU library's backward allocates dy twice. Here dy is computed some images at a time.
     """
-    how = (gamma, None, None, mean, invstd, True, 0.0, (False, True, True))
-    _, dgamma, dbeta = aten.native_batch_norm_backward(dz, y, *how)
-    m, scale = y.numel() // y.shape[1], invstd if gamma is None else invstd * gamma
-    shape = (-1, *[1] * (y.dim() - 2))
-    factor, shift = (scale * invstd * dgamma / -m).view(shape), (scale * dbeta / -m).view(shape)
-    mean, scale, dy = mean.view(shape), scale.view(shape), torch.empty_like(y)
-    for images in slabs(len(y), y):
-        torch.sub(y[images], mean, out=dy[images])
-        dy[images].mul_(factor).add_(shift).addcmul_(dz[images], scale)
-    return [dy, dgamma, dbeta]
+    dz, images = (t.view(*t.shape[:2], -1, 1) for t in (dz, y))
+    scale, m = invstd if gamma is None else invstd * gamma, y.numel() // y.shape[1]
+    sum_dz, sum_dz_y = sums = batch_norm_sums(dz, images, mean)
+    kappas, dy = grad_input_coefficients(scale, invstd**-2, sums, m), torch.empty_like(images)
+    for part in slabs(len(y), y):
+        torch.sub(images[part], per_channel(mean), out=dy[part])
+        grad_input_(dz[part], dy[part], *kappas)
+    return [dy.view(y.shape), sum_dz_y * invstd, sum_dz]
 
 
 class Rerun(Operation):
@@ -357,24 +355,21 @@ class Concatenate(Recipe):
         return torch.cat(parts, self.dim, out=out)
 
 
-class Window(NamedTuple):
-    """Kernel, stride and padding of a pooling, each a pair."""
-
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-
-
 class MaxPool(Operation):
     """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input."""
 
-    def __init__(self, window: Window, ceil_mode: bool, x: Tensor) -> None:
-        self.window, self.ceil_mode, self.shape, self.offsets = window, ceil_mode, x.shape, None
+    def __init__(self, how: tuple, x: Tensor) -> None:
+        self.how, self.shape, self.offsets = (
+            how,
+            x.shape,
+            None,
+        )  # kernel, stride, padding, dilation, ceil_mode
+        self.gap = x.shape[3] - how[0][1]  # pixels between two rows of a window
 
     def forward(self, x):
-        how, y, starts = (*self.window, [1, 1], self.ceil_mode), None, None
+        y = starts = None
         for images in slabs(len(x), x):
-            y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *how)
+            y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *self.how)
             if y is None:
                 y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
                 self.offsets = torch.empty_like(y, dtype=torch.uint8)
@@ -383,22 +378,22 @@ class MaxPool(Operation):
             starts = self.starts(index) if starts is None else starts
             index -= starts
             row = index.div(self.shape[3], rounding_mode="floor")
-            self.offsets[images] = index.sub_(row, alpha=self.shape[3] - self.window.kernel[1])
+            self.offsets[images] = index.sub_(row, alpha=self.gap)
         return y
 
     def starts(self, like: Tensor) -> Tensor:
         """The first pixel of each window, as an index into the image."""
-        (rows, columns), (s, t), (p, q) = like.shape[2:], self.window.stride, self.window.padding
+        (rows, columns), (s, t), (p, q) = like.shape[2:], *self.how[1:3]
         i = torch.arange(rows, device=like.device) * s - p
         return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
 
     def backward(self, task, dz, needs, saved):
-        how = (*self.window, [1, 1], self.ceil_mode)
         layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
-        width, k, starts = self.shape[3], self.window.kernel[1], self.starts(self.offsets)
+        starts = self.starts(self.offsets)
         for images in slabs(len(dx), dx):
             index = self.offsets[images].long()
-            index.add_(index.div(k, rounding_mode="floor"), alpha=width - k).add_(starts)
-            dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *how, index)
+            row = index.div(self.how[0][1], rounding_mode="floor")
+            index.add_(row, alpha=self.gap).add_(starts)
+            dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *self.how, index)
         return [dx]

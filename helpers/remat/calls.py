@@ -402,37 +402,39 @@ CONVOLUTIONS = {
     for n in (1, 2, 3)
     for transposed in ("", "_transpose")
 } | {F.linear: (0, False)}
-ACTIVATIONS: dict[Callable, Callable[..., ops.Kind]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), lambda: ops.Kind("relu")),
-    **dict.fromkeys(
-        (torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.sigmoid_, Tensor.sigmoid_),
-        lambda: ops.Kind("sigmoid"),
-    ),
-    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh, torch.tanh_, Tensor.tanh_), lambda: ops.Kind("tanh")),
-    F.relu6: lambda: ops.Kind("hardtanh", (0.0, 6.0)),
-    F.hardtanh: lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
-    F.leaky_relu: lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),
-    F.elu: lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0)),
-    F.celu: lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0 / alpha)),
-    F.selu: lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
-    F.silu: lambda: ops.Kind("silu"),
-    F.mish: lambda: ops.Kind("mish"),
-    F.hardswish: lambda: ops.Kind("hardswish"),
-    F.hardsigmoid: lambda: ops.Kind("hardsigmoid"),
-    F.gelu: lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
+
+
+def named(names: str) -> list[Callable]:
+    """PyTorch's functions and methods with these names."""
+    owners = torch, Tensor, F
+    return [getattr(owner, n) for n in names.split() for owner in owners if hasattr(owner, n)]
+
+
+# How an activation's kind follows from the arguments behind its input.
+KINDS: dict[str, Callable[..., ops.Kind]] = {
+    "relu": lambda: ops.Kind("relu"),
+    "sigmoid": lambda: ops.Kind("sigmoid"),
+    "tanh": lambda: ops.Kind("tanh"),
+    "silu": lambda: ops.Kind("silu"),
+    "mish": lambda: ops.Kind("mish"),
+    "hardswish": lambda: ops.Kind("hardswish"),
+    "hardsigmoid": lambda: ops.Kind("hardsigmoid"),
+    "relu6": lambda: ops.Kind("hardtanh", (0.0, 6.0)),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
+    "leaky_relu": lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),
+    "elu": lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0)),
+    "celu": lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0 / alpha)),
+    "selu": lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
+    "gelu": lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
 }
-ELEMENTWISE = {
-    getattr(owner, name): operator
-    for operator, names in (
-        (torch.add, "add add_ __add__ __radd__ __iadd__"),
-        (torch.sub, "sub sub_ __sub__ __isub__"),
-        (torch.mul, "mul mul_ __mul__ __rmul__ __imul__"),
-        (torch.div, "div div_ __truediv__ __itruediv__"),
-    )
-    for name in names.split()
-    for owner in (torch, Tensor)
-    if hasattr(owner, name)
+ACTIVATIONS = {function: kind for name, kind in KINDS.items() for function in named(f"{name} {name}_")}
+OPERATIONS = {
+    torch.add: "add add_ __add__ __radd__ __iadd__",
+    torch.sub: "sub sub_ __sub__ __isub__",
+    torch.mul: "mul mul_ __mul__ __rmul__ __imul__",
+    torch.div: "div div_ __truediv__ __itruediv__",
 }
+ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in named(names)}
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {

@@ -404,7 +404,7 @@ CONVOLUTIONS = {
 } | {F.linear: (0, False)}
 
 
-def named(names: str) -> list[Callable]:
+def functions(names: str) -> list[Callable]:
     """PyTorch's functions and methods with these names."""
     owners = torch, Tensor, F
     return [getattr(owner, n) for n in names.split() for owner in owners if hasattr(owner, n)]
@@ -427,14 +427,14 @@ KINDS: dict[str, Callable[..., ops.Kind]] = {
     "selu": lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
     "gelu": lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
 }
-ACTIVATIONS = {function: kind for name, kind in KINDS.items() for function in named(f"{name} {name}_")}
+ACTIVATIONS = {function: kind for name, kind in KINDS.items() for function in functions(f"{name} {name}_")}
 OPERATIONS = {
     torch.add: "add add_ __add__ __radd__ __iadd__",
     torch.sub: "sub sub_ __sub__ __isub__",
     torch.mul: "mul mul_ __mul__ __rmul__ __imul__",
     torch.div: "div div_ __truediv__ __itruediv__",
 }
-ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in named(names)}
+ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {

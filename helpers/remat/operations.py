@@ -30,9 +30,8 @@ class Operation:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
         prunes: whether it is worth asking which gradients this backward pass needs.
         beside: whether backward's result is in memory at the same time as the value that it needs.
-        table, number, weight: the context's table, the place in its order, and the parameter; set by
-            `Mode.apply`, as are the next two.
-        gradient, result: bytes of the input (and of its gradient) and of the output.
+        table, number, weight: the context's table, the place in its order, and the parameter (`Mode.apply`).
+        gradient, result: bytes of the input (and of its gradient) and of the output (`Mode.apply`).
         scratch: bytes of a library's scratch memory in backward.
         name: for people; of those that have no recipe.
         source: a weak reference to the input's value, if there is one for the output.
@@ -309,25 +308,18 @@ class Product(Operation):
     prunes = True
 
     def __init__(self, function, p: Value, q: Value) -> None:
-        self.function, self.values, self.shapes = function, (p, q), (p.view.shape, q.view.shape)
-
-    def forward(self, p, q):
-        return self.function(p, q)
+        self.forward, self.values, self.shapes = function, (p, q), (p.view.shape, q.view.shape)
 
     def needed(self):
         return self.values
 
     def backward(self, task, dz, needs, saved):
-        grads = []
+        grads = [None, None]
         for i in (0, 1):
-            if not needs[i]:
-                grads.append(None)
-                continue
-            t, mine = task.get(self.values[1 - i])
-            product = (
-                torch.mul(dz, t, out=t) if mine and t.shape == dz.shape and t.dtype == dz.dtype else dz * t
-            )
-            grads.append(product.sum_to_size(self.shapes[i]))
+            if needs[i]:
+                t, mine = task.get(self.values[1 - i])
+                mine = mine and t.shape == dz.shape and t.dtype == dz.dtype
+                grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
 
 

@@ -302,7 +302,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
-        fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
+        fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0)
         arguments = (*args, *named.values())
         places = [i for i, v in enumerate(arguments) if isinstance(v, Tensor)]
         parameters = [arguments[i] for i in places]

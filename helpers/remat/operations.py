@@ -385,7 +385,6 @@ class MaxPool(Operation):
         starts = self.starts(self.offsets)
         for images in slabs(len(dx), dx):
             index = self.offsets[images].long()
-            row = index.div(self.how[0][1], rounding_mode="floor")
-            index.add_(row, alpha=self.gap).add_(starts)
+            index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
             dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *self.how, index)
         return [dx]

@@ -10,7 +10,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def images(t: Tensor) -> bool:
-    """Whether ``t`` is a batch of images, and PyTorch would make a node."""
-    return plain(t) and t.dim() == 4 and t.requires_grad and t.numel() > 0
-
-
 class Unfit(Exception):
     """These arguments are not for remat."""
 
@@ -83,7 +78,7 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except (Unfit, TypeError, AttributeError, KeyError, ZeroDivisionError):
+            except (Unfit, TypeError, AttributeError, LookupError, ZeroDivisionError):
                 pass
         return leave(mode, function, args, kwargs) if run is None else run()
 
@@ -103,17 +98,12 @@ def per_dimension(v, n: int) -> list[int]:
     return v
 
 
-class Setting(NamedTuple):
-    """What a convolution's call says beyond its tensors, and the price of a value."""
-
-    arguments: dict
-    geometry: Geometry
-    price: float
-
-
 @functools.lru_cache(maxsize=4096)
-def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> Setting:
-    """The setting of a call with a weight of this shape, and these arguments behind the tensors."""
+def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple[dict, Geometry, float]:
+    """What a call with a weight of this shape says behind its tensors, and the price of a value.
+
+    A list, which the caller could change later, is a TypeError: it has no hash.
+    """
     dims, transposed = CONVOLUTIONS[function]
     fit(len(shape) == dims + 2)
     rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
@@ -121,7 +111,7 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> Setti
     arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
     fit(len(given) <= len(names) and arguments.keys() <= set(names))
     geometry = geometry_of(shape[2:], transposed, **arguments)
-    return Setting(arguments, geometry, geometry.price(shape))
+    return arguments, geometry, geometry.price(shape)
 
 
 def geometry_of(
@@ -155,70 +145,47 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
-    fit(plain(input, weight, bias) and input.dim() == weight.dim())
-    fit(needs_grad(input, weight, bias) and input.numel() > 0)
-    try:
-        setting = setting_of(function, weight.shape, given, tuple(named.items()))
-    except TypeError:  # a list, which the caller may change later
-        given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
-        setting = setting_of(function, weight.shape, given, tuple(named.items()))
+    """Also a linear layer, which is a convolution without pixels."""
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
+    fit(input.dim() == weight.dim() or (function is F.linear and input.dim() > 1))
+    arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 
-    def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return Convolution(function, setting.arguments, setting.geometry, a, value, dtype)
+    def run() -> Tensor:
+        table, a, value, recipe = mode.table, input, None, None
+        if dtype is not None and input.dtype != dtype:
+            a = input.detach().to(dtype)
+            value = Value(a, ops.Again("cast", lambda t: t, 1.0), (table.find(input),))
+        if weight.requires_grad:
+            value = mode.needed(a, value)
+        elif value is None:
+            value = table.find(input)
+        kind = Linear if function is F.linear else Convolution
+        operation = kind(function, arguments, geometry, a, value if weight.requires_grad else None, dtype)
+        y = mode.apply(operation, input, weight, bias)
+        if table.max_cost and price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
+            recipe = Convolve(function, weight, bias, arguments, price, dtype)
+            for t in (weight,) if bias is None else (weight, bias):
+                table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
+        table.note(y, recipe, (value,), operation)
+        return y
 
-    return lambda: multiply(
-        mode, function, input, weight, bias, setting.arguments, setting.price, dtype, make
-    )
-
-
-def multiply(
-    mode, function, input, weight, bias, arguments: dict, price: float, dtype, make: Callable
-) -> Tensor:
-    """Apply an operation with a price, ``make(a, its value)``; a is ``input``, cast by autocast."""
-    table, a, value = mode.table, input, None
-    if dtype is not None and input.dtype != dtype:
-        a = input.detach().to(dtype)
-        value = Value(a, ops.Cast(), (table.find(input),))
-    if weight.requires_grad:
-        value = mode.needed(a, value)
-    elif value is None:
-        value = table.find(input)
-    operation, recipe = make(a, value if weight.requires_grad else None), None
-    y = mode.apply(operation, input, weight, bias)
-    if table.max_cost and price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
-        recipe = Convolve(function, weight, bias, arguments, price, dtype)
-        for t in (weight,) if bias is None else (weight, bias):
-            table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
-    table.note(y, recipe, (value,), operation)
-    return y
-
-
-def linear(mode, function, input, weight, bias=None):
-    fit(plain(input, weight, bias) and input.dim() > 1 and weight.dim() == 2 and input.numel() > 0)
-    fit(needs_grad(input, weight, bias))
-    dtype = autocast_dtype(input, weight, bias)
-    fit(dtype is not None or input.dtype == weight.dtype)
-
-    def make(a: Tensor, value: Value | None) -> ops.Operation:
-        return Linear(a, value, dtype)
-
-    return lambda: multiply(mode, function, input, weight, bias, {}, float(weight.shape[1]), dtype, make)
+    return run
 
 
 def batch_norm(
-    mode, function, input, running_mean, running_var, weight=None, bias=None, training=False, *rest, **named
+    mode,
+    function,
+    input,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
 ):
-    return normalise(mode, input, running_mean, running_var, weight, bias, training, *rest, **named)
-
-
-def low_batch_norm(mode, function, input, weight, bias, mean, var, training, momentum, eps, cudnn_enabled):
-    fit(cudnn_enabled == torch.backends.cudnn.enabled)
-    return normalise(mode, input, mean, var, weight, bias, training, momentum, eps)
-
-
-def normalise(mode, input, running_mean, running_var, weight, bias, training, momentum=0.1, eps=1e-5):
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias))
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
@@ -228,47 +195,11 @@ def normalise(mode, input, running_mean, running_var, weight, bias, training, mo
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
         value = mode.needed(input) if need else mode.table.find(input)
-        settings = ops.Statistics(running_mean, running_var, bool(training), momentum, eps)
-        operation = ops.BatchNorm(settings, value if need else None)
+        statistics = running_mean, running_var, bool(training), momentum, eps
+        operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
         mode.table.note(z, operation.recipe(weight, bias), (value,), operation)
         return z
-
-    return run
-
-
-def group_norm(mode, function, input, num_groups, weight=None, bias=None, eps=1e-5):
-    fit(input.dim() >= 3 and type(eps) in (int, float))
-    call = lambda y, *affine: function(y, num_groups, *affine, eps)  # noqa: E731
-    return rerun(mode, "norm", 3.0, call, input, weight, bias)
-
-
-def layer_norm(mode, function, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    shape = fixed(normalized_shape)
-    fit(input.dim() > len(shape) and type(eps) in (int, float))
-    call = lambda y, *affine: function(y, shape, *affine, eps)  # noqa: E731
-    return rerun(mode, "norm", 3.0, call, input, weight, bias)
-
-
-def prelu(mode, function, input, weight):
-    fit(input.dim() > 1)
-    return rerun(mode, "prelu", 1.0, function, input, weight)
-
-
-def rerun(mode, name: str, passes: float, call: Callable, input: Tensor, *parameters: Tensor | None):
-    """``call(input, *parameters)``, a function of each image alone, which backward calls again."""
-    fit(plain(input, *parameters) and input.requires_grad and input.numel() > 0)
-    fit(not torch._C._is_any_autocast_enabled())
-    fit(all(t is None or t.dtype == input.dtype for t in parameters))
-
-    def run() -> Tensor:
-        value = mode.needed(input)
-        values = [ops.copy_of(t) for t in parameters]
-        operation = ops.Rerun(call, value, len(parameters))
-        out = mode.apply(operation, input, *parameters)
-        recipe = ops.Again(name, lambda y: call(y, *values), passes, parameters[0])
-        mode.table.note(out, recipe, (value,), operation)
-        return out
 
     return run
 
@@ -308,58 +239,39 @@ def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]
     return kind, bool(in_place)
 
 
-def elementwise(mode, function, p, q, **kwargs):
+def elementwise(mode: Mode, function, p, q, **kwargs):
+    """PyTorch's own node, but for a product of two tensors that need gradients, and a recipe."""
     if not (p.requires_grad or (isinstance(q, Tensor) and q.requires_grad)):
         return None  # a counter of batches, for example
+    tensors = [p, q] if isinstance(q, Tensor) else [p]
+    fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype)
+    fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
-    if isinstance(q, Tensor) and p.dim() < q.dim() and operator in (torch.add, torch.mul) and not in_place:
-        p, q, function = q, p, operator  # the larger one first
-    fit(not kwargs and plain(p) and p.dim() > 1)
-    if isinstance(q, Tensor):
-        fit(plain(q) and p.dtype == q.dtype and (p.requires_grad or q.requires_grad))
-        if operator is torch.mul and p.requires_grad and q.requires_grad:
-            fit(not in_place)
-            return lambda: product(mode, function, p, q)
-        fit(operator is not torch.div or not q.requires_grad)
-    else:
-        fit(type(q) in (int, float))
-    return lambda: note_elementwise(mode, function, operator, in_place, p, q)
+    product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
+    fit(not (product and in_place) and (operator is not torch.div or not needs_grad(*tensors[1:])))
+    if operator in (torch.add, torch.mul):
+        tensors.sort(key=Tensor.numel, reverse=True)  # the result has the first one's shape
+    first = tensors[0]
+    fit(first.dim() > 1)
 
-
-def note_elementwise(mode: Mode, function, operator, in_place: bool, p: Tensor, q) -> Tensor:
-    """PyTorch's own node, and a recipe."""
-    tensors = [t for t in (p, q) if isinstance(t, Tensor)]
-    values = [mode.table.find(t) for t in tensors]
-    if in_place:
-        mode.table.before_write(p)
-    out = function(p, q)
-    if not out.requires_grad:
+    def run() -> Tensor:
+        operation, values = None, [(mode.needed if product else mode.table.find)(t) for t in tensors]
+        if product:
+            operation = ops.Product(function, *values)
+            out = mode.apply(operation, *tensors)
+        else:
+            if in_place:
+                mode.table.before_write(p)
+            out = function(p, q)
+            for t, value in zip(tensors[1:], values[1:], strict=True):
+                if value.recipe is None and value.kept is None and t.numel() * SMALL <= out.numel():
+                    mode.table.keep(value, t)
+        if first.shape == out.shape and out.dtype == p.dtype:
+            recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
+            mode.table.note(out, recipe, tuple(values), operation)
         return out
-    for t, value in zip(tensors, values, strict=True):
-        if value.recipe is None and value.kept is None and t is not p and t.numel() * SMALL <= out.numel():
-            mode.table.keep(value, t)
-    if tensors[0].shape == out.shape and out.dtype == p.dtype:
-        recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
-        mode.table.note(out, recipe, tuple(values))
-    return out
 
-
-def covers(p: Tensor, q: Tensor) -> bool:
-    """Whether ``q`` broadcasts to the shape of ``p``."""
-    pairs = zip(reversed(p.shape), reversed(q.shape), strict=False)
-    return p.dim() >= q.dim() and all(n in (1, m) for m, n in pairs)
-
-
-def product(mode: Mode, function, p: Tensor, q: Tensor) -> Tensor:
-    if not covers(p, q):
-        if not covers(q, p):
-            return function(p, q)
-        p, q = q, p
-    values = mode.needed(p), mode.needed(q)
-    operation = ops.Product(function, *values)
-    out = mode.apply(operation, p, q)
-    mode.table.note(out, ops.Elementwise(torch.mul), values, operation)
-    return out
+    return run
 
 
 def concatenate(mode, function, tensors, dim=0):
@@ -379,23 +291,44 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def one_input(name: str, passes: float = 1.0) -> Callable:
-    """A recipe for a cheap function of each image alone whose node saves nothing."""
+def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False) -> Callable:
+    """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
-    def bind(mode: Mode, function, x, /, *args, **kwargs):
-        fit(plain(x) and x.requires_grad and x.dim() > 2 and x.numel() > 0)
-        args, kwargs = [fixed(v) for v in args], {name: fixed(v) for name, v in kwargs.items()}
+    Args:
+        name: of the recipe, for people.
+        passes: over a tensor of its input's or output's size, the larger.
+        node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
+        linear: whether its backward needs only the input's shape.
+    """
+
+    def bind(mode: Mode, function, x, /, *args, **named):
+        fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0)
+        arguments = (*args, *named.values())
+        places = [i for i, v in enumerate(arguments) if isinstance(v, Tensor)]
+        parameters = [arguments[i] for i in places]
+        given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
+        fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
+        fit(function is not F.layer_norm or len(args[0]) < x.dim())
+        fit(linear or not node or not torch._C._is_any_autocast_enabled())
+
+        def call(x: Tensor, *tensors: Tensor) -> Tensor:
+            values = given.copy()
+            for i, t in zip(places, tensors, strict=True):
+                values[i] = t
+            return function(x, *values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
 
         def run() -> Tensor:
-            value = mode.table.find(x)
-            out = function(x, *args, **kwargs)
-            if (
-                type(out) in TENSORS
-                and out.shape[:1] == x.shape[:1]
-                and out.untyped_storage() is not x.untyped_storage()
-            ):
-                recipe = ops.Again(name, lambda t: function(t, *args, **kwargs), passes)
-                mode.table.note(out, recipe, (value,))
+            operation, value = None, mode.needed(x) if node and not linear else mode.table.find(x)
+            if node:
+                mode.table.count_plain(value)
+                operation = ops.Rerun(call, None if linear else value, x.shape, len(parameters))
+            copies = [ops.copy_of(t) for t in parameters]
+            out = mode.apply(operation, x, *parameters) if node else call(x)
+            alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
+            if alike and out.untyped_storage() is not x.untyped_storage():
+                work = passes * max(1.0, x.numel() / out.numel())
+                recipe = ops.Again(name, lambda x: call(x, *copies), work, *parameters[:1])
+                mode.table.note(out, recipe, (value,), operation)
             return out
 
         return run
@@ -406,50 +339,22 @@ def one_input(name: str, passes: float = 1.0) -> Callable:
 def max_pool(
     mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **named
 ):
-    fit(not named.get("return_indices") and images(input))
+    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
     k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
-    window = ops.Window(k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2))
-    fit(d == [1, 1] and k[0] * k[1] <= 256 and k[1] <= input.shape[3])
+    how = k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2), d, bool(ceil_mode)
+    fit(not named.get("return_indices") and d == [1, 1])
+    fit(k[0] * k[1] <= 256 and k[1] <= input.shape[3])
 
     def run() -> Tensor:
         table = mode.table
         table.count_plain(table.find(input))
-        operation = ops.MaxPool(window, bool(ceil_mode), input)
+        operation = ops.MaxPool(how, input)
         y = mode.apply(operation, input)
         table.plain_bytes += 8 * y.numel()
         offsets = Row("offsets", None, View.of(operation.offsets))
         offsets.kept = True
         table.rows.append(offsets)
         return y
-
-    return run
-
-
-def average_pool(
-    mode,
-    function,
-    input,
-    kernel_size,
-    stride=None,
-    padding=0,
-    ceil_mode=False,
-    count_include_pad=True,
-    divisor_override=None,
-):
-    fit(images(input))
-    stride = kernel_size if stride is None or stride == [] or stride == () else stride
-    window = [per_dimension(v, 2) for v in (kernel_size, stride, padding)]
-    arguments = (*window, ceil_mode, count_include_pad, divisor_override)
-
-    def run() -> Tensor:
-        value = mode.table.find(input)
-        mode.table.count_plain(value)
-        operation = ops.AveragePool(arguments, input)
-        out = mode.apply(operation, input)
-        passes = input.numel() / max(out.numel(), 1)
-        again = ops.Again("avg_pool2d", lambda t: torch._C._nn.avg_pool2d(t, *arguments), passes)
-        mode.table.note(out, again, (value,), operation)
-        return out
 
     return run
 
@@ -496,38 +401,40 @@ CONVOLUTIONS = {
     getattr(torch, f"conv{transposed}{n}d"): (n, bool(transposed))
     for n in (1, 2, 3)
     for transposed in ("", "_transpose")
+} | {F.linear: (0, False)}
+
+
+def functions(names: str) -> list[Callable]:
+    """PyTorch's functions and methods with these names."""
+    owners = torch, Tensor, F
+    return [getattr(owner, n) for n in names.split() for owner in owners if hasattr(owner, n)]
+
+
+# How an activation's kind follows from the arguments behind its input.
+KINDS: dict[str, Callable[..., ops.Kind]] = {
+    "relu": lambda: ops.Kind("relu"),
+    "sigmoid": lambda: ops.Kind("sigmoid"),
+    "tanh": lambda: ops.Kind("tanh"),
+    "silu": lambda: ops.Kind("silu"),
+    "mish": lambda: ops.Kind("mish"),
+    "hardswish": lambda: ops.Kind("hardswish"),
+    "hardsigmoid": lambda: ops.Kind("hardsigmoid"),
+    "relu6": lambda: ops.Kind("hardtanh", (0.0, 6.0)),
+    "hardtanh": lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
+    "leaky_relu": lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),
+    "elu": lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0)),
+    "celu": lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0 / alpha)),
+    "selu": lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
+    "gelu": lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
 }
-ACTIVATIONS: dict[Callable, Callable[..., ops.Kind]] = {
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, torch.relu_, Tensor.relu_), lambda: ops.Kind("relu")),
-    **dict.fromkeys(
-        (torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.sigmoid_, Tensor.sigmoid_),
-        lambda: ops.Kind("sigmoid"),
-    ),
-    **dict.fromkeys((torch.tanh, Tensor.tanh, F.tanh, torch.tanh_, Tensor.tanh_), lambda: ops.Kind("tanh")),
-    F.relu6: lambda: ops.Kind("hardtanh", (0.0, 6.0)),
-    F.hardtanh: lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
-    F.leaky_relu: lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),
-    F.elu: lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0)),
-    F.celu: lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0 / alpha)),
-    F.selu: lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
-    F.silu: lambda: ops.Kind("silu"),
-    F.mish: lambda: ops.Kind("mish"),
-    F.hardswish: lambda: ops.Kind("hardswish"),
-    F.hardsigmoid: lambda: ops.Kind("hardsigmoid"),
-    F.gelu: lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
+ACTIVATIONS = {function: kind for name, kind in KINDS.items() for function in functions(f"{name} {name}_")}
+OPERATIONS = {
+    torch.add: "add add_ __add__ __radd__ __iadd__",
+    torch.sub: "sub sub_ __sub__ __isub__",
+    torch.mul: "mul mul_ __mul__ __rmul__ __imul__",
+    torch.div: "div div_ __truediv__ __itruediv__",
 }
-ELEMENTWISE = {
-    getattr(owner, name): operator
-    for operator, names in (
-        (torch.add, "add add_ __add__ __radd__ __iadd__"),
-        (torch.sub, "sub sub_ __sub__ __isub__"),
-        (torch.mul, "mul mul_ __mul__ __rmul__ __imul__"),
-        (torch.div, "div div_ __truediv__ __itruediv__"),
-    )
-    for name in names.split()
-    for owner in (torch, Tensor)
-    if hasattr(owner, name)
-}
+ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
@@ -536,15 +443,13 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys(
-        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), one_input("resize")
+        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous),
+        again("resize", node=False),
     ),
     **dict.fromkeys(EXPOSING, expose),
-    F.linear: handler(linear),
     F.batch_norm: handler(batch_norm),
-    torch.batch_norm: handler(low_batch_norm),
-    F.group_norm: handler(group_norm),
-    F.layer_norm: handler(layer_norm),
-    torch.prelu: handler(prelu),
+    **dict.fromkeys((F.group_norm, F.layer_norm), again("norm", 3.0)),
+    torch.prelu: again("prelu"),
+    F.avg_pool2d: again("avg_pool2d", linear=True),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),
-    F.avg_pool2d: handler(average_pool),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import weakref
@@ -45,10 +46,6 @@ class Held(NamedTuple):
     def of(cls, t: Tensor | None) -> Held | None:
         return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
 
-    def copied(self) -> Held:
-        """The same with a tensor that nobody else has."""
-        return Held.of(self.tensor.detach().clone())
-
     def get(self, who: str, name: str) -> Tensor:
         """The tensor; a RuntimeError if it is not what it was."""
         t = self.tensor
@@ -79,7 +76,8 @@ class Convolve(Recipe):
 
     def copy_parameters(self) -> None:
         """Before one of them may be written to unseen."""
-        self.weight, self.bias = self.weight.copied(), self.bias and self.bias.copied()
+        held = self.weight, self.bias
+        self.weight, self.bias = (h and Held.of(h.tensor.detach().clone()) for h in held)
 
     def run(self, out, a):
         weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
@@ -89,24 +87,15 @@ class Convolve(Recipe):
 def may_run_again(weight: Tensor) -> bool:
     """Whether ``weight`` will still exist in backward: sharded training frees it after forward.
 
-    FSDP1's weights are parts of a larger storage; FSDP2 keeps a list of its own.
+    FSDP1's weights are parts of a larger storage; where FSDP2 shards a module, no convolution runs again.
     """
     if weight._is_view() or weight.untyped_storage().nbytes() != weight.nbytes or hasattr(weight, "ds_id"):
         return False
-    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return True
-    states = sys.modules["torch.distributed._composable_state"]._module_state_mapping
-    for module in list(states):
-        state = states.get(module)
-        state = state() if isinstance(state, weakref.ref) else state
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for group in groups:
-            if group is not None and any(
-                getattr(p, "_unsharded_param", None) is weight for p in group.fsdp_params
-            ):
-                return False
-    return True
+    modules = sys.modules["torch.distributed._composable_state"]._module_state_mapping
+    return not any(isinstance(module, fsdp.FSDPModule) for module in list(modules))
 
 
 class Convolution(Operation):
@@ -127,14 +116,14 @@ class Convolution(Operation):
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
         if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
             copies = a.nbytes + y.nbytes
-            self.scratch = 2 * w.nbytes + (copies // 4 if copies >= worth_a_cut(w.nbytes) else copies)
+            self.scratch = 2 * w.nbytes + (copies // 4 if worth_a_cut(copies, w) else copies)
         return y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
         product = self.is_product(dz, w)
-        parts = [] if product else quarters(dz, self.shape, w.nbytes, task.room())
+        parts = 1 if product else self.parts(dz, w, task.room())
         if need_w:
             a, _ = task.get(self.value)
             if product and a.is_contiguous():
@@ -142,9 +131,9 @@ class Convolution(Operation):
                 dw.view(w.shape[:2]).addbmm_(dz.flatten(2), read.transpose(1, 2))
                 del read
             else:
-                dw, db = self.grad_weight(dz, a, w, need_b, parts)
+                dw = self.grad_weight(dz, a, w, parts)
             del a
-        if need_b and db is None:
+        if need_b:
             db = dz.sum([0, *range(2, dz.dim())])
         if need_a and product:
             wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
@@ -153,12 +142,12 @@ class Convolution(Operation):
                 read, da = da, dz.new_zeros(self.shape)
                 da[self.pixels_read()] = read
                 del read
-        elif need_a and not parts:
+        elif need_a and parts == 1:
             da = self.grad_input(dz, w)
         elif need_a:
             da = dz.new_empty(self.shape)
-            for images in parts:
-                da[images] = self.grad_input(dz[images], w)
+            for da_i, dz_i in zip(da.chunk(parts), dz.chunk(parts), strict=True):
+                da_i.copy_(self.grad_input(dz_i, w))
         return [da, dw, db]
 
     def is_product(self, dz: Tensor, w: Tensor) -> bool:
@@ -177,69 +166,52 @@ class Convolution(Operation):
         """The pixels of a that a 1x1 convolution with a stride reads."""
         return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
 
-    def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, bias: bool, parts: list[slice]) -> tuple:
-        """The gradients of weight and bias."""
-        dw = db = None
-        for images in parts or [None]:
-            dz_i, a_i = (dz, a) if images is None else (dz[images], a[images])
-            how = (w, [dz.shape[1]], *self.geometry, [False, True, bias])
-            _, dw_i, db_i = aten.convolution_backward(dz_i, a_i, *how)
-            dw = dw_i if dw is None else dw.add_(dw_i)
-            if bias:
-                db = db_i if db is None else db.add_(db_i)
-        return dw, db
+    def parts(self, dz: Tensor, w: Tensor, room: int) -> int:
+        """4 where a CPU library's copies of dz and a would raise the peak, to cut the batch; else 1.
+
+        It copies both into its own layout, unless they are channels_last. A sum of parts needs two more
+        weights, and would lose digits in half precision.
+        """
+        copies = dz.nbytes + self.shape.numel() * dz.element_size()
+        pays = copies >= room and worth_a_cut(copies, w)
+        wide = dz.dtype in WIDE and dz.is_cpu and dz.is_contiguous()
+        return 4 if pays and wide and len(dz) >= 4 else 1
+
+    def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, parts: int) -> Tensor:
+        how = (w, None, *self.geometry, [False, True, False])
+        if parts == 1:
+            return aten.convolution_backward(dz, a, *how)[1]
+        pairs = zip(dz.chunk(parts), a.chunk(parts), strict=True)
+        return functools.reduce(Tensor.add_, (aten.convolution_backward(*pair, *how)[1] for pair in pairs))
 
     def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
         """The transposed convolution, without a, for which the library's backward would need memory."""
         g, size = self.geometry, self.shape[2:]
-        if g.transposed:
-            da = torch.convolution(dz, w, None, *g[:3], False, [0] * len(size), g.groups)
-        else:
-            rest = [
-                (n + 2 * p - d * (k - 1) - 1) % s
-                for n, p, d, k, s in zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
-            ]
-            da = torch.convolution(dz, w, None, *g[:3], True, rest, g.groups)
+        rest = [0] * len(size)
+        if not g.transposed:
+            by_dimension = zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
+            rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in by_dimension]
+        da = torch.convolution(dz, w, None, *g[:3], not g.transposed, rest, g.groups)
         if da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
         return da
 
 
-def worth_a_cut(weight_bytes: int) -> int:
-    """The bytes of copies from which cutting a batch pays: each part has its own weight gradient."""
-    return max(1 << 24, 3 * weight_bytes)
+def worth_a_cut(copies: int, w: Tensor) -> bool:
+    """Whether it pays to cut a batch of which these bytes are copied: each part has its own dw."""
+    return copies >= max(1 << 24, 3 * w.nbytes)
 
 
-def quarters(dz: Tensor, shape: torch.Size, weight_bytes: int, room: int) -> list[slice]:
-    """The batch's quarters where a CPU library's copies of dz and a would raise the peak; else nothing.
+class Linear(Convolution):
+    """y = a wᵀ + b, a 1x1 convolution in another layout."""
 
-    It copies both into its own layout, unless they are channels_last. A sum of quarters needs two more
-    weights, and would lose digits in half precision.
-    """
-    n, copies = len(dz), dz.nbytes + shape.numel() * dz.element_size()
-    pays = copies >= max(room, worth_a_cut(weight_bytes))
-    if not (pays and dz.dtype in WIDE and dz.is_cpu and dz.is_contiguous() and n >= 4):
-        return []
-    return [slice(n * i // 4, n * (i + 1) // 4) for i in range(4)]
-
-
-class Linear(Operation):
-    """y = a wᵀ + b, a 1x1 convolution in another layout: dw from a, then da."""
-
-    saved, prunes, name = (1,), True, "linear"
-
-    def __init__(self, a: Tensor, value: Value | None, dtype) -> None:
-        self.input, self.value, self.dtype = a, value, dtype
-
-    def forward(self, a, w, b):
-        a, self.input = self.input, None
-        return torch.nn.functional.linear(a, to(w, self.dtype), to(b, self.dtype))
+    def is_product(self, dz, w):
+        return True
 
     def backward(self, task, dz, needs, saved):
         need_a, need_w, need_b = needs
-        rows = dz.reshape(-1, dz.shape[-1])
-        dw = None
+        rows, dw = dz.reshape(-1, dz.shape[-1]), None
         if need_w:
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])

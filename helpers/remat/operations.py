@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from helpers.remat import passes
 from helpers.remat.task import Task, slabs
 from helpers.remat.values import Recipe, Value, View
@@ -29,9 +30,8 @@ class Operation:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
         prunes: whether it is worth asking which gradients this backward pass needs.
         beside: whether backward's result is in memory at the same time as the value that it needs.
-        table, number, weight: the context's table, the place in its order, and the parameter; set by
-            `Mode.apply`, as are the next two.
-        gradient, result: bytes of the input (and of its gradient) and of the output.
+        table, number, weight: the context's table, the place in its order, and the parameter (`Mode.apply`).
+        gradient, result: bytes of the input (and of its gradient) and of the output (`Mode.apply`).
         scratch: bytes of a library's scratch memory in backward.
         name: for people; of those that have no recipe.
         source: a weak reference to the input's value, if there is one for the output.
@@ -80,31 +80,23 @@ class Normalise(Recipe):
     """z = γ (y - μ)/σ + β with forward's statistics, equal to the last bit.
 
     With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
-    the one for batch statistics did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes
-    1/σ.
+    forward's did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes 1/σ.
     """
 
     name, passes = "norm", 1.0
 
-    def __init__(self, gamma, beta, mean, invstd, var=None, eps: float = 0.0) -> None:
+    def __init__(self, gamma, beta, mean, invstd) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, self.mean, self.invstd, self.var, self.eps = weak(gamma), mean, invstd, var, eps
-        self.gamma, self.beta = copy_of(gamma), copy_of(beta)
-
-    def norm(self) -> passes.Norm:
-        invstd = self.invstd if self.var is None else (self.var + self.eps).rsqrt()
-        return passes.Norm(self.mean, invstd, self.gamma, self.beta)
+        self.parameter, self.norm = weak(gamma), passes.Norm(mean, invstd, copy_of(gamma), copy_of(beta))
 
     def run(self, out, y):
         if not y.is_cpu:
-            return passes.normalise(y, self.norm(), out)
-        running = self.gamma, self.beta, self.mean, self.var
-        constants = self.norm().constants() if self.var is None else running
-        return passes.by_batch_norm(y, *constants, self.eps, out)
+            return passes.normalise(y, self.norm, out)
+        return passes.by_batch_norm(y, *self.norm.constants(), 0.0, out)
 
 
 class Again(Recipe):
-    """Forward's call once more, without its side effects."""
+    """Forward's call once more, without its side effects; then a cast, if the value has another dtype."""
 
     def __init__(self, name: str, call: Callable[[Tensor], Tensor], passes: float, parameter=None) -> None:
         self.name, self.call, self.passes, self.parameter = name, call, passes, weak(parameter)
@@ -119,31 +111,32 @@ class BatchNorm(Operation):
 
     saved, beside = (1,), True
 
-    def __init__(self, settings, value: Value | None) -> None:
-        self.settings, self.value = settings, value
+    def __init__(
+        self, value: Value | None, running_mean, running_var, training: bool, momentum: float, eps: float
+    ) -> None:
+        self.value, self.running, self.training = value, (running_mean, running_var), training
+        self.momentum, self.eps = momentum, eps
         self.mean = self.invstd = self.reserve = self.kernel = None
 
     def forward(self, y, gamma, beta):
-        s = self.settings
-        how = (s.running_mean, s.running_var, s.training, s.momentum, s.eps, torch.backends.cudnn.enabled)
+        how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         return z
 
     def recipe(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
-        s = self.settings
-        if not s.training:
-            self.running = s.running_mean.clone(), s.running_var.clone()
-            return Normalise(gamma, beta, self.running[0], None, self.running[1], s.eps)
-        self.running = None, None
-        dtype = self.invstd.dtype
-        if dtype in WIDE and all(t is None or t.dtype == dtype for t in (gamma, beta)):
-            return Normalise(gamma, beta, self.mean, self.invstd)
+        if self.training:
+            self.running, mean, invstd = (None, None), self.mean, self.invstd
+        else:
+            self.running = mean, var = tuple(t.clone() for t in self.running)
+            invstd = (var + self.eps).rsqrt()
+        if invstd.dtype in WIDE and all(t is None or t.dtype == invstd.dtype for t in (gamma, beta)):
+            return Normalise(gamma, beta, mean, invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = copy_of(gamma), copy_of(beta)
-        how = (None, None, True, 0.0, s.eps, torch.backends.cudnn.enabled)
+        how = (*self.running, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)
         recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
-        recipe.whole = True
+        recipe.whole = self.training
         return recipe
 
     def backward(self, task, dz, needs, saved):
@@ -153,12 +146,11 @@ class BatchNorm(Operation):
             y, mask = dz, [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
-        s = self.settings
-        if s.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
-        how = (*self.running, self.mean, self.invstd, s.training, s.eps, mask, self.reserve)
-        return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *how))
+        how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
+        return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
 
 
 def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
@@ -169,47 +161,34 @@ def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
 def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor) -> list:
     """dy, dγ and dβ of a norm with batch statistics (chapter 3), with no temporary tensor of dy's size.
 
-    The CPU library's backward allocates dy twice. Here it computes the two sums alone, dβ = Σ dz and
-    dγ = Σ dz (y - μ)/σ; then dy = γ/σ (dz - dβ/m - (y - μ)/σ dγ/m), some images at a time.
+    The CPU library's backward allocates dy twice. Here dy is computed some images at a time.
     """
-    how = (gamma, None, None, mean, invstd, True, 0.0, (False, True, True))
-    _, dgamma, dbeta = aten.native_batch_norm_backward(dz, y, *how)
-    m, scale = y.numel() // y.shape[1], invstd if gamma is None else invstd * gamma
-    shape = (-1, *[1] * (y.dim() - 2))
-    factor, shift = (scale * invstd * dgamma / -m).view(shape), (scale * dbeta / -m).view(shape)
-    mean, scale, dy = mean.view(shape), scale.view(shape), torch.empty_like(y)
-    for images in slabs(len(y), y):
-        torch.sub(y[images], mean, out=dy[images])
-        dy[images].mul_(factor).add_(shift).addcmul_(dz[images], scale)
-    return [dy, dgamma, dbeta]
-
-
-class Statistics(NamedTuple):
-    """The settings of a batch norm."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool
-    momentum: float
-    eps: float
+    dz, images = (t.view(*t.shape[:2], -1, 1) for t in (dz, y))
+    scale, m = invstd if gamma is None else invstd * gamma, y.numel() // y.shape[1]
+    sum_dz, sum_dz_y = sums = batch_norm_sums(dz, images, mean)
+    kappas, dy = grad_input_coefficients(scale, invstd**-2, sums, m), torch.empty_like(images)
+    for part in slabs(len(y), y):
+        torch.sub(images[part], per_channel(mean), out=dy[part])
+        grad_input_(dz[part], dy[part], *kappas)
+    return [dy.view(y.shape), sum_dz_y * invstd, sum_dz]
 
 
 class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    For group norm, layer norm and PReLU.
+    For group norm, layer norm and PReLU. Average pooling is linear, so any tensor of the input's ``shape``
+    will do; then there is no ``value``.
     """
 
     beside = True
 
-    def __init__(self, call: Callable[..., Tensor], value: Value, parameters: int) -> None:
-        self.forward, self.value, self.saved = call, value, tuple(range(1, 1 + parameters))
+    def __init__(self, call, value: Value | None, shape: torch.Size, parameters: int) -> None:
+        self.forward, self.value, self.shape = call, value, shape
+        self.saved = tuple(range(1, 1 + parameters))
 
     def backward(self, task, dz, needs, saved):
-        inputs = [
-            t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip((task.get(self.value)[0], *saved), needs, strict=True)
-        ]
+        x = dz.new_zeros(1).expand(self.shape) if self.value is None else task.get(self.value)[0]
+        inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *saved), needs, strict=True)]
         with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run inside remat's context
             out = self.forward(*inputs)
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
@@ -298,7 +277,7 @@ class NormActivate(Recipe):
         self.normalise, self.kind = normalise, kind
 
     def run(self, out, y, added=None):
-        return passes.norm_act(y, self.normalise.norm(), self.kind, added, out)
+        return passes.norm_act(y, self.normalise.norm, self.kind, added, out)
 
 
 class Activation(Operation):
@@ -315,7 +294,7 @@ class Activation(Operation):
             if merged := recipe.merged(parents, lambda v: task.at_hand(v) is None):
                 recipe, parents = merged
                 y, *added = (task.start(v) for v in parents)
-                return [passes.act_backward(dz, y, recipe.normalise.norm(), self.kind, *added)]
+                return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
         return [self.kind.backward(dz, x, x if mine and x.dtype == dz.dtype else torch.empty_like(x))]
 
@@ -329,25 +308,18 @@ class Product(Operation):
     prunes = True
 
     def __init__(self, function, p: Value, q: Value) -> None:
-        self.function, self.values, self.shapes = function, (p, q), (p.view.shape, q.view.shape)
-
-    def forward(self, p, q):
-        return self.function(p, q)
+        self.forward, self.values, self.shapes = function, (p, q), (p.view.shape, q.view.shape)
 
     def needed(self):
         return self.values
 
     def backward(self, task, dz, needs, saved):
-        grads = []
+        grads = [None, None]
         for i in (0, 1):
-            if not needs[i]:
-                grads.append(None)
-                continue
-            t, mine = task.get(self.values[1 - i])
-            product = (
-                torch.mul(dz, t, out=t) if mine and t.shape == dz.shape and t.dtype == dz.dtype else dz * t
-            )
-            grads.append(product.sum_to_size(self.shapes[i]))
+            if needs[i]:
+                t, mine = task.get(self.values[1 - i])
+                mine = mine and t.shape == dz.shape and t.dtype == dz.dtype
+                grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
 
 
@@ -375,33 +347,21 @@ class Concatenate(Recipe):
         return torch.cat(parts, self.dim, out=out)
 
 
-class Cast(Recipe):
-    """The same values in another dtype."""
-
-    name = "cast"
-
-    def run(self, out, x):
-        return out.copy_(x)
-
-
-class Window(NamedTuple):
-    """Kernel, stride and padding of a pooling, each a pair."""
-
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-
-
 class MaxPool(Operation):
     """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input."""
 
-    def __init__(self, window: Window, ceil_mode: bool, x: Tensor) -> None:
-        self.window, self.ceil_mode, self.shape, self.offsets = window, ceil_mode, x.shape, None
+    def __init__(self, how: tuple, x: Tensor) -> None:
+        self.how, self.shape, self.offsets = (
+            how,
+            x.shape,
+            None,
+        )  # kernel, stride, padding, dilation, ceil_mode
+        self.gap = x.shape[3] - how[0][1]  # pixels between two rows of a window
 
     def forward(self, x):
-        how, y, starts = (*self.window, [1, 1], self.ceil_mode), None, None
+        y = starts = None
         for images in slabs(len(x), x):
-            y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *how)
+            y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *self.how)
             if y is None:
                 y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
                 self.offsets = torch.empty_like(y, dtype=torch.uint8)
@@ -410,36 +370,21 @@ class MaxPool(Operation):
             starts = self.starts(index) if starts is None else starts
             index -= starts
             row = index.div(self.shape[3], rounding_mode="floor")
-            self.offsets[images] = index.sub_(row, alpha=self.shape[3] - self.window.kernel[1])
+            self.offsets[images] = index.sub_(row, alpha=self.gap)
         return y
 
     def starts(self, like: Tensor) -> Tensor:
         """The first pixel of each window, as an index into the image."""
-        (rows, columns), (s, t), (p, q) = like.shape[2:], self.window.stride, self.window.padding
+        (rows, columns), (s, t), (p, q) = like.shape[2:], *self.how[1:3]
         i = torch.arange(rows, device=like.device) * s - p
         return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
 
     def backward(self, task, dz, needs, saved):
-        how = (*self.window, [1, 1], self.ceil_mode)
         layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
-        width, k, starts = self.shape[3], self.window.kernel[1], self.starts(self.offsets)
+        starts = self.starts(self.offsets)
         for images in slabs(len(dx), dx):
             index = self.offsets[images].long()
-            index.add_(index.div(k, rounding_mode="floor"), alpha=width - k).add_(starts)
-            dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *how, index)
+            index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
+            dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *self.how, index)
         return [dx]
-
-
-class AveragePool(Operation):
-    """Its backward needs only the shape of the input."""
-
-    def __init__(self, arguments: tuple, x: Tensor) -> None:
-        self.arguments, self.shape = arguments, x.shape
-
-    def forward(self, x):
-        return torch._C._nn.avg_pool2d(x, *self.arguments)
-
-    def backward(self, task, dz, needs, saved):
-        like = dz.new_empty(1).expand(self.shape)
-        return [aten.avg_pool2d_backward(dz, like, *self.arguments)]

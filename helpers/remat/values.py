@@ -103,7 +103,8 @@ class Part(Recipe):
 
     def run(self, out, whole):
         shape = (whole.shape[0], *self.shape)
-        return whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
+        part = whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
+        return part if out is None else out.copy_(part)
 
 
 class Row:
@@ -177,7 +178,7 @@ class Table:
         self.plain_bytes = 0
         # Weak references to recipes, by the storage of their weight or bias.
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
-        self.operations, self.kept = [], []  # weak references, in forward's order; and to kept values
+        self.operations = []  # weak references, in forward's order
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}
 
@@ -353,7 +354,6 @@ class Table:
     def keep(self, value: Value, t: Tensor) -> None:
         """Hold ``t`` until backward. The table's reference is weak from now on."""
         value.kept, value.version = t.detach(), t._version
-        self.kept.append(weakref.ref(value))
         if value.row is None:
             self.add_row(value)
         value.row.kept = True
@@ -367,11 +367,6 @@ class Table:
             for key, v in values.items():
                 if v is value:
                     values[key] = weakref.ref(value)
-
-    def alive(self) -> list[Value]:
-        values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]
-        self.kept = [weakref.ref(value) for value in values]
-        return values
 
     # What others write ----------------------------------------------------------------------------------
 

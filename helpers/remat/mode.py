@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from helpers.remat.task import Task
 from helpers.remat.values import Table, Value
 
 TWICE = (
-    "remat's backward cannot be differentiated again: the values that it recomputes have no graph. Run the "
-    "part of the model whose gradient you differentiate outside of remat"
+    b"remat's backward cannot be differentiated again: the values that it recomputes have no graph. Run the "
+    b"part of the model whose gradient you differentiate outside of remat"
 )
 BATCHED = (
     "remat's backward takes one gradient at a time: is_grads_batched, jacobian(vectorize=True) and vmap over "
@@ -57,7 +56,7 @@ class Node(torch.autograd.Function):
         elif is_batched(dz):
             raise RuntimeError(BATCHED)
         elif twice or torch._C._is_any_autocast_enabled():
-            with torch.no_grad(), without_autocast(dz.device.type):
+            with torch.no_grad(), torch._C._DisableAutocast():  # forward has chosen the dtypes
                 grads = operation.backward(task, dz, needs, saved)
         else:
             grads = operation.backward(task, dz, needs, saved)
@@ -70,30 +69,18 @@ class Node(torch.autograd.Function):
         return None, *grads
 
 
-class Twice(torch.autograd.Function):
-    """Returns its first ``n`` inputs, from a node whose backward raises."""
-
-    @staticmethod
-    def forward(ctx, n: int, *inputs):
-        return inputs[:n]
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(TWICE)
-
-
 def once(ctx, dz: Tensor | None, grads: list) -> list:
     """The gradients behind a node that raises, with edges to all leaves that they depend on."""
-    leaves, stack, seen = [], [node for node, _ in ctx.next_functions], set()
+    tensors = [t for t in (*grads, dz) if t is not None]
+    stack, seen = [node for node, _ in ctx.next_functions], set()
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             stack.extend(n for n, _ in node.next_functions)
             if hasattr(node, "variable"):
-                leaves.append(node.variable)
-    there = [g for g in grads if g is not None]
-    guarded = iter(Twice.apply(len(there), *there, dz, *leaves)) if there else iter(())
+                tensors.append(node.variable)
+    guarded = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
     return [g if g is None else next(guarded) for g in grads]
 
 
@@ -114,13 +101,6 @@ def is_batched(dz: Tensor) -> bool:
     """Whether ``dz`` is a batch of gradients."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz)
-
-
-def without_autocast(device: str):
-    """Forward has chosen the dtypes already."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def task_of(table: Table) -> Task:

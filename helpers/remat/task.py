@@ -57,7 +57,7 @@ class Task:
         if t is not None:
             return t, False
         used = self.uses[value] = self.uses.get(value, 0) + 1
-        t = self.on_this_stream(value)
+        t = self.at_hand(value)
         if t is None:
             t = self.recompute(value)
         if used >= value.needs:
@@ -79,11 +79,10 @@ class Task:
         """The tensor for a recipe, if it need not be recomputed."""
         if value.snapshot is not None:
             return value.snapshot
-        return value.held() if value.kept is not None else self.on_this_stream(value)
-
-    def on_this_stream(self, value: Value) -> Tensor | None:
-        """The held tensor, if it was recomputed on this stream: another would have to wait for it."""
+        if value.kept is not None:
+            return value.held()
         t, stream = self.holding.get(value) or (None, None)
+        # If another stream computed it, this one would have to wait.
         return t if t is None or stream == stream_of(t) else None
 
     def recompute(self, value: Value) -> Tensor:
@@ -109,119 +108,89 @@ class Task:
                 stack.pop()
 
 
-class Step:
-    """A cheap step of a `Program`.
-
-    Attributes:
-        value, recipe: what it computes, and how; no recipe if a later step does its work too.
-        inputs: what it is computed from, tensors or earlier steps.
-        read: how many steps read it.
-        memory: for the whole result, if that is wanted.
-        out, made: memory for some images, and the result there.
-    """
-
-    __slots__ = ("inputs", "made", "memory", "out", "read", "recipe", "value")
-
-    def __init__(self, value: Value, inputs: list[Tensor | Step]) -> None:
-        self.value, self.recipe, self.inputs, self.read = value, value.recipe, inputs, 0
-        self.memory = self.out = self.made = None
-
-
 class Program:
     """The cheap steps to a value, each after those it needs. On a CPU they run on a few images at a time.
 
     Attributes:
-        steps: by their values.
+        given: the tensors that they start from, by value.
+        steps: for each value to compute, its recipe and the values that this reads.
+        read: how many steps read a value.
         missing: convolutions on the way that must run first.
     """
 
     def __init__(self, task: Task, value: Value) -> None:
-        self.task, self.steps, self.missing = task, {}, []
-        if value.recipe.price:
-            for p in value.parents:
-                self.source(p)
+        self.task, self.last = task, value
+        self.given, self.steps, self.read, self.missing = {}, {}, {}, []
+        for v in value.parents if value.recipe.price else (value,):
+            self.add(v)
+
+    def add(self, v: Value) -> None:
+        """One more step reads ``v``: add the steps to it, unless it is at hand."""
+        if v in self.read:
+            self.read[v] += 1
+            return
+        self.read[v], t = 1, self.task.at_hand(v)
+        if t is not None:
+            self.given[v] = t
+        elif v.recipe.price:
+            self.missing.append(v)
         else:
-            self.last = self.add(value)
-
-    def add(self, v: Value) -> Step:
-        """Add the steps to ``v``."""
-        step = self.steps[v] = Step(v, [self.source(p) for p in v.parents])
-        return step
-
-    def source(self, v: Value) -> Tensor | Step | None:
-        """What a step reads ``v`` from."""
-        step = self.steps.get(v)
-        if step is None:
-            t = self.task.at_hand(v)
-            if t is not None:
-                return t
-            if v.recipe.price:
-                self.missing.append(v)
-                return None
-            step = self.add(v)
-        step.read += 1
-        return step
+            for p in v.parents:
+                self.add(p)
+            self.steps[v] = v.recipe, v.parents
 
     def run(self) -> Tensor:
         """The value; on the way, other steps' results are written out that a node needs, if there is room."""
-        last, steps, task = self.last, self.steps.values(), self.task
-        if passes.has_kernel(last.value.view.device.type):
+        last, steps, task = self.last, self.steps, self.task
+        if passes.has_kernel(last.view.device.type):
             self.merge()
-        steps = [step for step in steps if step.recipe is not None]
-        last.memory = result = last.value.view.empty()
-        for step in steps:
-            v = step.value
-            if v.needs and step is not last and not isinstance(step.recipe, Part) and task.fits(v):
-                step.memory = v.view.empty()
-                task.hold(v, step.memory)
-        places = {}  # a step's only reader, in whose memory it is computed
-        for step in reversed(steps):
-            first = step.inputs[0]
-            if step.recipe.reuse and type(first) is Step and first.read == 1 and first.memory is None:
-                if first.value.view[:3] == step.value.view[:3] and not isinstance(first.recipe, Part):
-                    places[first] = places.get(step, step)
-        one = result.dim() == 0 or any(step.recipe.whole for step in steps)
+        result = last.view.empty()
+        memory, places = {last: result}, {}  # for whole results; a step's only reader, whose memory it takes
+        for v in steps:
+            if v.needs and v is not last and not isinstance(v.recipe, Part) and task.fits(v):
+                memory[v] = v.view.empty()
+                task.hold(v, memory[v])
+        for v, (recipe, parents) in reversed(steps.items()):
+            first = parents[0]
+            if recipe.reuse and first in steps and self.read[first] == 1 and first not in memory:
+                if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
+                    places[first] = places.get(v, v)
+        one = result.dim() == 0 or any(recipe.whole for recipe, _ in steps.values())
         images = [None] if one else slabs(len(result), result)
         for some in images if len(images) > 1 else [None]:
-            run_some(steps, places, some)
+            self.run_some(memory, places, some)
         return result
+
+    def run_some(self, memory: dict[Value, Tensor], places: dict[Value, Value], images: slice | None) -> None:
+        """Compute some images, or all."""
+        number, made, out = None, {}, memory
+        if images is not None:
+            number, out = images.stop - images.start, {v: t[images] for v, t in memory.items()}
+        for v, (recipe, parents) in self.steps.items():
+            place = places[v] if v in places else v
+            if place not in out:
+                out[place] = None if isinstance(recipe, Part) else v.view.empty(number)
+            inputs = [made[p] if p in made else part(self.given[p], v, images) for p in parents]
+            made[v] = recipe.run(out[place], *inputs)
 
     def merge(self) -> None:
         """On an accelerator, let later steps do the work of earlier ones that nothing else reads."""
-        for step in reversed([*self.steps.values()]):
-            found, old = None, step.inputs
-            if step.read or step is self.last:
-                found = step.recipe.merged(step.value.parents, self.alone)
-                if found is None:
-                    continue
-                step.inputs = [self.source(p) for p in found[1]]
-            step.recipe = found and found[0]
-            for source in old:
-                if type(source) is Step:
-                    source.read -= 1
+        for v in reversed([*self.steps]):
+            recipe, parents = self.steps[v]
+            if not self.read[v]:
+                del self.steps[v]
+            elif merged := recipe.merged(parents, self.alone):
+                self.steps[v] = merged
+                for p in merged[1]:
+                    self.add(p)
+            else:
+                continue
+            for p in parents:
+                self.read[p] -= 1
 
     def alone(self, v: Value) -> bool:
         """Whether ``v`` is a step that one other reads."""
-        return v in self.steps and self.steps[v].read == 1
-
-
-def run_some(steps: list[Step], places: dict[Step, Step], images: slice | None) -> None:
-    """Compute some images, or all."""
-    for step in steps:
-        step.out = step.memory if images is None or step.memory is None else step.memory[images]
-    for step in steps:
-        v, place = step.value, places.get(step, step)
-        inputs = [t.made if type(t) is Step else part(t, v, images) for t in step.inputs]
-        if isinstance(step.recipe, Part):
-            step.made = step.recipe.run(None, *inputs)
-            if place.out is not None:
-                place.out.copy_(step.made)
-            continue
-        if place.out is None:
-            place.out = v.view.empty(None if images is None else images.stop - images.start)
-        step.made = step.recipe.run(place.out, *inputs)
-    for step in steps:
-        step.made = step.out = None
+        return v in self.steps and self.read[v] == 1
 
 
 def slack(table: Table, retained: bool) -> list[int]:
@@ -234,19 +203,27 @@ def slack(table: Table, retained: bool) -> list[int]:
     """
     operations = [ref() for ref in table.operations]
     change, seen = [0] * (len(operations) + 1), set()  # of the level, before each operation's backward
-    for value in [] if retained else table.alive():
-        change[value.when - 1] -= value.nbytes
     level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them
     tensors, everything = [0] * len(operations), [0] * len(operations)  # how high each backward rises
     for i in reversed(range(len(operations))):
         operation = operations[i]
+        stack = [] if operation is None else [*operation.needed()]
+        unkept, convolutions = [v for v in stack if v.kept is None], []
+        while stack:
+            v = stack.pop()
+            if v not in seen:
+                seen.add(v)
+                stack.extend(v.parents)
+                if v.kept is not None:
+                    change[v.when - 1] -= 0 if retained else v.nbytes
+                elif v.recipe is not None and v.recipe.price:
+                    convolutions.append(v)
         level += change[i] - gradients.pop(i, 0)
         tensors[i] = everything[i] = level
         if operation is None:
             continue
         high, rise = level, operation.gradient + operation.result  # of each, a gradient or the value
-        unkept = [v for v in operation.needed() if v.kept is None]
-        for v in reversed(convolutions_before(unkept, seen)):  # as they are computed
+        for v in reversed(convolutions):  # as they are computed
             level += v.nbytes
             change[v.when - 1] -= v.nbytes
             high = max(high, level + operation.result + sum(p.nbytes for p in v.parents if p.kept is None))
@@ -275,19 +252,6 @@ def takers(operation) -> list[tuple[int, int]]:
             stack.extend(v.parents)
         else:
             found.append((v.start, v.nbytes))
-    return found
-
-
-def convolutions_before(values: list[Value], seen: set[Value]) -> list[Value]:
-    """The convolutions' outputs that must be recomputed for ``values``, without those behind ``seen``."""
-    found, stack = [], [*values]
-    while stack:
-        v = stack.pop()
-        if v.kept is None and v not in seen:
-            seen.add(v)
-            stack.extend(v.parents)
-            if v.recipe is not None and v.recipe.price:
-                found.append(v)
     return found
 
 

@@ -103,7 +103,8 @@ class Part(Recipe):
 
     def run(self, out, whole):
         shape = (whole.shape[0], *self.shape)
-        return whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
+        part = whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
+        return part if out is None else out.copy_(part)
 
 
 class Row:
@@ -134,17 +135,17 @@ class Value:
 
     name = "given"
     kept = snapshot = row = waiting = origin = operation = None
-    needs = when = first = 0
+    needs = first = 0
     read = counted = False
 
     def __init__(
-        self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), start: int = 0
+        self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
     ) -> None:
         self.view = View.of(t)
         self.version, self.size, self.nbytes, self.live = t._version, t.numel(), t.nbytes, weakref.ref(t)
-        self.recipe, self.parents, self.start = recipe, parents, start
+        self.recipe, self.parents, self.when, self.start = recipe, parents, when, when - 1
         if recipe is not None:
-            self.origin, self.start = recipe.parameter or parents[0].origin, parents[0].start
+            self.origin = recipe.parameter or parents[0].origin
             for parent in parents:
                 parent.read = True
                 if parent.start < self.start:
@@ -169,7 +170,8 @@ class Table:
     """The values of all tensors that are alive, and the decision of what is kept.
 
     A tensor is found by its storage, its position there and its version. So a tensor and its detached alias
-    are one value, and a tensor changed in place is another.
+    are one value, and a tensor changed in place is another. A value lives as long as a node that holds it or,
+    where there is none, as its tensor.
     """
 
     def __init__(self, max_cost: float) -> None:
@@ -177,87 +179,68 @@ class Table:
         self.plain_bytes = 0
         # Weak references to recipes, by the storage of their weight or bias.
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
-        self.operations, self.kept = [], []  # weak references, in forward's order; and to kept values
+        self.operations = []  # weak references, in forward's order
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
-        self._storages: dict[int, tuple[weakref.ref, dict]] = {}
+        self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
+        self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
 
     def clear(self) -> None:
         self._storages.clear()
+        self._living.clear()
         self.parameters.clear()
 
     # Finding --------------------------------------------------------------------------------------------
 
-    def _values(self, t: Tensor) -> dict:
-        """The values in the storage of ``t``, by position and version, until the storage is freed."""
-        storage = t.untyped_storage()
-        key = id(storage)
-        entry = self._storages.get(key)
-        if entry is None:
-            storages = self._storages
-            entry = weakref.ref(storage, lambda _: storages.pop(key, None)), {}
-            storages[key] = entry
-        return entry[1]
-
     def known(self, t: Tensor) -> list[Value]:
         """All values in the storage of ``t``."""
         entry = self._storages.get(id(t.untyped_storage()))
-        found = [] if entry is None else [v() if type(v) is weakref.ref else v for v in entry[1].values()]
-        return [v for v in found if v is not None]
+        return [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
 
     def find(self, t: Tensor) -> Value:
-        """The value of ``t``; a new one without a recipe if ``t`` is unknown."""
-        entry, key = self._storages.get(id(t.untyped_storage())), key_of(t)
-        value = entry and entry[1].get(key)
-        if type(value) is weakref.ref:
-            value = value()
-        if value is None:
-            values = self._values(t)
-            value = values[key] = self._part(values, t) or Value(t, start=len(self.operations) - 1)
-            value.when = len(self.operations)
-        return value
+        """The value of ``t``; a new one, without a recipe or as part of another, if ``t`` is unknown."""
+        entry = self._storages.get(id(t.untyped_storage()))
+        ref = entry and entry[1].get(key_of(t))
+        return (ref and ref()) or self.note(t, *self._part(t))
 
     def follow(self, t: Tensor) -> None:
         """``t`` is a view: note which part of its base it is, while that is known."""
         if id(t.untyped_storage()) in self._storages:
             self.find(t)
 
-    @staticmethod
-    def _part(values: dict, t: Tensor) -> Value | None:
-        """A value for ``t`` if it is a view, image by image, of a known value."""
-        for (offset, shape, stride, dtype, version), whole in values.items():
-            whole = whole() if type(whole) is weakref.ref else whole
-            if (
-                whole is None
-                or not whole.view.dense
-                or version != t._version
-                or dtype != t.dtype
-                or not t.dim()
-                or not len(shape)
-            ):
+    def _part(self, t: Tensor) -> tuple[Recipe | None, tuple[Value, ...]]:
+        """The recipe of ``t``, and its parent, if it is a view, image by image, of a known value."""
+        _, values = self._storages.get(id(t.untyped_storage())) or (None, {})
+        for (start, shape, stride, dtype, version), ref in values.items():
+            whole, offset = ref(), t.storage_offset() - start
+            if whole is None or isinstance(whole.recipe, Part) or not whole.view.dense:
+                continue
+            if (version, dtype) != (t._version, t.dtype) or not (t.dim() and shape):
                 continue
             per_image = t.shape[0] == shape[0] and (t.stride(0) == stride[0] or shape[0] == 1)
-            if per_image and t.storage_offset() >= offset and not isinstance(whole.recipe, Part):
-                end = t.storage_offset() - offset + span(t.shape[1:], t.stride()[1:])
-                if end <= span(shape[1:], stride[1:]) and 0 not in t.stride():
-                    return Value(t, Part(t.shape[1:], t.stride(), t.storage_offset() - offset), (whole,))
-        return None
+            if per_image and offset >= 0 and 0 not in t.stride():
+                if offset + span(t.shape[1:], t.stride()[1:]) <= span(shape[1:], stride[1:]):
+                    return Part(t.shape[1:], t.stride(), offset), (whole,)
+        return None, ()
 
     def note(self, t: Tensor, recipe: Recipe | None, parents: tuple[Value, ...], operation=None) -> Value:
         """``t`` was made by this recipe, which lives as long as the operation's node, or else as ``t``.
 
         Without a recipe, of an operation that cannot run again, the record still tells what made it.
         """
-        value, values, key = Value(t, recipe, parents), self._values(t), key_of(t)
-        value.when = len(self.operations)
-        if operation is not None:
+        value, storage = Value(t, recipe, parents, len(self.operations)), t.untyped_storage()
+        storages, key = self._storages, id(storage)
+        entry = storages.get(key)
+        if entry is None:
+            entry = storages[key] = weakref.ref(storage, lambda _: storages.pop(key, None)), {}
+        entry[1][key_of(t)] = weakref.ref(value)
+        if operation is None:
+            living, number = self._living, id(value)
+            living[number], value.live = value, weakref.ref(t, lambda _: living.pop(number, None))
+        else:
             operation.output, value.operation = value, weakref.ref(operation)
             operation.source, value.start = weakref.ref(parents[0]), operation.number
-            values[key] = weakref.ref(value)
             if recipe is None:
                 value.parents, value.name, value.origin = (), operation.name, operation.weight
-        else:
-            value.live = weakref.ref(t, lambda _: values.pop(key, None))
-            values[key] = value
         return value
 
     # Deciding -------------------------------------------------------------------------------------------
@@ -353,25 +336,14 @@ class Table:
     def keep(self, value: Value, t: Tensor) -> None:
         """Hold ``t`` until backward. The table's reference is weak from now on."""
         value.kept, value.version = t.detach(), t._version
-        self.kept.append(weakref.ref(value))
         if value.row is None:
             self.add_row(value)
         value.row.kept = True
         value.recipe, value.parents = None, ()
-        if value.operation is not None:
-            operation = value.operation()
-            if operation is not None:  # its node outlives those that need the tensor
-                operation.output = None
-        else:
-            values = self._values(t)
-            for key, v in values.items():
-                if v is value:
-                    values[key] = weakref.ref(value)
-
-    def alive(self) -> list[Value]:
-        values = [value for ref in self.kept if (value := ref()) is not None and value.kept is not None]
-        self.kept = [weakref.ref(value) for value in values]
-        return values
+        self._living.pop(id(value), None)
+        operation = value.operation and value.operation()
+        if operation is not None:  # its node outlives those that need the tensor
+            operation.output = None
 
     # What others write ----------------------------------------------------------------------------------
 

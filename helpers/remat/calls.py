@@ -102,7 +102,7 @@ def per_dimension(v, n: int) -> list[int]:
 def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple[dict, Geometry, float]:
     """What a call with a weight of this shape says behind its tensors, and the price of a value.
 
-    A list, which the caller could change later, is a TypeError: it has no hash.
+    A list, which the caller could change later, has no hash: a TypeError.
     """
     dims, transposed = CONVOLUTIONS[function]
     fit(len(shape) == dims + 2)
@@ -148,7 +148,11 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     """Also a linear layer, which is a convolution without pixels."""
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     fit(input.dim() == weight.dim() or (function is F.linear and input.dim() > 1))
-    arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
+    try:
+        arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
+    except TypeError:
+        given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
+        arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     dtype = autocast_dtype(input, weight, bias)
     fit(dtype is not None or input.dtype == weight.dtype)
 

@@ -245,9 +245,9 @@ def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]
 
 def elementwise(mode: Mode, function, p, q, **kwargs):
     """PyTorch's own node, but for a product of two tensors that need gradients, and a recipe."""
-    if not (p.requires_grad or (isinstance(q, Tensor) and q.requires_grad)):
-        return None  # a counter of batches, for example
     tensors = [p, q] if isinstance(q, Tensor) else [p]
+    if not needs_grad(*tensors):
+        return None  # a counter of batches, for example
     fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype)
     fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]

@@ -44,11 +44,6 @@ class Norm(NamedTuple):
     gamma: Tensor | None = None
     beta: Tensor | None = None
 
-    def constants(self) -> tuple:
-        """γ, β, μ and variance for `by_batch_norm` without ε: 1/σ is in γ, and the variance is 1."""
-        scale = self.invstd if self.gamma is None else self.invstd * self.gamma
-        return scale, self.beta, self.mean, torch.ones_like(self.mean)
-
 
 def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
     """z from the norm's input y (N, C, ...), in ``out`` if it is given. ATen has this pass on CUDA."""
@@ -57,12 +52,17 @@ def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
         return torch.batch_norm_elemt(y, gamma, beta, mean, invstd, 0.0, out=out)
     if one_pass("none", y, out):
         return launch(None, y, None, norm, "none", (), out)
-    return by_batch_norm(y, *norm.constants(), 0.0, out)
+    return by_batch_norm(y, norm, out)
 
 
-def by_batch_norm(y: Tensor, gamma, beta, mean, var, eps: float, out: Tensor | None = None) -> Tensor:
-    """z by PyTorch's kernel for constant statistics, in ``out`` if it is given."""
-    how = (y, gamma, beta, mean, var, False, 0.0, eps)
+def by_batch_norm(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
+    """z by PyTorch's kernel for constant statistics, in ``out`` if it is given.
+
+    1/σ is in the kernel's weight, so its variance is 1 and its ε 0.
+    """
+    mean, invstd, gamma, beta = norm
+    scale = invstd if gamma is None else invstd * gamma
+    how = (y, scale, beta, mean, torch.ones_like(mean), False, 0.0, 0.0)
     if out is not None and out.is_cpu:
         none = mean.new_empty(0)  # the kernel keeps constant statistics
         return torch.native_batch_norm(*how, out=(out, none, none))[0]

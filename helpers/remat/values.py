@@ -272,9 +272,7 @@ class Table:
 
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
         """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
-        if value.recipe is None:
-            return value.kept is not None
-        if value.recipe.price > self.max_cost:
+        if value.recipe is None or value.recipe.price > self.max_cost:
             return False
         size = value.size
         most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
@@ -334,7 +332,7 @@ class Table:
         return found
 
     def keep(self, value: Value, t: Tensor) -> None:
-        """Hold ``t`` until backward. The table's reference is weak from now on."""
+        """Hold ``t`` until backward, as long as a node holds the value."""
         value.kept, value.version = t.detach(), t._version
         if value.row is None:
             self.add_row(value)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from helpers.remat import operations as ops
 from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
@@ -36,7 +37,7 @@ def quiet() -> bool:
         torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and torch.autograd.forward_ad._current_level < 0
+        and forward_ad._current_level < 0
     )
 
 
@@ -202,7 +203,8 @@ def batch_norm(
         statistics = running_mean, running_var, bool(training), momentum, eps
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
-        mode.table.note(z, operation.recipe(weight, bias), (value,), operation)
+        recipe, operation.recipe = operation.recipe, None
+        mode.table.note(z, recipe, (value,), operation)
         return z
 
     return run

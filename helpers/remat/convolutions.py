@@ -122,13 +122,14 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        product = self.is_product(dz, w)
+        if product := self.is_product(dz, w):
+            (n, c), o, pixels = self.shape[:2], len(w), dz.flatten(2)
         parts = 1 if product else self.parts(dz, w, task.room())
         if need_w:
             a, _ = task.get(self.value)
             if product and a.is_contiguous():
-                dw, read = torch.zeros_like(w), a[self.pixels_read()].flatten(2)
-                dw.view(w.shape[:2]).addbmm_(dz.flatten(2), read.transpose(1, 2))
+                dw, read = torch.zeros_like(w), self.pixels_read(a).reshape(n, c, -1)
+                dw.view(o, c).addbmm_(pixels, read.mT)
                 del read
             else:
                 dw = self.grad_weight(dz, a, w, parts)
@@ -136,11 +137,11 @@ class Convolution(Operation):
         if need_b:
             db = dz.sum([0, *range(2, dz.dim())])
         if need_a and product:
-            wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
-            da = torch.bmm(wt, dz.flatten(2)).unflatten(2, dz.shape[2:])
+            da = torch.bmm(w.as_strided((n, c, o), (0, w.stride(1), w.stride(0))), pixels)
+            da = da.view(n, c, *dz.shape[2:])
             if da.shape != self.shape:
                 read, da = da, dz.new_zeros(self.shape)
-                da[self.pixels_read()] = read
+                self.pixels_read(da).copy_(read)
                 del read
         elif need_a and parts == 1:
             da = self.grad_input(dz, w)
@@ -162,9 +163,10 @@ class Convolution(Operation):
         fits = dz.is_cpu and dz.is_contiguous() and dz.dtype in WIDE
         return fits and dz.shape[2:].numel() >= FEW_PIXELS
 
-    def pixels_read(self) -> tuple[slice, ...]:
-        """The pixels of a that a 1x1 convolution with a stride reads."""
-        return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
+    def pixels_read(self, a: Tensor) -> Tensor:
+        """Those of a that a 1x1 convolution reads."""
+        stride = self.geometry.stride
+        return a[(..., *(slice(None, None, s) for s in stride))] if max(stride) > 1 else a
 
     def parts(self, dz: Tensor, w: Tensor, room: int) -> int:
         """4 where a CPU library's copies of dz and a would raise the peak, to cut the batch; else 1.

@@ -183,6 +183,7 @@ class Table:
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
+        self._constants: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def clear(self) -> None:
         self._storages.clear()
@@ -242,6 +243,13 @@ class Table:
             if recipe is None:
                 value.parents, value.name, value.origin = (), operation.name, operation.weight
         return value
+
+    def constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A vector of ones like this one, and an empty one, which all recipes share."""
+        key = like.shape, like.dtype
+        if key not in self._constants:
+            self._constants[key] = torch.ones_like(like), like.new_empty(0)
+        return self._constants[key]
 
     # Deciding -------------------------------------------------------------------------------------------
 

@@ -325,8 +325,9 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
 
         def run() -> Tensor:
             operation, value = None, mode.needed(x) if node and not linear else mode.table.find(x)
+            if linear:
+                mode.table.count_plain(value)  # PyTorch saves it all the same
             if node:
-                mode.table.count_plain(value)
                 operation = ops.Rerun(call, None if linear else value, x.shape, len(parameters))
             copies = [ops.copy_of(t) for t in parameters]
             out = mode.apply(operation, x, *parameters) if node else call(x)

@@ -360,11 +360,8 @@ class MaxPool(Operation):
     """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input."""
 
     def __init__(self, how: tuple, x: Tensor) -> None:
-        self.how, self.shape, self.offsets = (
-            how,
-            x.shape,
-            None,
-        )  # kernel, stride, padding, dilation, ceil_mode
+        self.how = how  # kernel, stride, padding, dilation, ceil_mode
+        self.shape, self.offsets = x.shape, None
         self.gap = x.shape[3] - how[0][1]  # pixels between two rows of a window
 
     def forward(self, x):

@@ -662,7 +662,7 @@ def test_norms_are_remade_to_the_bit(monkeypatch, norm, precision):
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 10, 9), (1, 8, 1, 1)])
 def test_values_that_all_images_share(monkeypatch, shape):
-    """A step towards a parameter's share of each image must not be cut where images are cut: also if N = C."""
+    """What is computed from a parameter for all images is not cut where images are: also if N = C."""
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
 
     def forward(self, x):

@@ -297,7 +297,7 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False) -> Callable:
+def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False, last=None) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
     Args:
@@ -305,6 +305,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         passes: over a tensor of its input's or output's size, the larger.
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
         linear: whether its backward needs only the input's shape.
+        last: how many of the last dimensions its first argument names: with all, it would mix images.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -314,7 +315,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         parameters = [arguments[i] for i in places]
         given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
         fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
-        fit(function is not F.layer_norm or len(args[0]) < x.dim())
+        fit(last is None or last(args[0]) < x.dim())
         fit(linear or not node or not torch._C._is_any_autocast_enabled())
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -450,12 +451,13 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys(
-        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous),
-        again("resize", node=False),
+        (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), again("resize", node=False)
     ),
+    F.pad: again("resize", node=False, last=lambda pad: len(pad) // 2),
     **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
-    **dict.fromkeys((F.group_norm, F.layer_norm), again("norm", 3.0)),
+    F.group_norm: again("norm", 3.0),
+    F.layer_norm: again("norm", 3.0, last=len),
     torch.prelu: again("prelu"),
     F.avg_pool2d: again("avg_pool2d", linear=True),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),

@@ -147,8 +147,8 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
     """Also a linear layer, which is a convolution without pixels."""
-    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
-    fit(input.dim() == weight.dim() or (function is F.linear and input.dim() > 1))
+    alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
+    fit(alike and plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     try:
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     except TypeError:
@@ -191,11 +191,10 @@ def batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    fit(plain(input, weight, bias) and needs_grad(input, weight, bias))
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
+    known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
-    fit(numbers and (running_mean is None) == (running_var is None))
-    fit(training or running_mean is not None)
 
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)

@@ -54,6 +54,7 @@ def plain(*tensors: Tensor | None) -> bool:
             or t.layout is not torch.strided
             or not t.is_floating_point()
             or t.is_inference()
+            or t.is_neg()  # the imaginary part of a conjugate: other values in the same memory
         ):
             return False
     return True
@@ -148,6 +149,7 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
     """Also a linear layer, which is a convolution without pixels."""
     alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
+    alike = alike and (bias is None or bias.dim() == 1)
     fit(alike and plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     try:
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
@@ -199,6 +201,9 @@ def batch_norm(
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
         value = mode.needed(input) if need else mode.table.find(input)
+        if training and running_mean is not None:  # they will change without a new version
+            mode.table.before_write(running_mean)
+            mode.table.before_write(running_var)
         statistics = running_mean, running_var, bool(training), momentum, eps
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
@@ -252,6 +257,8 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype)
     fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
+    if in_place:  # forward may write to a place before it reads it, or several times
+        fit(not p._is_view() and (len(tensors) == 1 or p.untyped_storage() is not q.untyped_storage()))
     product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
     fit(not (product and in_place) and (operator is not torch.div or not needs_grad(*tensors[1:])))
     if operator in (torch.add, torch.mul):
@@ -262,15 +269,16 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     def run() -> Tensor:
         operation, values = None, [(mode.needed if product else mode.table.find)(t) for t in tensors]
         if product:
-            operation = ops.Product(function, *values)
+            forward = function if first is p else lambda q, p: function(p, q)
+            operation = ops.Product(forward, *values)
             out = mode.apply(operation, *tensors)
         else:
+            for t, value in zip(tensors[1:], values[1:], strict=True):
+                if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
+                    mode.table.keep(value, t)
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)
-            for t, value in zip(tensors[1:], values[1:], strict=True):
-                if value.recipe is None and value.kept is None and t.numel() * SMALL <= out.numel():
-                    mode.table.keep(value, t)
         if first.shape == out.shape and out.dtype == p.dtype:
             recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
             mode.table.note(out, recipe, tuple(values), operation)
@@ -296,7 +304,7 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False, last=None) -> Callable:
+def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False, fits=None) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
     Args:
@@ -304,7 +312,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         passes: over a tensor of its input's or output's size, the larger.
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
         linear: whether its backward needs only the input's shape.
-        last: how many of the last dimensions its first argument names: with all, it would mix images.
+        fits: ``fits(x, first argument)`` says whether one image alone can be computed, where not always.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -314,7 +322,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         parameters = [arguments[i] for i in places]
         given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
         fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
-        fit(last is None or last(args[0]) < x.dim())
+        fit(fits is None or fits(x, args[0]))
         fit(linear or not node or not torch._C._is_any_autocast_enabled())
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -386,7 +394,7 @@ def leave(mode: Mode, function, args, kwargs):
 @functools.lru_cache(maxsize=4096)
 def writes(function) -> tuple[bool, int | None]:
     """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
-    name, place = getattr(function, "__name__", ""), None
+    name, place = getattr(function, "__name__", "").partition(".")[0], None  # without an overload's name
     if isinstance(function, types.FunctionType):
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
@@ -395,8 +403,7 @@ def writes(function) -> tuple[bool, int | None]:
 
 def expose(mode: Mode, function, args, kwargs):
     """From now on, writes to a tensor may go unseen by autograd."""
-    t = args[0] if args else None
-    if ordinary(t):
+    for t in filter(ordinary, args):
         mode.table.expose(t)
     return function(*args, **kwargs)
 
@@ -452,11 +459,11 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(
         (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), again("resize", node=False)
     ),
-    F.pad: again("resize", node=False, last=lambda pad: len(pad) // 2),
+    F.pad: again("resize", node=False, fits=lambda x, pad: len(pad) < 2 * x.dim()),
     **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
-    F.group_norm: again("norm", 3.0),
-    F.layer_norm: again("norm", 3.0, last=len),
+    F.group_norm: again("norm", 3.0, fits=lambda x, groups: x.numel() > groups * x.shape[0]),
+    F.layer_norm: again("norm", 3.0, fits=lambda x, shape: len(shape) < x.dim()),
     torch.prelu: again("prelu"),
     F.avg_pool2d: again("avg_pool2d", linear=True),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),

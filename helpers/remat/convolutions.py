@@ -46,6 +46,10 @@ class Held(NamedTuple):
     def of(cls, t: Tensor | None) -> Held | None:
         return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
 
+    def copy(self) -> Held:
+        """A copy's, unless the tensor has changed already."""
+        return Held.of(self.tensor.detach().clone()) if self.tensor._version == self.version else self
+
     def get(self, who: str, name: str) -> Tensor:
         """The tensor; a RuntimeError if it is not what it was."""
         t = self.tensor
@@ -77,7 +81,7 @@ class Convolve(Recipe):
     def copy_parameters(self) -> None:
         """Before one of them may be written to unseen."""
         held = self.weight, self.bias
-        self.weight, self.bias = (h and Held.of(h.tensor.detach().clone()) for h in held)
+        self.weight, self.bias = (h and h.copy() for h in held)
 
     def run(self, out, a):
         weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
@@ -117,7 +121,8 @@ class Convolution(Operation):
         if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
             copies = a.nbytes + y.nbytes
             self.scratch = 2 * w.nbytes + (copies // 4 if worth_a_cut(copies, w) else copies)
-        return y
+        # A view made here could not be changed in place.
+        return aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs

@@ -172,8 +172,9 @@ class remat:  # noqa: N801
     operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
     threads. Nothing in the model changes. Under torch.compile the compiler gets the same price.
 
-    remat does not see writes without a version (``weight.data.mul_()``) after the context, nor those through
-    the older ``torch.utils.dlpack.to_dlpack``: a recomputed value then takes the new values.
+    remat does not see writes without a version (``weight.data.mul_()``) after the context, in a backward
+    inside it, through aliases taken before it, or through the older ``torch.utils.dlpack.to_dlpack``: a
+    recomputed value then takes the new values.
 
     Args:
         max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs

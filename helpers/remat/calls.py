@@ -240,9 +240,10 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]:
     """The activation that a call computes, and whether in place."""
     kind_of = ACTIVATIONS[function]
-    names = (*kind_of.__code__.co_varnames, "inplace")
+    by_name, place = writes(function)
+    names = (*kind_of.__code__.co_varnames, *(["inplace"] if place else []))
     given = dict(zip(names, args, strict=False), **dict(kwargs))
-    in_place = given.pop("inplace", False) or writes(function)[0]
+    in_place = given.pop("inplace", False) or by_name
     fit(len(args) <= len(names))
     kind = kind_of(**given)
     fit(all(type(n) in (int, float) for n in kind.numbers))  # and no tensor, which the cache would hold
@@ -356,7 +357,8 @@ def max_pool(
 ):
     fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
     k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
-    how = k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2), d, bool(ceil_mode)
+    stride = k if stride is None else per_dimension(stride, 2)
+    how = k, stride, per_dimension(padding, 2), d, bool(ceil_mode)
     fit(not named.get("return_indices") and d == [1, 1])
     fit(k[0] * k[1] <= 256 and k[1] <= input.shape[3])
 

@@ -112,7 +112,7 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry, self.value, self.dtype = (
             function, arguments, geometry, value, dtype)  # fmt: skip
-        self.name = function.__name__
+        self.name, self.contiguous = function.__name__, a.is_contiguous()
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
@@ -154,6 +154,8 @@ class Convolution(Operation):
             da = dz.new_empty(self.shape)
             for da_i, dz_i in zip(da.chunk(parts), dz.chunk(parts), strict=True):
                 da_i.copy_(self.grad_input(dz_i, w))
+        if need_a and self.contiguous and not da.is_contiguous():
+            da = da.contiguous()  # in the input's layout, as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 
     def is_product(self, dz: Tensor, w: Tensor) -> bool:

@@ -101,12 +101,8 @@ def wanted(ctx, operation: Operation) -> list[bool]:
 
 def is_batched(dz: Tensor) -> bool:
     """Whether ``dz`` is a batch of gradients."""
-    try:
-        dz.untyped_storage()  # a cheap early exit: a batch has none
-        return False
-    except NotImplementedError:
-        functorch = torch._C._functorch
-        return functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz)
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz)
 
 
 def task_of(table: Table) -> Task:

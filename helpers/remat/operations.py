@@ -88,18 +88,23 @@ class Normalise(Recipe):
 
     def __init__(self, table: Table, gamma, beta, mean: Tensor, invstd: Tensor) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, beta = weak(gamma), beta if beta is None else beta.clone()
+        self.parameter, self.table = weak(gamma), table
+        beta = beta if beta is None else beta.clone()
         if mean.is_cpu:
-            one, self.none = table.constants(mean)
-            self.norm = passes.Norm(mean, one, invstd if gamma is None else invstd * gamma, beta)
+            self.vectors = mean, None, invstd if gamma is None else invstd * gamma, beta
         else:
-            self.norm = passes.Norm(mean, invstd, gamma if gamma is None else gamma.clone(), beta)
+            self.vectors = mean, invstd, gamma if gamma is None else gamma.clone(), beta
+
+    @property
+    def norm(self) -> passes.Norm:
+        mean, invstd, gamma, beta = self.vectors
+        return passes.Norm(mean, self.table.constants(mean)[0] if invstd is None else invstd, gamma, beta)
 
     def run(self, out, y):
         if not y.is_cpu:
             return passes.normalise(y, self.norm, out)
         mean, one, scale, beta = self.norm
-        how, none = (y, scale, beta, mean, one, False, 0.0, 0.0), self.none
+        how, none = (y, scale, beta, mean, one, False, 0.0, 0.0), self.table.constants(mean)[1]
         if y.stride() != out.stride():  # the kernel would write in y's order
             return out.copy_(torch.native_batch_norm(*how)[0])
         return torch.native_batch_norm(*how, out=(out, none, none))[0]

@@ -1128,8 +1128,9 @@ def test_an_argument_that_the_caller_changes_later(call):
         lambda x: F.leaky_relu(x, np.float32(0.3)),
         lambda x: F.elu(x, torch.tensor(0.3)),
         lambda x: F.hardtanh(x, np.int64(-1), np.int64(2)),
+        lambda x: F.elu_(x - 1, 0.5, 2.0),  # a third number, where F.elu has `inplace`
     ],
-    ids="leaky_relu elu hardtanh".split(),
+    ids="leaky_relu elu hardtanh elu_".split(),
 )
 def test_numbers_of_other_types(call):
     def scenario(context):
@@ -1148,9 +1149,10 @@ def test_numbers_of_other_types(call):
         lambda x: F.celu(x, 0),
         lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 1, 1), stride=0),
         lambda x: F.conv2d(x, torch.ones(0, 3, 1, 1)),
+        lambda x: F.max_pool2d(x, 1, 0),
         lambda x: x * torch.ones(2, 5, 1, 1, requires_grad=True),
     ],
-    ids="celu stride weight shapes".split(),
+    ids="celu stride weight pool shapes".split(),
 )
 def test_wrong_arguments_get_pytorchs_error(call):
     x = torch.ones(2, 3, 4, 4, requires_grad=True)
@@ -1209,6 +1211,19 @@ def distributed(rank, folder):
 @needs_gloo
 def test_two_processes(tmp_path):
     assert two_processes(tmp_path, distributed) == [0, 0]
+
+
+@pytest.mark.parametrize("groups, kernel", [(1, 1), (1, 3), (2, 3)])
+def test_the_gradient_of_an_input_has_its_layout(groups, kernel):
+    """Also where the output's gradient is channels_last: a norm before may take it for the wrong values."""
+    conv, x = nn.Conv2d(4, 4, kernel, groups=groups).double(), image(1, 4, 9, 8).requires_grad_()
+    with remat():
+        h = F.instance_norm(x, weight=torch.ones(4).double())
+        out = conv(h)
+    h.register_hook(lambda dh: layouts.append(dh.is_contiguous()))
+    layouts = []
+    out.backward(image(*out.shape, seed=1).contiguous(memory_format=torch.channels_last))
+    assert layouts == [True]
 
 
 @pytest.mark.parametrize("cost", [0, 1e9])

@@ -98,13 +98,14 @@ class Normalise(Recipe):
     @property
     def norm(self) -> passes.Norm:
         mean, invstd, gamma, beta = self.vectors
-        return passes.Norm(mean, self.table.constants(mean)[0] if invstd is None else invstd, gamma, beta)
+        return passes.Norm(mean, self.table.ones(mean)[0] if invstd is None else invstd, gamma, beta)
 
     def run(self, out, y):
         if not y.is_cpu:
             return passes.normalise(y, self.norm, out)
-        mean, one, scale, beta = self.norm
-        how, none = (y, scale, beta, mean, one, False, 0.0, 0.0), self.table.constants(mean)[1]
+        mean, _, scale, beta = self.vectors
+        one, none = self.table.ones(mean)
+        how = y, scale, beta, mean, one, False, 0.0, 0.0
         if y.stride() != out.stride():  # the kernel would write in y's order
             return out.copy_(torch.native_batch_norm(*how)[0])
         return torch.native_batch_norm(*how, out=(out, none, none))[0]

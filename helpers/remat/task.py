@@ -27,6 +27,7 @@ class Task:
     """
 
     def __init__(self, table: Table) -> None:
+        self.table = table
         self.uses: dict[Value, int] = {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
         self.retained = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -46,6 +47,7 @@ class Task:
         """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
         self.uses.clear()
+        self.table.constants.clear()
 
     def drop(self, value: Value) -> None:
         """``value`` is not needed any more."""

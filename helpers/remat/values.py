@@ -185,7 +185,7 @@ class Table:
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
-        self._constants: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.constants: dict[tuple, tuple[Tensor, Tensor]] = {}  # see `ones`; each backward pass makes its own
 
     def clear(self) -> None:
         self._storages.clear()
@@ -247,12 +247,13 @@ class Table:
                 value.parents, value.name, value.origin = (), operation.name, operation.weight
         return value
 
-    def constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def ones(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """A vector of ones like this one, and an empty one, which all recipes share."""
         key = like.shape, like.dtype
-        if key not in self._constants:
-            self._constants[key] = torch.ones_like(like), like.new_empty(0)
-        return self._constants[key]
+        found = self.constants.get(key)
+        if found is None:
+            found = self.constants[key] = torch.ones_like(like), like.new_empty(0)
+        return found
 
     # Deciding -------------------------------------------------------------------------------------------
 

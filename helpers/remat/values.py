@@ -185,7 +185,7 @@ class Table:
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
-        self.constants: dict[tuple, tuple[Tensor, Tensor]] = {}  # see `ones`; each backward pass makes its own
+        self.constants: dict[tuple, tuple[Tensor, Tensor]] = {}  # of one backward pass
 
     def clear(self) -> None:
         self._storages.clear()

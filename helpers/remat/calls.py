@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from helpers.remat import operations as ops
 from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
@@ -36,7 +37,7 @@ def quiet() -> bool:
         torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and torch.autograd.forward_ad._current_level < 0
+        and forward_ad._current_level < 0
     )
 
 
@@ -53,6 +54,7 @@ def plain(*tensors: Tensor | None) -> bool:
             or t.layout is not torch.strided
             or not t.is_floating_point()
             or t.is_inference()
+            or t.is_neg()  # the imaginary part of a conjugate: other values in the same memory
         ):
             return False
     return True
@@ -146,8 +148,9 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
     """Also a linear layer, which is a convolution without pixels."""
-    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
-    fit(input.dim() == weight.dim() or (function is F.linear and input.dim() > 1))
+    alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
+    alike = alike and (bias is None or bias.dim() == 1)
+    fit(alike and plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     try:
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     except TypeError:
@@ -190,19 +193,22 @@ def batch_norm(
     momentum=0.1,
     eps=1e-5,
 ):
-    fit(plain(input, weight, bias) and needs_grad(input, weight, bias))
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
+    known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
-    fit(numbers and (running_mean is None) == (running_var is None))
-    fit(training or running_mean is not None)
 
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
         value = mode.needed(input) if need else mode.table.find(input)
+        if training and running_mean is not None:  # they will change without a new version
+            mode.table.before_write(running_mean)
+            mode.table.before_write(running_var)
         statistics = running_mean, running_var, bool(training), momentum, eps
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
-        mode.table.note(z, operation.recipe(weight, bias), (value,), operation)
+        recipe, operation.recipe = operation.recipe, None
+        mode.table.note(z, recipe, (value,), operation)
         return z
 
     return run
@@ -234,9 +240,10 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]:
     """The activation that a call computes, and whether in place."""
     kind_of = ACTIVATIONS[function]
-    names = (*kind_of.__code__.co_varnames, "inplace")
+    by_name, place = writes(function)
+    names = (*kind_of.__code__.co_varnames, *(["inplace"] if place else []))
     given = dict(zip(names, args, strict=False), **dict(kwargs))
-    in_place = given.pop("inplace", False) or writes(function)[0]
+    in_place = given.pop("inplace", False) or by_name
     fit(len(args) <= len(names))
     kind = kind_of(**given)
     fit(all(type(n) in (int, float) for n in kind.numbers))  # and no tensor, which the cache would hold
@@ -251,6 +258,8 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype)
     fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
+    if in_place:  # forward may write to a place before it reads it, or several times
+        fit(not p._is_view() and (len(tensors) == 1 or p.untyped_storage() is not q.untyped_storage()))
     product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
     fit(not (product and in_place) and (operator is not torch.div or not needs_grad(*tensors[1:])))
     if operator in (torch.add, torch.mul):
@@ -261,15 +270,16 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     def run() -> Tensor:
         operation, values = None, [(mode.needed if product else mode.table.find)(t) for t in tensors]
         if product:
-            operation = ops.Product(function, *values)
+            forward = function if first is p else lambda q, p: function(p, q)
+            operation = ops.Product(forward, *values)
             out = mode.apply(operation, *tensors)
         else:
+            for t, value in zip(tensors[1:], values[1:], strict=True):
+                if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
+                    mode.table.keep(value, t)
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)
-            for t, value in zip(tensors[1:], values[1:], strict=True):
-                if value.recipe is None and value.kept is None and t.numel() * SMALL <= out.numel():
-                    mode.table.keep(value, t)
         if first.shape == out.shape and out.dtype == p.dtype:
             recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
             mode.table.note(out, recipe, tuple(values), operation)
@@ -295,7 +305,7 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False) -> Callable:
+def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False, fits=None) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
     Args:
@@ -303,6 +313,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         passes: over a tensor of its input's or output's size, the larger.
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
         linear: whether its backward needs only the input's shape.
+        fits: ``fits(x, first argument)`` says whether one image alone can be computed, where not always.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -312,7 +323,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         parameters = [arguments[i] for i in places]
         given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
         fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
-        fit(function is not F.layer_norm or len(args[0]) < x.dim())
+        fit(fits is None or fits(x, args[0]))
         fit(linear or not node or not torch._C._is_any_autocast_enabled())
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -323,8 +334,9 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
 
         def run() -> Tensor:
             operation, value = None, mode.needed(x) if node and not linear else mode.table.find(x)
+            if linear:
+                mode.table.count_plain(value)  # PyTorch saves it all the same
             if node:
-                mode.table.count_plain(value)
                 operation = ops.Rerun(call, None if linear else value, x.shape, len(parameters))
             copies = [ops.copy_of(t) for t in parameters]
             out = mode.apply(operation, x, *parameters) if node else call(x)
@@ -345,7 +357,8 @@ def max_pool(
 ):
     fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
     k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
-    how = k, per_dimension(stride, 2) if stride else k, per_dimension(padding, 2), d, bool(ceil_mode)
+    stride = k if stride is None else per_dimension(stride, 2)
+    how = k, stride, per_dimension(padding, 2), d, bool(ceil_mode)
     fit(not named.get("return_indices") and d == [1, 1])
     fit(k[0] * k[1] <= 256 and k[1] <= input.shape[3])
 
@@ -383,7 +396,7 @@ def leave(mode: Mode, function, args, kwargs):
 @functools.lru_cache(maxsize=4096)
 def writes(function) -> tuple[bool, int | None]:
     """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
-    name, place = getattr(function, "__name__", ""), None
+    name, place = getattr(function, "__name__", "").partition(".")[0], None  # without an overload's name
     if isinstance(function, types.FunctionType):
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
@@ -392,8 +405,7 @@ def writes(function) -> tuple[bool, int | None]:
 
 def expose(mode: Mode, function, args, kwargs):
     """From now on, writes to a tensor may go unseen by autograd."""
-    t = args[0] if args else None
-    if ordinary(t):
+    for t in filter(ordinary, args):
         mode.table.expose(t)
     return function(*args, **kwargs)
 
@@ -447,12 +459,13 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys(
-        (F.interpolate, F.pad, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous),
-        again("resize", node=False),
+        (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), again("resize", node=False)
     ),
+    F.pad: again("resize", node=False, fits=lambda x, pad: len(pad) < 2 * x.dim()),
     **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
-    **dict.fromkeys((F.group_norm, F.layer_norm), again("norm", 3.0)),
+    F.group_norm: again("norm", 3.0, fits=lambda x, groups: x.numel() > groups * x.shape[0]),
+    F.layer_norm: again("norm", 3.0, fits=lambda x, shape: len(shape) < x.dim()),
     torch.prelu: again("prelu"),
     F.avg_pool2d: again("avg_pool2d", linear=True),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),

@@ -46,6 +46,10 @@ class Held(NamedTuple):
     def of(cls, t: Tensor | None) -> Held | None:
         return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
 
+    def copy(self) -> Held:
+        """A copy's, unless the tensor has changed already."""
+        return Held.of(self.tensor.detach().clone()) if self.tensor._version == self.version else self
+
     def get(self, who: str, name: str) -> Tensor:
         """The tensor; a RuntimeError if it is not what it was."""
         t = self.tensor
@@ -77,7 +81,7 @@ class Convolve(Recipe):
     def copy_parameters(self) -> None:
         """Before one of them may be written to unseen."""
         held = self.weight, self.bias
-        self.weight, self.bias = (h and Held.of(h.tensor.detach().clone()) for h in held)
+        self.weight, self.bias = (h and h.copy() for h in held)
 
     def run(self, out, a):
         weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
@@ -108,7 +112,7 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry, self.value, self.dtype = (
             function, arguments, geometry, value, dtype)  # fmt: skip
-        self.name = function.__name__
+        self.name, self.contiguous = function.__name__, a.is_contiguous()
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
@@ -117,18 +121,20 @@ class Convolution(Operation):
         if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
             copies = a.nbytes + y.nbytes
             self.scratch = 2 * w.nbytes + (copies // 4 if worth_a_cut(copies, w) else copies)
-        return y
+        # A view made here could not be changed in place.
+        return aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        product = self.is_product(dz, w)
+        if product := self.is_product(dz, w):
+            (n, c), o, pixels = self.shape[:2], len(w), dz.flatten(2)
         parts = 1 if product else self.parts(dz, w, task.room())
         if need_w:
             a, _ = task.get(self.value)
             if product and a.is_contiguous():
-                dw, read = torch.zeros_like(w), a[self.pixels_read()].flatten(2)
-                dw.view(w.shape[:2]).addbmm_(dz.flatten(2), read.transpose(1, 2))
+                dw, read = torch.zeros_like(w), self.pixels_read(a).reshape(n, c, -1)
+                dw.view(o, c).addbmm_(pixels, read.mT)
                 del read
             else:
                 dw = self.grad_weight(dz, a, w, parts)
@@ -136,11 +142,11 @@ class Convolution(Operation):
         if need_b:
             db = dz.sum([0, *range(2, dz.dim())])
         if need_a and product:
-            wt = w.view(1, *w.shape[:2]).transpose(1, 2).expand(len(dz), -1, -1)
-            da = torch.bmm(wt, dz.flatten(2)).unflatten(2, dz.shape[2:])
+            da = torch.bmm(w.as_strided((n, c, o), (0, w.stride(1), w.stride(0))), pixels)
+            da = da.view(n, c, *dz.shape[2:])
             if da.shape != self.shape:
                 read, da = da, dz.new_zeros(self.shape)
-                da[self.pixels_read()] = read
+                self.pixels_read(da).copy_(read)
                 del read
         elif need_a and parts == 1:
             da = self.grad_input(dz, w)
@@ -148,6 +154,8 @@ class Convolution(Operation):
             da = dz.new_empty(self.shape)
             for da_i, dz_i in zip(da.chunk(parts), dz.chunk(parts), strict=True):
                 da_i.copy_(self.grad_input(dz_i, w))
+        if need_a and self.contiguous and not da.is_contiguous():
+            da = da.contiguous()  # in the input's layout, as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 
     def is_product(self, dz: Tensor, w: Tensor) -> bool:
@@ -162,9 +170,10 @@ class Convolution(Operation):
         fits = dz.is_cpu and dz.is_contiguous() and dz.dtype in WIDE
         return fits and dz.shape[2:].numel() >= FEW_PIXELS
 
-    def pixels_read(self) -> tuple[slice, ...]:
-        """The pixels of a that a 1x1 convolution with a stride reads."""
-        return slice(None), slice(None), *(slice(None, None, s) for s in self.geometry.stride)
+    def pixels_read(self, a: Tensor) -> Tensor:
+        """Those of a that a 1x1 convolution reads."""
+        stride = self.geometry.stride
+        return a[(..., *(slice(None, None, s) for s in stride))] if max(stride) > 1 else a
 
     def parts(self, dz: Tensor, w: Tensor, room: int) -> int:
         """4 where a CPU library's copies of dz and a would raise the peak, to cut the batch; else 1.

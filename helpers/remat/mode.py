@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
 
@@ -46,23 +47,24 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        saved, operation = ctx.saved_tensors, ctx.operation
+        operation = ctx.operation
         if operation is None:
             raise RuntimeError(GONE)
-        task, needs, twice = task_of(operation.table), wanted(ctx, operation), torch.is_grad_enabled()
+        saved, task = ctx.saved_tensors if operation.saved else (), task_of(operation.table)
+        needs = wanted(ctx, operation)
         task.now = operation.number
         if dz is None or not any(needs):
             grads = [None] * len(needs)
         elif is_batched(dz):
             raise RuntimeError(BATCHED)
-        elif twice or torch._C._is_any_autocast_enabled():
+        elif task.twice or task.autocast:
             with torch.no_grad(), torch._C._DisableAutocast():  # forward has chosen the dtypes
                 grads = operation.backward(task, dz, needs, saved)
         else:
             grads = operation.backward(task, dz, needs, saved)
         if operation.output is not None:
             task.drop(operation.output)
-        if twice:
+        if task.twice:
             grads = once(ctx, dz, grads)
         if not task.retained:
             ctx.operation = None
@@ -108,7 +110,7 @@ def task_of(table: Table) -> Task:
     key = torch._C._current_graph_task_id()
     task = table.tasks.get(key)
     if task is None:
-        task = table.tasks[key] = Task(table, torch._C._autograd._get_current_graph_task_keep_graph())
+        task = table.tasks[key] = Task(table)
         # The engine holds it until the pass ends or fails.
         torch.autograd.Variable._execution_engine.queue_callback(task.end)
     return task
@@ -123,7 +125,8 @@ class Mode(TorchFunctionMode):
         self.table = Table(max_cost)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if torch.compiler.is_compiling():  # one graph of forward and backward, cut by the compiler
+        if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
+            # One graph of forward and backward, cut by the compiler.
             from helpers.remat.compiled import compile_by_price
 
             price = self.price  # noqa: F841  a graph for each price
@@ -165,8 +168,9 @@ class remat:  # noqa: N801
     operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
     threads. Nothing in the model changes. Under torch.compile the compiler gets the same price.
 
-    remat does not see writes without a version (``weight.data.mul_()``) after the context, nor those through
-    the older ``torch.utils.dlpack.to_dlpack``: a recomputed value then takes the new values.
+    remat does not see writes without a version (``weight.data.mul_()``) after the context, in a backward
+    inside it, through aliases taken before it, or through the older ``torch.utils.dlpack.to_dlpack``: a
+    recomputed value then takes the new values.
 
     Args:
         max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs

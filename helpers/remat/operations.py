@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from helpers.remat import passes
 from helpers.remat.task import Task, slabs
-from helpers.remat.values import Recipe, Value, View
+from helpers.remat.values import Recipe, Table, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
@@ -37,11 +37,12 @@ class Operation:
         source: a weak reference to the input's value, if there is one for the output.
         value: what its backward needs, if anything.
         output: the value that it made, unless that is kept.
+        recipe: of the result, if ``forward`` makes one, until the result's value has it.
     """
 
     saved: tuple[int, ...] = ()
     prunes = in_place = beside = False
-    table = value = output = weight = source = None
+    table = value = output = weight = source = recipe = None
     number = gradient = result = scratch = 0
     name = ""
 
@@ -80,19 +81,34 @@ class Normalise(Recipe):
     """z = γ (y - μ)/σ + β with forward's statistics, equal to the last bit.
 
     With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
-    forward's did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes 1/σ.
+    forward's did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes γ and 1/σ.
     """
 
     name, passes = "norm", 1.0
 
-    def __init__(self, gamma, beta, mean, invstd) -> None:
+    def __init__(self, table: Table, gamma, beta, mean: Tensor, invstd: Tensor) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, self.norm = weak(gamma), passes.Norm(mean, invstd, copy_of(gamma), copy_of(beta))
+        self.parameter, self.table = weak(gamma), table
+        beta = beta if beta is None else beta.clone()
+        if mean.is_cpu:
+            self.vectors = mean, None, invstd if gamma is None else invstd * gamma, beta
+        else:
+            self.vectors = mean, invstd, gamma if gamma is None else gamma.clone(), beta
+
+    @property
+    def norm(self) -> passes.Norm:
+        mean, invstd, gamma, beta = self.vectors
+        return passes.Norm(mean, self.table.ones(mean)[0] if invstd is None else invstd, gamma, beta)
 
     def run(self, out, y):
         if not y.is_cpu:
             return passes.normalise(y, self.norm, out)
-        return passes.by_batch_norm(y, self.norm, out)
+        mean, _, scale, beta = self.vectors
+        one, none = self.table.ones(mean)
+        how = y, scale, beta, mean, one, False, 0.0, 0.0
+        if y.stride() != out.stride():  # the kernel would write in y's order
+            return out.copy_(torch.native_batch_norm(*how)[0])
+        return torch.native_batch_norm(*how, out=(out, none, none))[0]
 
 
 class Again(Recipe):
@@ -122,16 +138,17 @@ class BatchNorm(Operation):
         how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
+        self.recipe = self.recipe_of(gamma, beta)
         return z
 
-    def recipe(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
+    def recipe_of(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
         if self.training:
             self.running, mean, invstd = (None, None), self.mean, self.invstd
         else:
             self.running = mean, var = tuple(t.clone() for t in self.running)
             invstd = (var + self.eps).rsqrt()
         if invstd.dtype in WIDE and all(t is None or t.dtype == invstd.dtype for t in (gamma, beta)):
-            return Normalise(gamma, beta, mean, invstd)
+            return Normalise(self.table, gamma, beta, mean, invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = copy_of(gamma), copy_of(beta)
         how = (*self.running, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)
@@ -167,7 +184,7 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
     scale, m = invstd if gamma is None else invstd * gamma, y.numel() // y.shape[1]
     sum_dz, sum_dz_y = sums = batch_norm_sums(dz, images, mean)
     kappas, dy = grad_input_coefficients(scale, invstd**-2, sums, m), torch.empty_like(images)
-    for part in slabs(len(y), y):
+    for part in slabs(y):
         torch.sub(images[part], per_channel(mean), out=dy[part])
         grad_input_(dz[part], dy[part], *kappas)
     return [dy.view(y.shape), sum_dz_y * invstd, sum_dz]
@@ -262,7 +279,8 @@ class Activate(Recipe):
             return None
         if isinstance(z.recipe, Elementwise) and z.recipe.function is torch.add and len(z.parents) == 2:
             for norm, other in (z.parents, z.parents[::-1]):
-                if isinstance(norm.recipe, Normalise) and alone(norm) and other.view[:1] == z.view[:1]:
+                same = norm.view[:1] == other.view[:1] == z.view[:1]
+                if same and isinstance(norm.recipe, Normalise) and alone(norm):
                     z, added = norm, (other,)
                     break
         if not isinstance(z.recipe, Normalise):
@@ -351,16 +369,13 @@ class MaxPool(Operation):
     """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input."""
 
     def __init__(self, how: tuple, x: Tensor) -> None:
-        self.how, self.shape, self.offsets = (
-            how,
-            x.shape,
-            None,
-        )  # kernel, stride, padding, dilation, ceil_mode
+        self.how = how  # kernel, stride, padding, dilation, ceil_mode
+        self.shape, self.offsets = x.shape, None
         self.gap = x.shape[3] - how[0][1]  # pixels between two rows of a window
 
     def forward(self, x):
         y = starts = None
-        for images in slabs(len(x), x):
+        for images in slabs(x):
             y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *self.how)
             if y is None:
                 y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
@@ -383,7 +398,7 @@ class MaxPool(Operation):
         layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
         starts = self.starts(self.offsets)
-        for images in slabs(len(dx), dx):
+        for images in slabs(dx):
             index = self.offsets[images].long()
             index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
             dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *self.how, index)

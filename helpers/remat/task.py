@@ -18,13 +18,21 @@ class Task:
 
     A value that several nodes need is held from its first use to its last if there is room for it, that is,
     if holding it does not raise the peak that is coming anyway. A convolution's output is always held.
+
+    Attributes:
+        retained: whether the graph stays, for another pass.
+        twice: whether the gradients may be differentiated again.
+        autocast: whether backward was called in autocast.
+        now: the number of the operation that runs.
     """
 
-    def __init__(self, table: Table, retained: bool) -> None:
+    def __init__(self, table: Table) -> None:
+        self.table = table
         self.uses: dict[Value, int] = {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
-        self.slack, self.now = slack(table, retained), 0  # and the number of the operation that runs
-        self.retained = retained
+        self.retained = torch._C._autograd._get_current_graph_task_keep_graph()
+        self.twice, self.autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+        self.slack, self.now = slack(table, self.retained), 0
 
     def room(self, value: Value | None = None) -> int:
         """Bytes that may be held, now or until ``value``'s last use, without raising the peak to come."""
@@ -39,6 +47,7 @@ class Task:
         """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
         self.uses.clear()
+        self.table.constants.clear()
 
     def drop(self, value: Value) -> None:
         """``value`` is not needed any more."""
@@ -155,22 +164,35 @@ class Program:
             if recipe.reuse and first in steps and self.read[first] == 1 and first not in memory:
                 if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
                     places[first] = places.get(v, v)
-        one = result.dim() == 0 or any(recipe.whole for recipe, _ in steps.values())
-        images = [None] if one else slabs(len(result), result)
-        for some in images if len(images) > 1 else [None]:
-            self.run_some(memory, places, some)
+        per_slab = 0 if self.whole(result) else slab_of(result)
+        if per_slab in (0, len(result)):
+            self.run_some(memory, places, {})
+            return result
+        tensors = (self.given | memory).items()
+        cut = {v: t.split(per_slab) for v, t in tensors if t.shape[:1] == result.shape[:1]}
+        for i in range(1 if isinstance(result, FakeTensor) else len(cut[last])):  # one has the memory of any
+            some = {v: pieces[i] for v, pieces in cut.items()}
+            self.run_some(some, places, some)
         return result
 
-    def run_some(self, memory: dict[Value, Tensor], places: dict[Value, Value], images: slice | None) -> None:
-        """Compute some images, or all."""
-        number, made, out = None, {}, memory
-        if images is not None:
-            number, out = images.stop - images.start, {v: t[images] for v, t in memory.items()}
+    def whole(self, result: Tensor) -> bool:
+        """Whether all images must be computed at once."""
+        return result.dim() == 0 or any(
+            recipe.whole or any(p in self.steps and not by_image(p, v) for p in parents)
+            for v, (recipe, parents) in self.steps.items()
+        )
+
+    def run_some(self, out: dict, places: dict[Value, Value], given: dict[Value, Tensor]) -> None:
+        """Compute all images, or those of which ``given`` has the tensors, in the memory of ``out``."""
+        made, number = {}, len(out[self.last]) if given else None
         for v, (recipe, parents) in self.steps.items():
             place = places[v] if v in places else v
             if place not in out:
                 out[place] = None if isinstance(recipe, Part) else v.view.empty(number)
-            inputs = [made[p] if p in made else part(self.given[p], v, images) for p in parents]
+            inputs = [
+                made[p] if p in made else given[p] if p in given and by_image(p, v) else self.given[p]
+                for p in parents
+            ]
             made[v] = recipe.run(out[place], *inputs)
 
     def merge(self) -> None:
@@ -255,12 +277,18 @@ def takers(operation) -> list[tuple[int, int]]:
     return found
 
 
-def slabs(n: int, like: Tensor) -> list[slice]:
+def slab_of(like: Tensor) -> int:
+    """How many images of ``like`` to compute at once."""
+    images = like.shape[0]
+    if not like.is_cpu or images == 0:
+        return images
+    return min(images, max(1, SLAB_BYTES // max(1, like.nbytes // images)))
+
+
+def slabs(like: Tensor) -> list[slice]:
     """Slices of the batch; for fake tensors the first alone, which has the memory of any."""
-    if like.device.type != "cpu" or n == 0:
-        return [slice(0, n)]
-    per_slab = max(1, SLAB_BYTES // max(1, like.nbytes // n))
-    cut = [slice(i, min(i + per_slab, n)) for i in range(0, n, per_slab)]
+    images, per_slab = len(like), slab_of(like)
+    cut = [slice(i, min(i + per_slab, images)) for i in range(0, images, per_slab or 1)]
     return cut[:1] if isinstance(like, FakeTensor) else cut
 
 
@@ -269,9 +297,7 @@ def stream_of(t: Tensor):
     return None if t.is_cpu or t.is_meta else torch.accelerator.current_stream(t.device)
 
 
-def part(t: Tensor, reader: Value, images: slice | None) -> Tensor:
-    """Those images of ``t``, or all of ``t`` if it is a vector that all images share."""
-    if images is None:
-        return t
-    alike = t.dim() == len(reader.view.shape) or isinstance(reader.recipe, Part)
-    return t[images] if alike and t.shape[0] == reader.view.shape[0] else t
+def by_image(v: Value, reader: Value) -> bool:
+    """Whether some images of ``reader`` need those of ``v`` alone: it is nothing that all images share."""
+    shape, wanted = v.view.shape, reader.view.shape
+    return shape[:1] == wanted[:1] and (len(shape) == len(wanted) or isinstance(reader.recipe, Part))

@@ -21,6 +21,7 @@ MOST_PASSES = 16
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
+NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
 
 class Recipe:
@@ -76,7 +77,7 @@ class View(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether its values fill their memory without gaps or overlaps."""
-        return span(self.shape, self.stride) + 1 == self.shape.numel()
+        return packed(self.shape, self.stride) == self.stride
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,7 +86,8 @@ def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [0] * len(shape), 1
     for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
         strides[i], step = step, step * shape[i]
-    return stride if span(shape, stride) + 1 == step else tuple(strides)
+    alike = all(n == 1 or s == t for n, s, t in zip(shape, stride, strides, strict=True))
+    return stride if alike else tuple(strides)
 
 
 def span(shape, stride) -> int:
@@ -183,6 +185,7 @@ class Table:
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
+        self.constants: dict[tuple, tuple[Tensor, Tensor]] = {}  # of one backward pass
 
     def clear(self) -> None:
         self._storages.clear()
@@ -191,9 +194,9 @@ class Table:
 
     # Finding --------------------------------------------------------------------------------------------
 
-    def known(self, t: Tensor) -> list[Value]:
-        """All values in the storage of ``t``."""
-        entry = self._storages.get(id(t.untyped_storage()))
+    def forget(self, t: Tensor) -> list[Value]:
+        """All values in the storage of ``t``; from now on a tensor there is another value."""
+        entry = self._storages.pop(id(t.untyped_storage()), None)
         return [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
 
     def find(self, t: Tensor) -> Value:
@@ -216,7 +219,8 @@ class Table:
                 continue
             if (version, dtype) != (t._version, t.dtype) or not (t.dim() and shape):
                 continue
-            per_image = t.shape[0] == shape[0] and (t.stride(0) == stride[0] or shape[0] == 1)
+            outermost = t.stride(0) == stride[0] > span(shape[1:], stride[1:])
+            per_image = t.shape[0] == shape[0] and (outermost or shape[0] == 1)
             if per_image and offset >= 0 and 0 not in t.stride():
                 if offset + span(t.shape[1:], t.stride()[1:]) <= span(shape[1:], stride[1:]):
                     return Part(t.shape[1:], t.stride(), offset), (whole,)
@@ -242,6 +246,14 @@ class Table:
             if recipe is None:
                 value.parents, value.name, value.origin = (), operation.name, operation.weight
         return value
+
+    def ones(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A vector of ones like this one, and an empty one, which all recipes share."""
+        key = like.shape, like.dtype
+        found = self.constants.get(key)
+        if found is None:
+            found = self.constants[key] = torch.ones_like(like), like.new_empty(0)
+        return found
 
     # Deciding -------------------------------------------------------------------------------------------
 
@@ -347,23 +359,26 @@ class Table:
 
     def before_write(self, t: Tensor) -> None:
         """``t`` is about to be changed in place: copy what is kept there."""
-        for value in self.known(t):
-            if value.kept is not None and value.kept._version == value.version:
+        for value in self.forget(t):
+            if value.kept is None:
+                value.version = NO_VERSION
+            elif value.kept._version == value.version:
                 value.kept = value.kept.clone()
                 value.version = value.kept._version
 
     def expose(self, t: Tensor) -> None:
         """``t`` may be written to unseen: nodes must see that, as PyTorch's do; recipes must not."""
-        for value in self.known(t):
+        for value in self.forget(t):
             whole = value.live()
             if value.kept is None and value.needs and whole is not None and whole._version == value.version:
                 self.keep(value, whole)
-            if value.kept is not None and value.read and value.snapshot is None:
+            if value.kept is None:
+                value.version = NO_VERSION
+            elif value.read and value.snapshot is None and value.kept._version == value.version:
                 value.snapshot = value.kept.clone()
         for ref in self.parameters.pop(id(t.untyped_storage()), ()):
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
-        self._storages.pop(id(t.untyped_storage()), None)
 
     def count_plain(self, value: Value) -> None:
         """PyTorch would save this value."""

@@ -660,6 +660,32 @@ def test_norms_are_remade_to_the_bit(monkeypatch, norm, precision):
     assert seen.strange() == []
 
 
+def test_padding_that_moves_images(monkeypatch):
+    """With pairs for all dimensions, F.pad shifts the batch: a part of the result needs other images."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 500)
+
+    def forward(self, x):
+        return self.h(F.relu(F.pad(self.b(x), (0, 0, 0, 0, 0, 0, 1, -1)) - 0.1))
+
+    check(lambda: Net(forward, b=block(), h=nn.Conv2d(8, 4, 1)), image(5, 3, 10, 9))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 10, 9), (1, 8, 1, 1)])
+def test_values_that_all_images_share(monkeypatch, shape):
+    """What is computed from a parameter for all images is not cut where images are: also if N = C."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 500)
+
+    def forward(self, x):
+        x = self.b(x)
+        return self.h(F.relu(x * F.leaky_relu(self.scale) + F.leaky_relu(self.shift)))
+
+    def make():
+        scale, shift = (nn.Parameter(image(*shape, seed=i)) for i in (1, 2))
+        return Net(forward, b=block()[:2], h=nn.Conv2d(8, 4, 1), scale=scale, shift=shift)
+
+    check(make, image(8, 3, 10, 9))
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 def test_dead_channels(precision):
     """A norm's result that is 0 exactly is 0 when made again: else the ReLU's mask flips, and dβ is not 0."""

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held
+from helpers.remat import task
 from helpers.tests.remat.test_distributed import needs_gloo, two_processes
 from helpers.tests.remat.test_remat import (
     BLOCK,
@@ -495,6 +496,151 @@ def test_writes_inside_the_context(write, which):
         else:
             with contextlib.suppress(RuntimeError):
                 run(cost)
+
+
+def next_to_its_conjugate(x, y):
+    z = torch.complex(x, y)
+    return F.silu(z.imag) + 2 * F.silu(z.conj().imag)
+
+
+def across_images(x, p):
+    r = F.leaky_relu(x.transpose(0, 1))
+    return r.transpose(0, 1).flatten(0, 1)[1 : 1 + len(r)] * p
+
+
+def norm_of_one_image_expanded(x, gamma, w):
+    x = x.contiguous(memory_format=torch.channels_last).expand(3, -1, -1, -1)
+    return F.conv2d(F.relu(F.batch_norm(x, None, None, gamma, training=True)), w)
+
+
+def several_times_in_one_place(x, w):
+    u = F.leaky_relu(x).unfold(1, 2, 1)
+    u.add_(1.5)
+    return F.linear(u, w)
+
+
+def a_view_added_to_its_base(x, w):
+    z = F.leaky_relu(x)
+    z.add_(z[:, :1])
+    return F.conv1d(z, w)
+
+
+def a_small_view_subtracted(x, w, a, b):
+    v = torch.roll(F.conv2d(x, w), 1, 1)[:, ::2]
+    k = F.conv2d(torch.cat([v, torch.roll(v, 1, 1)], 1), a)
+    v -= v[:, :, :1, :1].detach()
+    return k + F.conv2d(v, b)
+
+
+VIEWS = {  # a function, and the shapes of its arguments
+    "conjugate": (next_to_its_conjugate, [(4, 4), (4, 4)]),
+    "across images": (across_images, [(2, 3, 5), (3, 5)]),
+    "windows that overlap": (lambda x: F.silu(F.leaky_relu(x).unfold(1, 5, 2)[..., ::2]), [(6, 9)]),
+    "norm of an expanded image": (norm_of_one_image_expanded, [(1, 2, 4, 4), (2,), (1, 2, 1, 1)]),
+    "several times in one place": (several_times_in_one_place, [(3, 4), (2, 2)]),
+    "a view added to its base": (a_view_added_to_its_base, [(3, 32, 2), (1, 32, 1)]),
+    "a small view": (a_small_view_subtracted, [(4, 3, 8, 8), (12, 3, 1, 1), (6, 12, 3, 3), (6, 6, 3, 3)]),
+    "linear in place": (lambda x, w, b: F.linear(x, w, b).relu_(), [(2, 3, 4), (5, 4), (5,)]),
+    "a bias for each row": (F.linear, [(4, 5), (3, 5), (4, 3)]),
+    "groups of one": (lambda x, w, v: F.conv2d(F.group_norm(x, 2, w), v), [(3, 2, 1, 1), (2,), (1, 2, 1, 1)]),
+    "the smaller factor first": (
+        lambda x, g: F.silu(g * x.contiguous(memory_format=torch.channels_last)),
+        [(4, 4, 4, 5), (4, 4, 4, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_and_what_shares_memory(monkeypatch, name, cost):
+    """Where parts of one memory are several values, or a value is not image after image."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 1)
+    function, shapes = VIEWS[name]
+
+    def run(context):
+        leaves = [image(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes)]
+        with context:
+            out = function(*leaves)
+        grads = torch.autograd.grad(out, leaves, image(*out.shape, seed=9))
+        return out, dict(enumerate(grads))
+
+    (wanted_out, wanted), (out, found) = run(contextlib.nullcontext()), run(remat(cost))
+    assert torch.equal(out, wanted_out) and out.stride() == wanted_out.stride()
+    assert_close(found, wanted)
+
+
+def through_an_alias(x, a, b):
+    alias = x.data  # its version is its own
+    y = F.conv2d(x, a)
+    alias.mul_(2)
+    return y.detach().mean() + F.conv2d(x, b)
+
+
+def into_anothers_data(x, a, b):
+    y = x.detach() + 1
+    kept = F.conv2d(y, a)
+    x.data = y
+    y.mul_(2)
+    return kept.detach().mean() + F.conv2d(x, b)
+
+
+def before_the_first_need(x, a, b):
+    h = F.conv2d(x, a, padding=1)
+    p = torch.roll(h, 1, 2)
+    z = torch.cat([p, torch.roll(h, 1, 3)], 1)
+    p.data.mul_(2)
+    return F.conv2d(z, torch.cat([b, b], 1))
+
+
+def running_statistics(x, a, b):
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+    y = F.conv2d(x, a, padding=1)
+    s = F.silu(y - mean.view(1, -1, 1, 1))
+    F.batch_norm(F.batch_norm(y, mean, var, training=True), mean, var, training=True)
+    return F.conv2d(s, b)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize(
+    "function", [through_an_alias, into_anothers_data, before_the_first_need, running_statistics]
+)
+def test_writes_without_a_new_version(function, cost):
+    def run(context):
+        x, a, b = image(4, 3, 8, 8), image(3, 3, 3, 3, seed=1), image(5, 3, 3, 3, seed=2).requires_grad_()
+        with context:
+            out = function(x, a.requires_grad_(), b)
+        return out, dict(enumerate(torch.autograd.grad(out.square().sum(), [b])))
+
+    (wanted_out, wanted), (out, found) = run(contextlib.nullcontext()), run(remat(cost))
+    assert torch.equal(out, wanted_out)
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("expose", [torch.Tensor.data_ptr, lambda t: t.data, torch.Tensor.numpy])
+def test_a_change_is_seen_although_the_tensor_is_exposed_later(expose):
+    """What is copied then must not be what somebody has changed before."""
+
+    def weight(x, a, b):
+        out = F.conv2d(F.silu(F.conv2d(x, a)), b)
+        with torch.no_grad():
+            a.mul_(2)
+            expose(a.detach())
+        return out
+
+    def operand(x, a, b):
+        p = torch.roll(F.conv2d(x, a), 1, 2)
+        out = F.conv2d(torch.cat([p[:, :2], torch.roll(p, 1, 3)[:, :1]], 1), b)
+        with torch._C.DisableTorchFunction():
+            p.detach().mul_(2)
+        expose(p.detach())
+        return out
+
+    for function in (weight, operand):
+        x, a, b = image(4, 3, 8, 8), image(3, 3, 3, 3, seed=1), image(5, 3, 3, 3, seed=2)
+        with remat(1e9):
+            out = function(x, a.requires_grad_(), b.requires_grad_())
+        with pytest.raises(RuntimeError, match="changed"):
+            out.square().sum().backward()
 
 
 def test_a_view_with_gaps_is_no_base_of_others():
@@ -982,8 +1128,9 @@ def test_an_argument_that_the_caller_changes_later(call):
         lambda x: F.leaky_relu(x, np.float32(0.3)),
         lambda x: F.elu(x, torch.tensor(0.3)),
         lambda x: F.hardtanh(x, np.int64(-1), np.int64(2)),
+        lambda x: F.elu_(x - 1, 0.5, 2.0),  # a third number, where F.elu has `inplace`
     ],
-    ids="leaky_relu elu hardtanh".split(),
+    ids="leaky_relu elu hardtanh elu_".split(),
 )
 def test_numbers_of_other_types(call):
     def scenario(context):
@@ -1002,9 +1149,10 @@ def test_numbers_of_other_types(call):
         lambda x: F.celu(x, 0),
         lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 1, 1), stride=0),
         lambda x: F.conv2d(x, torch.ones(0, 3, 1, 1)),
+        lambda x: F.max_pool2d(x, 1, 0),
         lambda x: x * torch.ones(2, 5, 1, 1, requires_grad=True),
     ],
-    ids="celu stride weight shapes".split(),
+    ids="celu stride weight pool shapes".split(),
 )
 def test_wrong_arguments_get_pytorchs_error(call):
     x = torch.ones(2, 3, 4, 4, requires_grad=True)
@@ -1063,6 +1211,19 @@ def distributed(rank, folder):
 @needs_gloo
 def test_two_processes(tmp_path):
     assert two_processes(tmp_path, distributed) == [0, 0]
+
+
+@pytest.mark.parametrize("groups, kernel", [(1, 1), (1, 3), (2, 3)])
+def test_the_gradient_of_an_input_has_its_layout(groups, kernel):
+    """Also where the output's gradient is channels_last: a norm before may take it for the wrong values."""
+    conv, x = nn.Conv2d(4, 4, kernel, groups=groups).double(), image(1, 4, 9, 8).requires_grad_()
+    with remat():
+        h = F.instance_norm(x, weight=torch.ones(4).double())
+        out = conv(h)
+    h.register_hook(lambda dh: layouts.append(dh.is_contiguous()))
+    layouts = []
+    out.backward(image(*out.shape, seed=1).contiguous(memory_format=torch.channels_last))
+    assert layouts == [True]
 
 
 @pytest.mark.parametrize("cost", [0, 1e9])

@@ -119,8 +119,9 @@ def task_of(table: Table) -> Task:
 class Mode(TorchFunctionMode):
     """Handles the calls of one thread between `remat`'s enter and exit."""
 
-    def __init__(self, max_cost: float) -> None:
+    def __init__(self, max_cost: float, owner: remat) -> None:
         super().__init__()
+        self.owner = owner
         self.price = str(max_cost)  # a string: the compiler would turn a number into an input
         self.table = Table(max_cost)
 
@@ -189,18 +190,16 @@ class remat:  # noqa: N801
                 f"max_cost must be a number from 0 on, multiplications per value; got {max_cost!r}"
             )
         self.max_cost = max_cost
-        self._modes: list[Mode] = []
 
     def __enter__(self) -> Record:
-        mode = Mode(float(self.max_cost))
-        self._modes.append(mode)
+        mode = Mode(float(self.max_cost), self)
         _push_mode(mode)
         return Record(mode.table)
 
     def __exit__(self, *exception) -> None:
-        mode, others = self._modes.pop(), []
-        while (top := _pop_mode()) is not mode:
-            others.append(top)
+        others = []
+        while getattr(mode := _pop_mode(), "owner", None) is not self:  # each thread has modes of its own
+            others.append(mode)
         for other in reversed(others):
             _push_mode(other)
         mode.table.clear()

@@ -971,6 +971,25 @@ def test_one_object_used_again_and_in_itself():
         out.sum().backward()
 
 
+def test_one_object_in_several_threads():
+    """Each thread leaves the context that it has entered itself."""
+    context, entered, both, left = remat(), threading.Event(), threading.Event(), []
+
+    def first():
+        with context:
+            entered.set()
+            both.wait()
+        left.append(not mode_stack())
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait()
+    with context:
+        both.set()
+        thread.join()
+    assert left == [True] and not mode_stack()
+
+
 @pytest.mark.parametrize("cost", COSTS)
 def test_an_exception_inside(cost, no_collector):
     """It goes through, and neither a mode nor a tensor stays."""

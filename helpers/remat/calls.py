@@ -149,8 +149,8 @@ def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
     """Also a linear layer, which is a convolution without pixels."""
     alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
-    alike = alike and (bias is None or bias.dim() == 1)
-    fit(alike and plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
+    fit(alike and (bias is None or bias.dim() == 1))
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     try:
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     except TypeError:

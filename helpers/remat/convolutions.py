@@ -121,8 +121,7 @@ class Convolution(Operation):
         if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
             copies = a.nbytes + y.nbytes
             self.scratch = 2 * w.nbytes + (copies // 4 if worth_a_cut(copies, w) else copies)
-        # A view made here could not be changed in place.
-        return aten._unsafe_view(y, y.shape) if y._is_view() else y
+        return y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
@@ -214,6 +213,11 @@ def worth_a_cut(copies: int, w: Tensor) -> bool:
 
 class Linear(Convolution):
     """y = a wᵀ + b, a 1x1 convolution in another layout."""
+
+    def forward(self, a, w, b):
+        y = super().forward(a, w, b)
+        # With a bias it may be a view of a matrix, and a view made here could not be changed in place.
+        return aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     def is_product(self, dz, w):
         return True

@@ -166,13 +166,13 @@ class Program:
                     places[first] = places.get(v, v)
         per_slab = 0 if self.whole(result) else slab_of(result)
         if per_slab in (0, len(result)):
-            self.run_some(memory, places, {})
+            self.run_some(memory, places, None)
             return result
         tensors = (self.given | memory).items()
         cut = {v: t.split(per_slab) for v, t in tensors if t.shape[:1] == result.shape[:1]}
         for i in range(1 if isinstance(result, FakeTensor) else len(cut[last])):  # one has the memory of any
             some = {v: pieces[i] for v, pieces in cut.items()}
-            self.run_some(some, places, some)
+            self.run_some(some, places, len(some[last]))
         return result
 
     def whole(self, result: Tensor) -> bool:
@@ -182,18 +182,18 @@ class Program:
             for v, (recipe, parents) in self.steps.items()
         )
 
-    def run_some(self, out: dict, places: dict[Value, Value], given: dict[Value, Tensor]) -> None:
-        """Compute all images, or those of which ``given`` has the tensors, in the memory of ``out``."""
-        made, number = {}, len(out[self.last]) if given else None
+    def run_some(self, tensors: dict[Value, Tensor], places: dict[Value, Value], images: int | None) -> None:
+        """Compute all images, or as many, in the memory of ``tensors``, which then has what is given, too."""
+        made = {}
         for v, (recipe, parents) in self.steps.items():
             place = places[v] if v in places else v
-            if place not in out:
-                out[place] = None if isinstance(recipe, Part) else v.view.empty(number)
+            if place not in tensors:
+                tensors[place] = None if isinstance(recipe, Part) else v.view.empty(images)
             inputs = [
-                made[p] if p in made else given[p] if p in given and by_image(p, v) else self.given[p]
+                made[p] if p in made else tensors[p] if p in tensors and by_image(p, v) else self.given[p]
                 for p in parents
             ]
-            made[v] = recipe.run(out[place], *inputs)
+            made[v] = recipe.run(tensors[place], *inputs)
 
     def merge(self) -> None:
         """On an accelerator, let later steps do the work of earlier ones that nothing else reads."""

@@ -46,7 +46,8 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
     device = torch.device(device)
     if device.type == "cpu":
         return device, "CPU allocator, every allocation from the profiler"
-    with contextlib.suppress(AttributeError, RuntimeError, NotImplementedError, ValueError):
+    with contextlib.suppress(AssertionError, AttributeError, RuntimeError, NotImplementedError, ValueError):
+        torch.empty(1, device=device)  # an allocator that was never used has no statistics
         if torch.accelerator.memory_stats(device):
             return device, f"{device.type} allocator's statistics"
     return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"

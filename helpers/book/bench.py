@@ -16,6 +16,7 @@ table with times is measured again (and of the front, only so), in a process who
 from __future__ import annotations
 
 import bisect
+import contextlib
 import datetime
 import json
 import os
@@ -123,7 +124,7 @@ def largest(budget: int, table: Table, method: str) -> dict:
     price = None if method == "unfused" else float(method.removeprefix("remat, "))
     predicted = largest_batch(model, table.shape, budget, max_cost=price)
     if device.type == "cuda":  # so that libraries, too, see no more
-        torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info(device)[1], device)
+        torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
 
     def too_large(n: int) -> bool:
         torch.accelerator.empty_cache()
@@ -168,8 +169,8 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
     ]
     if front:
         wanted = [
-            ("", memory, [*FRONT, "compile, 0.4"], NETWORKS[:1], shapes[-1], amps),  # minutes on a CPU
-            ("", memory, FRONT, NETWORKS[1:], shapes[-1], amps),
+            ("", memory, [*FRONT, "compile, 0.4"], NETWORKS[:1], shapes[0], amps),  # minutes on a CPU
+            ("", memory, FRONT, NETWORKS[1:], shapes[0], amps),
         ]
     for what, measure, methods, names, shape, modes in wanted:
         for name, amp in product(names, modes):
@@ -182,21 +183,42 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
 
 
 def times(table: Table, rows: list[dict], repeats: int) -> None:
-    """Add to ``rows`` the times of steps that take turns: medians, and ratios to the unfused one's."""
-    made = [table.build(row["name"]) for row in rows]
+    """Add to ``rows`` the times of steps that take turns: medians, and ratios to the unfused one's.
 
-    def seconds(network: nn.Module) -> float:
+    With CUDA also those of steps captured in a CUDA graph: the device's own time, without the host's.
+    """
+    made = [table.build(row["name"]) for row in rows]
+    steps = [partial(table.step, network, made[0][1]) for network, _ in made]
+
+    def seconds(step: Callable) -> float:
         begin = clock(table.device)
-        table.step(network, made[0][1])
+        step()
         return clock(table.device) - begin
 
-    rounds = [[seconds(network) for network, _ in made] for _ in range(1 + repeats)][1:]  # one to get warm
-    for row, mine in zip(rows, zip(*rounds, strict=True), strict=True):
-        row["seconds"] = statistics.median(mine)
-        if rows[0]["name"] == "unfused":  # it may have failed
-            ratios = [a / first for a, (first, *_) in zip(mine, rounds, strict=True)]
-            row["time_ratio"] = statistics.median(ratios)
-            row["time_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    def add(name: str, steps: list[Callable]) -> None:
+        rounds = [[seconds(step) for step in steps] for _ in range(1 + repeats)][1:]  # one to get warm
+        for row, mine in zip(rows, zip(*rounds, strict=True), strict=False):
+            row[f"{name}seconds"] = statistics.median(mine)
+            if rows[0]["name"] == "unfused":  # it may have failed
+                ratios = [a / first for a, (first, *_) in zip(mine, rounds, strict=True)]
+                row[f"{name}time_ratio"] = statistics.median(ratios)
+                row[f"{name}time_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+
+    add("", steps)
+    if table.device.type == "cuda":
+        pool, graphs = torch.cuda.graph_pool_handle(), []  # they share memory, as no two run at once
+        with contextlib.suppress(RuntimeError):  # one that cannot be captured, and those after it
+            for step in steps:
+                graphs.append(captured(step, pool))
+        add("graph_", graphs)
+
+
+def captured(step: Callable, pool) -> Callable:
+    """``step`` as a CUDA graph: all its kernels in one launch."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph.replay
 
 
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -222,8 +244,10 @@ def fill(path: Path, title: str, table: Table, repeats: int) -> None:
             rows[-1]["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:300]
         write(path, record)
     if table.measure is memory:
-        times(table, [row for row in rows if "error" not in row], repeats)
-        write(path, record)
+        try:
+            times(table, [row for row in rows if "error" not in row], repeats)
+        finally:
+            write(path, record)
 
 
 def run(tables: dict[str, Table], path: Path, repeats: int, minutes: float) -> None:

@@ -98,9 +98,13 @@ def one_pass(da, y, added, mean, invstd, gamma, beta, out, p, q, r, ROWS, COLS, 
 def launch(da, y, added, mean, invstd, gamma, beta, act, numbers, matrix, out) -> None:
     """`one_pass` on tensors that are ``matrix``: rows, columns, and whether the columns are the channels."""
     rows, cols, last = matrix
-    bc = min(triton.next_power_of_2(cols), 256 if last else 1024)
-    br = max(1, (4096 if last else 1024) // bc)
+    if last:
+        bc, values = min(triton.next_power_of_2(cols), 256), 4096
+    else:  # an image's channel in one block if it fits
+        bc = min(triton.next_power_of_2(cols), 4096 if cols <= 4096 else 1024)
+        values = max(bc, 1024)
+    br = max(1, values // bc)
     grid, how = (triton.cdiv(rows, br), triton.cdiv(cols, bc)), {"LAST": bool(last), "BR": br, "BC": bc}
     tensors, sizes = (da, y, added, mean, invstd, gamma, beta, out), (rows, cols, y.shape[1])
     with torch.cuda.device_of(y):
-        one_pass[grid](*tensors, *numbers, *sizes, ACT=act, **how, num_warps=8 if last else 4)
+        one_pass[grid](*tensors, *numbers, *sizes, ACT=act, **how, num_warps=8 if values > 1024 else 4)

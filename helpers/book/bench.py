@@ -94,7 +94,8 @@ def memory(table: Table, method: str) -> dict:
     table.step(network, x)  # libraries choose their algorithms
     with MemoryTrace(table.device) as trace:
         table.step(network, x, trace.mark)
-    return {"peak": trace.peak, "forward": trace.marks["end of forward"], "tensor_peak": trace.tensor_peak}
+    found = {"peak": trace.peak, "forward": trace.marks["end of forward"]}
+    return found if trace.tensor_peak is None else {**found, "tensor_peak": trace.tensor_peak}
 
 
 def passes(table: Table, method: str) -> dict:
@@ -281,17 +282,19 @@ def shown(rows: list[dict]) -> str:
 
     keys = sorted(dict.fromkeys(key for row in rows for key in row), key="error".__eq__)  # the error last
     lines = [keys, *[[cell(row, key) for key in keys] for row in rows]]
-    return "\n".join("  ".join(f"{text:20}" for text in line).rstrip() for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def recorded(device: str, *only: str) -> str:
-    """The tables of a device's record with one of ``only`` in their title, or that there is no record."""
+    """The tables of a device's record whose title starts with one of ``only``, or that there is no record."""
     path = MEASUREMENTS / f"bench_{device}.json"
     if not path.is_file():
         return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
     record = read_json(path)
     about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
-    tables = {t: rows for t, rows in record["tables"].items() if not only or any(part in t for part in only)}
+    tables = {t: rows for t, rows in record["tables"].items() if t.startswith(only or "")}
     return "\n\n".join([about, *[f"{title}\n{shown(rows)}" for title, rows in tables.items()]])
 
 

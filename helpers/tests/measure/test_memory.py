@@ -5,7 +5,7 @@ import gc
 import torch
 from torch.profiler import record_function
 
-from helpers.memory import MemoryTrace
+from helpers.memory import MemoryTrace, memory_device
 
 
 def test_tensors_and_what_a_library_takes_inside_of_an_operation():
@@ -47,3 +47,11 @@ def test_garbage_of_an_earlier_trace_is_not_subtracted():
     with MemoryTrace() as trace:
         gc.collect()
     assert all(held == 0 for _, held in trace.timeline)
+
+
+def test_an_accelerator_is_asked_only_after_it_allocated(monkeypatch):
+    """Before that its allocator has no statistics, and the CPU would be measured in its place."""
+    made = []
+    monkeypatch.setattr(torch, "empty", lambda *size, device: made.append(device))
+    monkeypatch.setattr(torch.accelerator, "memory_stats", lambda device: {"peak": 1} if made else {})
+    assert memory_device("cuda")[0].type == "cuda"

@@ -295,7 +295,8 @@ def recorded(device: str, *only: str) -> str:
     record = read_json(path)
     about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
     tables = {t: rows for t, rows in record["tables"].items() if t.startswith(only or "")}
-    return "\n\n".join([about, *[f"{title}\n{shown(rows)}" for title, rows in tables.items()]])
+    brief = {t: [{k: v for k, v in r.items() if not k.endswith("range")} for r in tables[t]] for t in tables}
+    return "\n\n".join([about, *[f"{title}\n{shown(rows)}" for title, rows in brief.items()]])
 
 
 def main(arguments: list[str]) -> int:

@@ -294,9 +294,12 @@ def recorded(device: str, *only: str) -> str:
         return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
     record = read_json(path)
     about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
-    tables = {t: rows for t, rows in record["tables"].items() if t.startswith(only or "")}
-    brief = {t: [{k: v for k, v in r.items() if not k.endswith("range")} for r in tables[t]] for t in tables}
-    return "\n\n".join([about, *[f"{title}\n{shown(rows)}" for title, rows in brief.items()]])
+    found = [about]
+    for title, rows in record["tables"].items():
+        if title.startswith(only or ""):
+            brief = [{k: v for k, v in row.items() if not k.endswith("range")} for row in rows]
+            found.append(f"{title}\n{shown(brief)}")
+    return "\n\n".join(found)
 
 
 def main(arguments: list[str]) -> int:

@@ -95,16 +95,21 @@ def one_pass(da, y, added, mean, invstd, gamma, beta, out, p, q, r, ROWS, COLS, 
     tl.store(out + at, a.to(dtype), there)
 
 
+def block_of(cols: int, last: bool) -> tuple[int, int, int]:
+    """Rows and columns of a program's block, and its warps."""
+    if last:
+        columns, values = min(triton.next_power_of_2(cols), 256), 4096
+    else:  # an image's channel in one block if it fits
+        columns = min(triton.next_power_of_2(cols), 4096 if cols <= 4096 else 1024)
+        values = max(columns, 1024)
+    return values // columns, columns, 8 if values > 1024 else 4
+
+
 def launch(da, y, added, mean, invstd, gamma, beta, act, numbers, matrix, out) -> None:
     """`one_pass` on tensors that are ``matrix``: rows, columns, and whether the columns are the channels."""
     rows, cols, last = matrix
-    if last:
-        bc, values = min(triton.next_power_of_2(cols), 256), 4096
-    else:  # an image's channel in one block if it fits
-        bc = min(triton.next_power_of_2(cols), 4096 if cols <= 4096 else 1024)
-        values = max(bc, 1024)
-    br = max(1, values // bc)
+    br, bc, warps = block_of(cols, last)
     grid, how = (triton.cdiv(rows, br), triton.cdiv(cols, bc)), {"LAST": bool(last), "BR": br, "BC": bc}
     tensors, sizes = (da, y, added, mean, invstd, gamma, beta, out), (rows, cols, y.shape[1])
     with torch.cuda.device_of(y):
-        one_pass[grid](*tensors, *numbers, *sizes, ACT=act, **how, num_warps=8 if values > 1024 else 4)
+        one_pass[grid](*tensors, *numbers, *sizes, ACT=act, **how, num_warps=warps)

@@ -124,6 +124,8 @@ class Mode(TorchFunctionMode):
         self.owner = owner
         self.price = str(max_cost)  # a string: the compiler would turn a number into an input
         self.table = Table(max_cost)
+        # The result of the norm that was called just before this call, which nothing else knows yet.
+        self.before = self.latest = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
@@ -133,6 +135,7 @@ class Mode(TorchFunctionMode):
             price = self.price  # noqa: F841  a graph for each price
             torch._dynamo.comptime.comptime(compile_by_price)
             return function(*args, **(kwargs or {}))
+        self.before, self.latest = self.latest, None
         if torch._C._are_functorch_transforms_active():
             return function(*args, **(kwargs or {}))
         return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
@@ -203,6 +206,7 @@ class remat:  # noqa: N801
         for other in reversed(others):
             _push_mode(other)
         mode.table.clear()
+        mode.before = mode.latest = None
 
     def __call__(self, function: Callable) -> Callable:
         return context_decorator(lambda: remat(self.max_cost), function)

@@ -123,7 +123,10 @@ class Again(Recipe):
 
 
 class BatchNorm(Operation):
-    """PyTorch's forward and backward, by the kernel that it chose."""
+    """PyTorch's forward and backward, by the kernel that it chose.
+
+    On an accelerator it may take over an activation in place on its result: then backward is given da.
+    """
 
     saved, beside = (1,), True
 
@@ -132,7 +135,7 @@ class BatchNorm(Operation):
     ) -> None:
         self.value, self.running, self.training = value, (running_mean, running_var), training
         self.momentum, self.eps = momentum, eps
-        self.mean = self.invstd = self.reserve = self.kernel = None
+        self.mean = self.invstd = self.reserve = self.kernel = self.activated = None
 
     def forward(self, y, gamma, beta):
         how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
@@ -156,6 +159,13 @@ class BatchNorm(Operation):
         recipe.whole = self.training
         return recipe
 
+    def activate(self, z: Value, kind: Kind) -> bool:
+        """Take over an activation of the result, if a kernel can do its backward and the norm's in one."""
+        view, known = z.view, self.training and self.value is not None and isinstance(z.recipe, Normalise)
+        if known and view.dtype in passes.DTYPES and passes.has_kernel(view.device.type):
+            self.activated = z.recipe, kind
+        return self.activated is not None
+
     def backward(self, task, dz, needs, saved):
         (gamma,) = saved
         need_y, need_gamma, need_beta = needs
@@ -163,8 +173,14 @@ class BatchNorm(Operation):
             y, mask = dz, [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
-        if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        grads = None
+        if self.activated is not None:
+            recipe, kind = self.activated
+            grads = passes.norm_act_backward(dz, y, recipe.norm, kind)
+            dz = passes.act_backward(dz, y, recipe.norm, kind) if grads is None else dz
+        elif self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
+        if grads is not None:
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))

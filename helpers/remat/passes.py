@@ -96,6 +96,19 @@ def act_backward(
     return kind.backward(da, x, x if out is None else out)
 
 
+def norm_act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> tuple[Tensor, Tensor, Tensor] | None:
+    """dy, dγ and dβ of a = act(norm(y)), where y's own statistics are the norm's (chapter 3), from da.
+
+    In two passes: the sums read da and y, the last one reads them again and writes dy. dz is never written.
+    None if there is no kernel for these.
+    """
+    if da.dtype != y.dtype or not one_pass(kind.name, y):
+        return None
+    da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
+    sums = torch.ops.remat.norm_act_sums(da, y, *norm, kind.name, three(kind.numbers), matrix(y))
+    return launch(da, y, None, norm, kind.name, kind.numbers, None, sums), sums[1] * norm.invstd, sums[0]
+
+
 def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
     """z, or z + added, by PyTorch's kernels."""
     z = normalise(y, norm)
@@ -126,10 +139,15 @@ def matrix(y: Tensor) -> list[int]:
     return [n * c, pixels, 0] if n * c * pixels and y.is_contiguous() else []
 
 
-def launch(da, y, added, norm: Norm, name: str, numbers: tuple, out: Tensor | None) -> Tensor:
-    out, numbers = torch.empty_like(y) if out is None else out, [*numbers, 0.0, 0.0, 0.0][:3]
-    torch.ops.remat.norm_act(da, y, added, *norm, name, numbers, matrix(y), out)
+def launch(da, y, added, norm: Norm, name: str, numbers, out: Tensor | None, sums=None) -> Tensor:
+    out = torch.empty_like(y) if out is None else out
+    torch.ops.remat.norm_act(da, y, added, *norm, sums, name, three(numbers), matrix(y), out)
     return out
+
+
+def three(numbers: tuple[float, ...]) -> list[float]:
+    """An activation's settings, with zeros for those that it does not have."""
+    return [*numbers, 0.0, 0.0, 0.0][:3]
 
 
 def run(*arguments) -> None:
@@ -138,12 +156,22 @@ def run(*arguments) -> None:
     kernels.launch(*arguments)
 
 
-# An operator of PyTorch's, so that profilers and those who count passes see it.
+def run_sums(*arguments) -> Tensor:
+    from helpers.remat import kernels
+
+    return kernels.launch_sums(*arguments)
+
+
+# Operators of PyTorch's, so that profilers and those who count passes see them.
 library = torch.library.Library("remat", "DEF")
+NORM = "Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta"
+HOW = "str act, float[] numbers, int[] matrix"
 library.define(
-    "norm_act(Tensor? da, Tensor y, Tensor? added, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta, "
-    "str act, float[] numbers, int[] matrix, Tensor(a!) out) -> ()"
+    f"norm_act(Tensor? da, Tensor y, Tensor? added, {NORM}, Tensor? sums, {HOW}, Tensor(a!) out) -> ()"
 )
+library.define(f"norm_act_sums(Tensor da, Tensor y, {NORM}, {HOW}) -> Tensor")
 for key in ("CPU", "CUDA", "XPU"):
     library.impl("norm_act", run, key)
+    library.impl("norm_act_sums", run_sums, key)
 library.impl("norm_act", lambda *arguments: None, "Meta")
+library.impl("norm_act_sums", lambda da, y, mean, *_: mean.new_empty(2, len(mean)), "Meta")

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held, predict_memory
-from helpers.remat import operations, task
+from helpers.remat import operations, passes, task
 from helpers.tests.kernels.rounding import apart, rounding
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
@@ -484,6 +484,94 @@ def network(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name):
     check(network(name), X)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The engine goes an accelerator's way, with PyTorch's kernels for the passes. Norms that activated."""
+    monkeypatch.setattr(passes, "has_kernel", lambda device: True)
+    monkeypatch.setattr(passes, "one_pass", lambda *given: False)
+    monkeypatch.setattr(passes, "DTYPES", (torch.float64,))
+    activate, norms = operations.BatchNorm.activate, []
+
+    def noting(norm, *given):
+        return activate(norm, *given) and not norms.append(norm)
+
+    monkeypatch.setattr(operations.BatchNorm, "activate", noting)
+    return norms
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_as_on_an_accelerator(accelerator, name):
+    check(network(name), X, costs=(0, 1e9))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_in_place_on_an_accelerator(accelerator, name):
+    check(lambda: block(activation=lambda: ACTIVATIONS[name](inplace=True)), X, costs=(0, 1e9))
+
+
+class Doubled(torch.autograd.Function):
+    """The same tensor, whose gradient counts twice."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        return 2 * dx
+
+
+READERS = {  # what happens to a norm's result before an activation in place
+    "nothing": lambda z: 0,
+    "a sum": lambda z: z.sum(),
+    "a sum without a graph": lambda z: z.detach().sum(),
+    "a view": lambda z: z[:, :2].sum(),
+    "a product": lambda z: (z * torch.tensor(3.0, dtype=z.dtype)).sum(),
+    "a hook": lambda z: z.register_hook(lambda dz: 2 * dz) and 0,
+    "a kept gradient": lambda z: z.retain_grad() or 0,
+    "a function of the user's": lambda z: Doubled.apply(z).sum(),
+    "a gradient": lambda z: torch.autograd.grad(z.sum(), z, retain_graph=True)[0].sum(),
+    "another activation": lambda z: F.silu(z, inplace=True) is z,
+    "a change": lambda z: z.mul_(0.5) is z,
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_norm_takes_over_an_activation_if_nothing_came_between(accelerator, name):
+    def run(self, x):
+        z = self.norm(self.conv(x))
+        read = READERS[name](z)
+        a = F.relu(z, inplace=True)
+        return self.last(a), a * 1 + read
+
+    parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    check(lambda: Net(run, **copy.deepcopy(parts)), X)
+    assert len(accelerator) == 3 * (name in ("nothing", "another activation"))
+
+
+def test_hooks_on_an_activation_that_a_norm_took_over(accelerator):
+    """They see da, as those of PyTorch's node do."""
+    found = []
+    for cost in (None, 0):
+        torch.manual_seed(0)
+        model, seen, x = block(activation=lambda: nn.ReLU(inplace=True)).double(), [], X.clone()
+        model[1].register_forward_hook(lambda module, given, z: None)
+        with under(cost):
+            a = model[:3](x)
+            a.register_hook(lambda da, seen=seen: seen.append(da.clone()))
+            a.retain_grad()
+            loss = a.square().sum()
+        (da,) = torch.autograd.grad(loss, a, retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        found.append([da, a.grad, *seen, *[p.grad for p in model.parameters()]])
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+    assert len(accelerator) == 1
+    for plain, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
 
 def test_optional_input():

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-PROGRAMS = 512  # enough to fill a large card, four to each of its processors
+from helpers.remat.passes import block_of
+
 
 @triton.jit
 def expm1(x):
@@ -100,7 +101,8 @@ def one_pass(da, y, added, mean, invstd, gamma, beta, sums, out, p, q, r, m, ROW
         channel = (((i * BR) % C).to(tl.int32) + tl.arange(0, BR))[:, None] % C
         known = (row < ROWS)[:, None]
     centred = tl.load(y + at, there, 0.0).to(tl.float32) - tl.load(mean + channel, known, 0.0)
-    a, slope = act_of_norm(centred, added, invstd, gamma, beta, channel, known, at, there, p, q, r, ACT, dtype)
+    norm = invstd, gamma, beta, channel, known
+    a, slope = act_of_norm(centred, added, *norm, at, there, p, q, r, ACT, dtype)
     if da is not None:
         a = tl.where(slope == 0, 0.0, tl.load(da + at, there, 0.0).to(tl.float32) * slope)
     if sums is not None:
@@ -148,34 +150,30 @@ def partial_sums(da, y, mean, invstd, gamma, beta, out, p, q, r, ROWS, COLS, C, 
     tl.store(out + (PARTS + part) * C + channel, total_y, known)
 
 
-def block_of(cols: int, last: bool) -> tuple[int, int, int]:
-    """Rows and columns of a program's block, and its warps."""
-    if last:
-        columns, values = min(triton.next_power_of_2(cols), 256), 4096
-    else:  # an image's channel in one block if it fits
-        columns = min(triton.next_power_of_2(cols), 4096 if cols <= 4096 else 1024)
-        values = max(columns, 1024)
-    return values // columns, columns, 8 if values > 1024 else 4
-
-
-def launch(da, y, added, mean, invstd, gamma, beta, sums, act, numbers, matrix, out) -> None:
+def launch(da, y, added, norm, sums, kind, matrix, out) -> None:
     """`one_pass` on tensors that are ``matrix``: rows, columns, and whether the columns are the channels."""
-    rows, cols, last = matrix
-    br, bc, warps = block_of(cols, last)
-    grid, how = (triton.cdiv(rows, br), triton.cdiv(cols, bc)), {"LAST": bool(last), "BR": br, "BC": bc}
-    tensors, sizes = (da, y, added, mean, invstd, gamma, beta, sums, out), (rows, cols, y.shape[1])
-    with torch.cuda.device_of(y):
-        one_pass[grid](*tensors, *numbers, rows * cols / sizes[2], *sizes, ACT=act, **how, num_warps=warps)
-
-
-def launch_sums(da, y, mean, invstd, gamma, beta, act, numbers, matrix) -> torch.Tensor:
-    """`partial_sums` of such tensors, and their sums: (2, C). The order of the sums is always the same."""
     (rows, cols, last), c = matrix, y.shape[1]
-    br, bc, warps = block_of(cols, last)
-    of_channel, blocks = (rows, triton.cdiv(c, bc)) if last else (rows // c, c)
-    parts = max(1, min(triton.cdiv(of_channel, br), PROGRAMS // blocks))
-    out, how = mean.new_empty(2, parts, c), {"LAST": bool(last), "BR": br, "BC": bc}
-    tensors, sizes = (da, y, mean, invstd, gamma, beta, out), (rows, cols, c, parts)
+    br, bc, how = options(kind, cols, last)
+    tensors, sizes = (da, y, added, *norm, sums, out), (rows * cols / c, rows, cols, c)
     with torch.cuda.device_of(y):
-        partial_sums[parts, blocks](*tensors, *numbers, *sizes, ACT=act, **how, num_warps=warps)
-    return out.sum(1)
+        one_pass[triton.cdiv(rows, br), triton.cdiv(cols, bc)](*tensors, *three(kind), *sizes, **how)
+
+
+def launch_sums(da, y, norm, kind, matrix, out) -> None:
+    """`partial_sums` of such tensors; ``out`` is (2, parts, C)."""
+    (rows, cols, last), (_, parts, c) = matrix, out.shape
+    _, bc, how = options(kind, cols, last)
+    with torch.cuda.device_of(y):
+        grid = partial_sums[parts, triton.cdiv(c, bc) if last else c]
+        grid(da, y, *norm, out, *three(kind), rows, cols, c, parts, **how)
+
+
+def options(kind, cols: int, last: bool) -> tuple[int, int, dict]:
+    """A block's rows and columns, and all that a kernel is compiled for."""
+    br, bc, warps = block_of(cols, last)
+    return br, bc, {"ACT": kind[0], "LAST": last, "BR": br, "BC": bc, "num_warps": warps}
+
+
+def three(kind) -> tuple[float, ...]:
+    """An activation's settings, with zeros for those that it does not have."""
+    return (*kind[1], 0.0, 0.0, 0.0)[:3]

@@ -163,7 +163,7 @@ class BatchNorm(Operation):
         """Take over an activation of the result, if a kernel can do its backward and the norm's in one."""
         view, known = z.view, self.training and self.value is not None and isinstance(z.recipe, Normalise)
         if known and view.dtype in passes.DTYPES and passes.has_kernel(view.device.type):
-            self.activated = z.recipe, kind
+            self.activated = z.recipe.norm.beta, kind
         return self.activated is not None
 
     def backward(self, task, dz, needs, saved):
@@ -175,9 +175,10 @@ class BatchNorm(Operation):
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         grads = None
         if self.activated is not None:
-            recipe, kind = self.activated
-            grads = passes.norm_act_backward(dz, y, recipe.norm, kind)
-            dz = passes.act_backward(dz, y, recipe.norm, kind) if grads is None else dz
+            beta, kind = self.activated
+            norm = passes.Norm(self.mean, self.invstd, gamma, beta)
+            grads = passes.norm_act_backward(dz, y, norm, kind)
+            dz = passes.act_backward(dz, y, norm, kind) if grads is None else dz
         elif self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
         if grads is not None:

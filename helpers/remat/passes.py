@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
     from helpers.remat.operations import Kind
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # What the kernel knows. It computes in float32.
 KINDS = "relu hardtanh leaky_relu elu silu hardsigmoid hardswish mish sigmoid tanh gelu gelu_tanh".split()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PROGRAMS = 512  # of the sums: enough to fill a large card, four to each of its processors
 FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward can take a in place of z
 
 
@@ -51,7 +53,7 @@ def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
         mean, invstd, gamma, beta = norm
         return torch.batch_norm_elemt(y, gamma, beta, mean, invstd, 0.0, out=out)
     if one_pass("none", y, out):
-        return launch(None, y, None, norm, "none", (), out)
+        return launch(None, y, None, norm, None, out)
     return by_batch_norm(y, norm, out)
 
 
@@ -75,7 +77,7 @@ def norm_act(
     up to float32's last digits, and in general not to the bit. ``out`` may be ``added``.
     """
     if one_pass(kind.name, y, added, out):
-        return launch(None, y, added, norm, kind.name, kind.numbers, out)
+        return launch(None, y, added, norm, kind, out)
     z = reference(y, norm, added)
     return kind.forward(z, z if out is None else out)
 
@@ -90,23 +92,23 @@ def act_backward(
     """
     if da.dtype == y.dtype and one_pass(kind.name, y, added, out):
         da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
-        return launch(da, y, added, norm, kind.name, kind.numbers, out)
+        return launch(da, y, added, norm, kind, out)
     z = reference(y, norm, added)
     x = kind.forward(z, z) if takes_result(kind, z.dtype) else z
     return kind.backward(da, x, x if out is None else out)
 
 
-def norm_act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> tuple[Tensor, Tensor, Tensor] | None:
-    """dy, dγ and dβ of a = act(norm(y)), where y's own statistics are the norm's (chapter 3), from da.
+def norm_act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> tuple[Tensor, ...] | None:
+    """dy, dγ and dβ of a = act(z) from da, where ``norm`` has y's own statistics; None if there is no kernel.
 
-    In two passes: the sums read da and y, the last one reads them again and writes dy. dz is never written.
-    None if there is no kernel for these.
+    dz is never written: the first pass reads da and y for the sums of chapter 3, in an order that is always
+    the same, and the second reads them again and writes dy.
     """
     if da.dtype != y.dtype or not one_pass(kind.name, y):
         return None
     da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
-    sums = torch.ops.remat.norm_act_sums(da, y, *norm, kind.name, three(kind.numbers), matrix(y))
-    return launch(da, y, None, norm, kind.name, kind.numbers, None, sums), sums[1] * norm.invstd, sums[0]
+    sums = channel_sums(da, y, norm, kind)
+    return launch(da, y, None, norm, kind, None, sums), sums[1] * norm.invstd, sums[0]
 
 
 def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
@@ -131,47 +133,65 @@ def has_kernel(device: str) -> bool:
     return device == "meta" or (device in devices and importlib.util.find_spec("triton") is not None)
 
 
-def matrix(y: Tensor) -> list[int]:
-    """y as a matrix: rows, columns, and whether the columns are the channels; [] if y is not dense."""
-    n, c, pixels = (*y.shape[:2], math.prod(y.shape[2:])) if y.dim() > 1 else (0, 0, 0)
+def matrix(y: Tensor) -> tuple[int, ...]:
+    """y as a matrix: rows, columns, and whether the columns are the channels; () if y is not dense."""
+    return matrix_of(y.shape, y.stride())
+
+
+@functools.lru_cache(maxsize=4096)
+def matrix_of(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    y = torch.empty_strided(shape, stride, device="meta")
+    n, c, pixels = (*shape[:2], math.prod(shape[2:])) if len(shape) > 1 else (0, 0, 0)
     if n * c * pixels and y.movedim(1, -1).is_contiguous():
-        return [n * pixels, c, 1]
-    return [n * c, pixels, 0] if n * c * pixels and y.is_contiguous() else []
+        return n * pixels, c, True
+    return (n * c, pixels, False) if n * c * pixels and y.is_contiguous() else ()
 
 
-def launch(da, y, added, norm: Norm, name: str, numbers, out: Tensor | None, sums=None) -> Tensor:
+def launch(da, y, added, norm: Norm, kind: Kind | None, out: Tensor | None, sums=None) -> Tensor:
+    """What `kernels.one_pass` computes, in ``out`` if it is given."""
     out = torch.empty_like(y) if out is None else out
-    torch.ops.remat.norm_act(da, y, added, *norm, sums, name, three(numbers), matrix(y), out)
+    if has_memory(y):
+        from helpers.remat import kernels  # only now: it imports Triton
+
+        kernels.launch(da, y, added, norm, sums, kind or ("none", ()), matrix(y), out)
+    else:
+        counted([da, y, added, *norm, sums], out)
     return out
 
 
-def three(numbers: tuple[float, ...]) -> list[float]:
-    """An activation's settings, with zeros for those that it does not have."""
-    return [*numbers, 0.0, 0.0, 0.0][:3]
+def channel_sums(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> Tensor:
+    """Σ dz and Σ dz (y - μ) of each channel, (2, C)."""
+    (rows, cols, last), c = matrix(y), y.shape[1]
+    br, bc, _ = block_of(cols, last)
+    of_channel, blocks = (rows, math.ceil(c / bc)) if last else (rows // c, c)
+    parts = max(1, min(math.ceil(of_channel / br), PROGRAMS // blocks))
+    partial = norm.mean.new_empty(2, parts, c)
+    if has_memory(y):
+        from helpers.remat import kernels
+
+        kernels.launch_sums(da, y, norm, kind, matrix(y), partial)
+    else:
+        counted([da, y, *norm], partial)
+    return partial.sum(1)
 
 
-def run(*arguments) -> None:
-    from helpers.remat import kernels  # only now: it imports Triton
+def block_of(cols: int, last: bool) -> tuple[int, int, int]:
+    """Rows and columns of what a program of a kernel takes at once, and its warps."""
+    columns = 1 << (cols - 1).bit_length()
+    if last:
+        columns, values = min(columns, 256), 4096
+    else:  # an image's channel in one block if it fits
+        columns = min(columns, 4096 if cols <= 4096 else 1024)
+        values = max(columns, 1024)
+    return values // columns, columns, 8 if values > 1024 else 4
 
-    kernels.launch(*arguments)
+
+def has_memory(t: Tensor) -> bool:
+    return not (t.is_meta or isinstance(t, FakeTensor))
 
 
-def run_sums(*arguments) -> Tensor:
-    from helpers.remat import kernels
-
-    return kernels.launch_sums(*arguments)
-
-
-# Operators of PyTorch's, so that profilers and those who count passes see them.
+# Where tensors have no memory, an operator stands in for a kernel, so that those who count passes see it.
 library = torch.library.Library("remat", "DEF")
-NORM = "Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta"
-HOW = "str act, float[] numbers, int[] matrix"
-library.define(
-    f"norm_act(Tensor? da, Tensor y, Tensor? added, {NORM}, Tensor? sums, {HOW}, Tensor(a!) out) -> ()"
-)
-library.define(f"norm_act_sums(Tensor da, Tensor y, {NORM}, {HOW}) -> Tensor")
-for key in ("CPU", "CUDA", "XPU"):
-    library.impl("norm_act", run, key)
-    library.impl("norm_act_sums", run_sums, key)
-library.impl("norm_act", lambda *arguments: None, "Meta")
-library.impl("norm_act_sums", lambda da, y, mean, *_: mean.new_empty(2, len(mean)), "Meta")
+library.define("norm_act(Tensor?[] read, Tensor(a!) out) -> Tensor(a!)")
+library.impl("norm_act", lambda read, out: out, "Meta")
+counted = torch.ops.remat.norm_act

@@ -273,7 +273,7 @@ def test_passes_of_a_block(name, dtype, last):
     plain, ours = (counted(forward, y, ours=o) for o in (False, True))
     assert [p.between() for p in plain] == [5, 8]
     assert [p.between() for p in ours] == [5, 7 if "in place" in name else 10], ours[1].counts
-    assert ours[0].calls == plain[0].calls and ours[1].calls["norm_act"] == 2
+    assert ours[0].calls == plain[0].calls and ours[1].calls["norm_act"] == 2 + ("in place" in name)
     assert "_to_copy" not in ours[0].calls + ours[1].calls
 
 
@@ -304,11 +304,11 @@ def test_passes_are_counted_as_they_are():
 @pytest.mark.skipif(not passes.has_kernel(DEVICES[-1]), reason="no card here; the interpreter runs it")
 @pytest.mark.parametrize("device", DEVICES[-1:])
 @pytest.mark.parametrize("plus", [False, True])
-@pytest.mark.parametrize("name", ["relu", "silu", "relu6"])
+@pytest.mark.parametrize("name", ["relu", "silu", "relu6", "relu in place"])
 def test_gradients_by_the_kernels(name, plus, device):
     """The engine with the kernels in it: gradients as far from float64's as PyTorch's."""
     torch.manual_seed(0)
-    act = KINDS[name][1]
+    act = IN_A_BLOCK[name]
     net = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1)])
     x = torch.randn(3, 4, 6, 6)
     grads = []
@@ -330,13 +330,17 @@ def test_gradients_by_the_kernels(name, plus, device):
 def test_captured_in_a_graph_without_waiting():
     kind, _ = KINDS["silu"]
     y, norm, added, da = example((8, 16, 14, 14), torch.bfloat16, "cuda", True)
-    both = lambda: (passes.norm_act(y, norm, kind, added), passes.act_backward(da, y, norm, kind, added))  # noqa: E731
-    want = both()
+
+    def run():
+        a, dz = passes.norm_act(y, norm, kind, added), passes.act_backward(da, y, norm, kind, added)
+        return a, dz, *passes.norm_act_backward(da, y, norm, kind)
+
+    want = run()
     torch.cuda.set_sync_debug_mode("error")
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            got = both()
+            got = run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph.replay()
@@ -368,7 +372,7 @@ def test_compiles_for_a_card_that_is_not_here(dtype, cols, last, tmp_path, monke
     known = dict.fromkeys(("da", "y", "added", "out"), "*" + dtype) | dict.fromkeys("pqrm", "fp32")
     known |= dict.fromkeys(("mean", "invstd", "gamma", "beta", "sums"), "*fp32")
     known |= dict.fromkeys(("ROWS", "COLS", "C", "PARTS"), "i32")
-    br, bc, warps = kernels.block_of(cols, last)
+    br, bc, warps = passes.block_of(cols, last)
     uses = [(kernels.one_pass, absent) for absent in (("da", "sums"), ("added", "sums"), ("added",))]
     for (kernel, absent), name in zip(3 * [*uses, (kernels.partial_sums, ())], passes.KINDS, strict=True):
         constants = {"ACT": name, "LAST": last, "BR": br, "BC": bc} | dict.fromkeys(absent)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import math
+import operator
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -140,11 +142,16 @@ def matrix(y: Tensor) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def matrix_of(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    y = torch.empty_strided(shape, stride, device="meta")
     n, c, pixels = (*shape[:2], math.prod(shape[2:])) if len(shape) > 1 else (0, 0, 0)
-    if n * c * pixels and y.movedim(1, -1).is_contiguous():
+    if n * c * pixels and without_gaps((n, *shape[2:], c), (stride[0], *stride[2:], stride[1])):
         return n * pixels, c, True
-    return (n * c, pixels, False) if n * c * pixels and y.is_contiguous() else ()
+    return (n * c, pixels, False) if n * c * pixels and without_gaps(shape, stride) else ()
+
+
+def without_gaps(shape, stride) -> bool:
+    """Whether these are the strides of a contiguous tensor."""
+    steps = itertools.accumulate(shape[::-1], operator.mul, initial=1)
+    return all(n == 1 or s == t for n, s, t in zip(shape[::-1], stride[::-1], steps, strict=False))
 
 
 def launch(da, y, added, norm: Norm, kind: Kind | None, out: Tensor | None, sums=None) -> Tensor:

@@ -281,7 +281,7 @@ class Kind(NamedTuple):
 class Activate(Recipe):
     """a = act(u)."""
 
-    reuse = True
+    reuse = 0
 
     def __init__(self, kind: Kind) -> None:
         self.name, self.kind, self.whole = kind.name, kind, kind.name not in EXACT
@@ -302,14 +302,14 @@ class Activate(Recipe):
                     break
         if not isinstance(z.recipe, Normalise):
             return None
-        return NormActivate(z.recipe, self.kind), (*z.parents, *added)
+        return NormActivate(z.recipe, self.kind, 1 if added else None), (*z.parents, *added)
 
 
 class NormActivate(Recipe):
     """a = act(norm(y)), or act(norm(y) + added), in one pass."""
 
-    def __init__(self, normalise: Normalise, kind: Kind) -> None:
-        self.normalise, self.kind = normalise, kind
+    def __init__(self, normalise: Normalise, kind: Kind, reuse: int | None) -> None:
+        self.normalise, self.kind, self.reuse = normalise, kind, reuse
 
     def run(self, out, y, added=None):
         return passes.norm_act(y, self.normalise.norm, self.kind, added, out)
@@ -361,7 +361,7 @@ class Product(Operation):
 class Elementwise(Recipe):
     """p + q, p - q, p q or p / q, of tensors or a tensor and a number."""
 
-    reuse = True
+    reuse = 0
 
     def __init__(self, function, number=None) -> None:
         self.function, self.number, self.name = function, number, function.__name__
@@ -421,11 +421,13 @@ class MaxPool(Operation):
     def backward(self, task, dz, needs, saved):
         layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
-        if not dz.is_cpu:
-            return [aten.max_pool2d_with_indices_backward(dz, dx, *self.how, self.offsets.long())]
-        starts = self.starts(self.offsets)
+        starts = self.starts(self.offsets) if dz.is_cpu else None
         for images in slabs(dx):
-            index = self.offsets[images].long()
-            index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
-            dx[images] = aten.max_pool2d_with_indices_backward(dz[images], dx[images], *self.how, index)
+            index, dx_s = self.offsets[images].long(), dx[images]
+            if dz.is_cpu:
+                index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
+            # Of the input the library reads the shape and the layout: those of its result.
+            aten.max_pool2d_with_indices_backward.grad_input(
+                dz[images], dx_s, *self.how, index, grad_input=dx_s
+            )
         return [dx]

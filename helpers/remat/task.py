@@ -160,10 +160,10 @@ class Program:
                 memory[v] = v.view.empty()
                 task.hold(v, memory[v])
         for v, (recipe, parents) in reversed(steps.items()):
-            first = parents[0]
-            if recipe.reuse and first in steps and self.read[first] == 1 and first not in memory:
-                if first.view[:3] == v.view[:3] and not isinstance(first.recipe, Part):
-                    places[first] = places.get(v, v)
+            p = None if recipe.reuse is None else parents[recipe.reuse]
+            if p in steps and self.read[p] == 1 and p not in memory:
+                if p.view[:3] == v.view[:3] and not isinstance(p.recipe, Part):
+                    places[p] = places.get(v, v)
         per_slab = 0 if self.whole(result) else slab_of(result)
         if per_slab in (0, len(result)):
             self.run_some(memory, places, None)

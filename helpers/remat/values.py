@@ -31,13 +31,13 @@ class Recipe:
         name: of the operation, for people.
         price: multiplications per value; 0 for one that only passes over its inputs.
         passes: over tensors of the result's size, for a recipe without a price.
-        reuse: whether ``run`` may write its result over its first input.
+        reuse: which input ``run`` may write its result over, if any.
         parameter: a weak reference to the weight that it applies, if any.
         whole: whether it must see all images at once.
         joins: whether to prefer keeping the parents at equal bytes, since other nodes read them.
     """
 
-    name, price, passes, reuse, joins, whole, parameter = "", 0.0, 1.0, False, False, False, None
+    name, price, passes, reuse, joins, whole, parameter = "", 0.0, 1.0, None, False, False, None
 
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
         """The value from its parents' tensors, of all images or of some; in ``out`` if given."""

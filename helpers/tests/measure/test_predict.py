@@ -258,7 +258,7 @@ def test_largest_batch_under_remat_and_autocast():
 
 def test_max_cost_for_is_the_smallest_price():
     """Against all whole prices, one after another."""
-    model, x = Network(4), torch.randn(8, 3, 16, 16)
+    model, x = Network(4), torch.randn(8, 3, 12, 12)
     peaks = [predict_memory(model, x, max_cost=cost).peak for cost in range(32)]
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + x.nbytes
     fixed += 2 * sum(p.nbytes for p in model.parameters())

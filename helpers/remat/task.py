@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -11,6 +13,7 @@ from helpers.remat.values import Part, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22
+WHEN = operator.attrgetter("when")
 
 
 class Task:
@@ -144,7 +147,8 @@ class Program:
         elif v.recipe.price:
             self.missing.append(v)
         else:
-            for p in v.parents:
+            # In forward's order: of a chain of sums only one is in memory, next to what is added to it.
+            for p in sorted(v.parents, key=WHEN) if len(v.parents) > 1 else v.parents:
                 self.add(p)
             self.steps[v] = v.recipe, v.parents
 
@@ -155,6 +159,7 @@ class Program:
             self.merge()
         result = last.view.empty()
         memory, places = {last: result}, {}  # for whole results; a step's only reader, whose memory it takes
+        self.last_reader = {p: v for v, (_, parents) in steps.items() for p in parents}
         for v in steps:
             if v.needs and v is not last and not isinstance(v.recipe, Part) and task.fits(v):
                 memory[v] = v.view.empty()
@@ -184,16 +189,23 @@ class Program:
 
     def run_some(self, tensors: dict[Value, Tensor], places: dict[Value, Value], images: int | None) -> None:
         """Compute all images, or as many, in the memory of ``tensors``, which then has what is given, too."""
-        made = {}
+        made, buffers = {}, {}
         for v, (recipe, parents) in self.steps.items():
             place = places[v] if v in places else v
-            if place not in tensors:
-                tensors[place] = None if isinstance(recipe, Part) else v.view.empty(images)
+            out = tensors.get(place)
+            if out is None and not isinstance(recipe, Part):
+                out = buffers.pop(place) if place in buffers else v.view.empty(images)
+                if place is not v:
+                    buffers[place] = out
             inputs = [
                 made[p] if p in made else tensors[p] if p in tensors and by_image(p, v) else self.given[p]
                 for p in parents
             ]
-            made[v] = recipe.run(tensors[place], *inputs)
+            made[v] = recipe.run(out, *inputs)
+            for p in parents:
+                if self.last_reader[p] is v:  # nothing reads it any more
+                    made.pop(p, None)
+            del out, inputs
 
     def merge(self) -> None:
         """On an accelerator, let later steps do the work of earlier ones that nothing else reads."""

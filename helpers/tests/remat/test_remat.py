@@ -852,6 +852,26 @@ def test_held_and_peak_of_a_chain(depth, activation):
     assert held.peak <= forward + 2 * BLOCK + WEIGHT + VECTORS
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        y += x
+        return F.relu(y, inplace=True)
+
+
+@pytest.mark.parametrize(("device_type", "tensors"), [("cpu", 2.16), ("cuda", 3.1)])
+@pytest.mark.parametrize("depth", [2, 4, 6, 8])
+def test_peak_of_a_chain_of_sums(monkeypatch, depth, device_type, tensors):
+    """A sum is made from the sum before it, in the memory of one tensor (a CPU: of two slabs), not of each."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 8 * 32 * 32 * 4)  # of one image
+    blocks = [Residual(*block(8, 8)[:2]) for _ in range(depth)]
+    model = nn.Sequential(*block()[:2], *blocks)
+    forward, peak = predict_memory(model, (16, 3, 32, 32), max_cost=0, device_type=device_type)
+    tensor = 16 * 8 * 32 * 32 * 4
+    assert forward >= (depth + 2) * tensor
+    assert peak <= forward + tensors * tensor
+
+
 @pytest.fixture
 def norms(monkeypatch):
     """How often each norm is recomputed."""

@@ -314,14 +314,13 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = False, fits=None) -> Callable:
+def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
     Args:
         name: of the recipe, for people.
         passes: over a tensor of its input's or output's size, the larger.
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
-        linear: whether its backward needs only the input's shape.
         fits: ``fits(x, first argument)`` says whether one image alone can be computed, where not always.
     """
 
@@ -333,7 +332,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
         fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
         fit(fits is None or fits(x, args[0]))
-        fit(linear or not node or not torch._C._is_any_autocast_enabled())
+        fit(not node or not torch._C._is_any_autocast_enabled())
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
             values = given.copy()
@@ -342,12 +341,10 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
             return function(x, *values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
 
         def run() -> Tensor:
-            operation, value = None, mode.needed(x) if node and not linear else mode.table.find(x)
-            if linear:
-                mode.table.count_plain(value)  # PyTorch saves it all the same
-            if node:
-                operation = ops.Rerun(call, None if linear else value, x.shape, len(parameters))
+            operation, value = None, mode.needed(x) if node else mode.table.find(x)
             copies = [ops.copy_of(t) for t in parameters]
+            if node:
+                operation = ops.Rerun(call, value, len(parameters))
             out = mode.apply(operation, x, *parameters) if node else call(x)
             alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
             if alike and out.untyped_storage() is not x.untyped_storage():
@@ -359,6 +356,26 @@ def again(name: str, passes: float = 1.0, node: bool = True, linear: bool = Fals
         return run
 
     return handler(bind)
+
+
+def avg_pool(
+    mode, function, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
+    divisor_override=None,
+):  # fmt: skip
+    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
+    k = per_dimension(kernel_size, 2)
+    stride = k if stride is None else per_dimension(stride, 2)
+    how = k, stride, per_dimension(padding, 2), bool(ceil_mode), bool(count_include_pad), divisor_override
+
+    def run() -> Tensor:
+        value, operation = mode.table.find(input), ops.AvgPool(function, how, input)
+        mode.table.count_plain(value)  # PyTorch saves it, but needs its shape alone
+        y = mode.apply(operation, input)
+        recipe = ops.Again("avg_pool2d", operation.forward, max(1.0, input.numel() / y.numel()))
+        mode.table.note(y, recipe, (value,), operation)
+        return y
+
+    return run
 
 
 def max_pool(
@@ -476,6 +493,6 @@ HANDLERS: dict[Callable, Callable | None] = {
     F.group_norm: again("norm", 3.0, fits=lambda x, groups: x.numel() > groups * x.shape[0]),
     F.layer_norm: again("norm", 3.0, fits=lambda x, shape: len(shape) < x.dim()),
     torch.prelu: again("prelu"),
-    F.avg_pool2d: again("avg_pool2d", linear=True),
+    F.avg_pool2d: handler(avg_pool),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),
 }

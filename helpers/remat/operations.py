@@ -210,18 +210,17 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
 class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    For group norm, layer norm and PReLU. Average pooling is linear, so any tensor of the input's ``shape``
-    will do; then there is no ``value``.
+    For group norm, layer norm and PReLU.
     """
 
     beside = True
 
-    def __init__(self, call, value: Value | None, shape: torch.Size, parameters: int) -> None:
-        self.forward, self.value, self.shape = call, value, shape
+    def __init__(self, call, value: Value, parameters: int) -> None:
+        self.forward, self.value = call, value
         self.saved = tuple(range(1, 1 + parameters))
 
     def backward(self, task, dz, needs, saved):
-        x = dz.new_zeros(1).expand(self.shape) if self.value is None else task.get(self.value)[0]
+        x, _ = task.get(self.value)
         inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *saved), needs, strict=True)]
         with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run inside remat's context
             out = self.forward(*inputs)
@@ -380,6 +379,20 @@ class Concatenate(Recipe):
 
     def run(self, out, *parts):
         return torch.cat(parts, self.dim, out=out)
+
+
+class AvgPool(Operation):
+    """Of the input, its backward needs the shape and the layout: those of the gradient, which is at hand."""
+
+    def __init__(self, function, how: tuple, x: Tensor) -> None:
+        self.function, self.how, self.view = function, how, View.of(x)
+
+    def forward(self, x):
+        return self.function(x, *self.how)
+
+    def backward(self, task, dz, needs, saved):
+        dx = self.view.empty()
+        return [aten.avg_pool2d_backward.grad_input(dz, dx, *self.how, grad_input=dx)]
 
 
 class MaxPool(Operation):

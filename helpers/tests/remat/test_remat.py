@@ -309,6 +309,18 @@ def test_poolings(name, layout):
         assert_close(found.gradients, wanted.gradients)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["max 3 stride 2 padding 1", "mean", "mean 3 stride 1 padding 1"])
+def test_a_pooling_keeps_the_layout(name, layout):
+    """Its gradient is laid out as its input; copies into another layout would cost passes."""
+    x, found = X.contiguous(memory_format=layout).requires_grad_(), []
+    with remat():
+        y = x * 1
+        y.register_hook(lambda dy: found.append(dy.stride()))
+        POOLS[name]()(y).square().sum().backward()
+    assert found == [y.stride()]
+
+
 # What networks are made of -----------------------------------------------------------------------
 
 
@@ -862,7 +874,7 @@ class Residual(nn.Sequential):
 @pytest.mark.parametrize(("device_type", "tensors"), [("cpu", 2.16), ("cuda", 3.1)])
 @pytest.mark.parametrize("depth", [2, 4, 6, 8])
 def test_peak_of_a_chain_of_sums(monkeypatch, depth, device_type, tensors):
-    """A sum is made from the sum before it, in the memory of one tensor (a CPU: of two slabs), not of each."""
+    """A sum is made from the sum before it, in the memory of one tensor (a CPU: two slabs), not of each."""
     monkeypatch.setattr(task, "SLAB_BYTES", 8 * 32 * 32 * 4)  # of one image
     blocks = [Residual(*block(8, 8)[:2]) for _ in range(depth)]
     model = nn.Sequential(*block()[:2], *blocks)

@@ -120,11 +120,23 @@ def test_shapes(shape, last, device):
     close(passes.normalise(y, norm) + added, z)
 
 
+@pytest.fixture
+def loops():
+    """Triton 3.5 cannot interpret a kernel with a loop since NumPy 2.4, which makes no number of an array."""
+    y, norm, _, da = example((2, 3, 2, 2), torch.float32, DEVICES[-1])
+    try:
+        passes.norm_act_backward(da, y, norm, Kind("relu"))
+    except Exception as error:
+        if INTERPRETED and "0-dimensional" in repr(error):
+            pytest.skip("this Triton's interpreter cannot loop with this NumPy")
+        raise
+
+
 @pytest.mark.skipif(not passes.has_kernel(DEVICES[-1]), reason="no card here; the interpreter runs it")
 @pytest.mark.parametrize("device", DEVICES[-1:])
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != (5, 9, 1, 1)] + [(40, 3, 5, 5)], ids=str)
-def test_both_backwards_in_one(shape, last, device):
+def test_both_backwards_in_one(loops, shape, last, device):
     """dy, dγ and dβ of an activation after a norm, with y's own statistics; always the same to the bit."""
     for name, dtype in product(("relu", "silu", "relu6"), (torch.float32, torch.bfloat16)):
         kind, act = KINDS[name]
@@ -305,7 +317,7 @@ def test_passes_are_counted_as_they_are():
 @pytest.mark.parametrize("device", DEVICES[-1:])
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("name", ["relu", "silu", "relu6", "relu in place"])
-def test_gradients_by_the_kernels(name, plus, device):
+def test_gradients_by_the_kernels(loops, name, plus, device):
     """The engine with the kernels in it: gradients as far from float64's as PyTorch's."""
     torch.manual_seed(0)
     act = IN_A_BLOCK[name]

@@ -208,7 +208,7 @@ def batch_norm(
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
         recipe, operation.recipe = operation.recipe, None
-        mode.latest = mode.table.note(z, recipe, (value,), operation)
+        mode.latest = mode.table.note(z, recipe, (value,), operation), operation, input, weight, bias
         return z
 
     return run
@@ -221,16 +221,16 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 
     def run() -> Tensor:
         source = mode.table.find(u)
-        # A norm's result that is changed before anything else could read it: its node takes care of both.
-        norm = source.operation() if in_place and source is mode.before and source.live() is u else None
-        if norm is not None and norm.activate(source, kind):
-            mode.table.before_write(u)
-            with torch._C._AutoDispatchBelowAutograd():
-                function(u, *args, **kwargs)
-            value = mode.table.note(u, ops.Activate(kind), (source,), norm)
-            mode.table.count_plain(value)  # or a copy of z
-            return u
-        operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
+        call = lambda u, *_: function(u, *args, **kwargs)  # noqa: E731
+        if in_place and mode.before is not None and mode.before[0] is source:
+            _, norm, *inputs = mode.before
+            if norm.can_activate(source):
+                operation = ops.NormActivation(call, kind, norm, source.recipe.norm)
+                mode.table.before_write(u)
+                a = mode.apply(operation, u, *inputs)
+                mode.table.count_plain(mode.table.note(a, ops.Activate(kind), (source,), operation))
+                return a
+        operation = ops.Activation(call, kind, source, in_place)
         if not operation.from_result:
             mode.needed(u, source)
         if in_place:

@@ -83,9 +83,9 @@ def act_of_norm(centred, added, invstd, gamma, beta, channel, known, at, there, 
 
 
 @triton.jit
-def one_pass(da, y, added, mean, invstd, gamma, beta, sums, out, p, q, r, m, ROWS, COLS, C,
+def one_pass(da, y, added, mean, invstd, gamma, beta, sums, weight, out, p, q, r, m, ROWS, COLS, C,
              ACT: tl.constexpr, LAST: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):  # fmt: skip
-    """out = act(z); with da, dz = da act'(z); with ``sums`` of dz and dz (y - μ), dy = γ/σ (dz - ...).
+    """out = act(z); with da, dz = da act'(z); with ``sums`` of dz and dz (y - μ), dy for ``weight``'s γ.
 
     The tensors are matrices of ROWS x COLS: channels last, (N S, C), or first, (N C, S).
     """
@@ -109,8 +109,8 @@ def one_pass(da, y, added, mean, invstd, gamma, beta, sums, out, p, q, r, m, ROW
         scale = tl.load(invstd + channel, known, 0.0)
         a -= tl.load(sums + channel, known, 0.0) / m
         a -= centred * (tl.load(sums + C + channel, known, 0.0) / m * scale * scale)
-        if gamma is not None:
-            scale *= tl.load(gamma + channel, known, 0.0).to(tl.float32)
+        if weight is not None:
+            scale *= tl.load(weight + channel, known, 0.0).to(tl.float32)
         a *= scale
     tl.store(out + at, a.to(dtype), there)
 
@@ -150,22 +150,22 @@ def partial_sums(da, y, mean, invstd, gamma, beta, out, p, q, r, ROWS, COLS, C, 
     tl.store(out + (PARTS + part) * C + channel, total_y, known)
 
 
-def launch(da, y, added, norm, sums, kind, matrix, out) -> None:
+def launch(tensors, kind, matrix) -> None:
     """`one_pass` on tensors that are ``matrix``: rows, columns, and whether the columns are the channels."""
-    (rows, cols, last), c = matrix, y.shape[1]
+    (rows, cols, last), y = matrix, tensors[1]
     br, bc, how = options(kind, cols, last)
-    tensors, sizes = (da, y, added, *norm, sums, out), (rows * cols / c, rows, cols, c)
+    sizes = rows * cols / y.shape[1], rows, cols, y.shape[1]
     with torch.cuda.device_of(y):
         one_pass[triton.cdiv(rows, br), triton.cdiv(cols, bc)](*tensors, *three(kind), *sizes, **how)
 
 
-def launch_sums(da, y, norm, kind, matrix, out) -> None:
-    """`partial_sums` of such tensors; ``out`` is (2, parts, C)."""
-    (rows, cols, last), (_, parts, c) = matrix, out.shape
+def launch_sums(tensors, kind, matrix) -> None:
+    """`partial_sums` of such tensors; the last one, for the result, is (2, parts, C)."""
+    (rows, cols, last), (_, parts, c) = matrix, tensors[-1].shape
     _, bc, how = options(kind, cols, last)
-    with torch.cuda.device_of(y):
-        grid = partial_sums[parts, triton.cdiv(c, bc) if last else c]
-        grid(da, y, *norm, out, *three(kind), rows, cols, c, parts, **how)
+    with torch.cuda.device_of(tensors[-1]):
+        grid = parts, triton.cdiv(c, bc) if last else c
+        partial_sums[grid](*tensors, *three(kind), rows, cols, c, parts, **how)
 
 
 def options(kind, cols: int, last: bool) -> tuple[int, int, dict]:

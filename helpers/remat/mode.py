@@ -124,7 +124,8 @@ class Mode(TorchFunctionMode):
         self.owner = owner
         self.price = str(max_cost)  # a string: the compiler would turn a number into an input
         self.table = Table(max_cost)
-        # The result of the norm that was called just before this call, which nothing else knows yet.
+        # The norm that was called just before this call, and the one of this call: the value of its result,
+        # the operation and the inputs.
         self.before = self.latest = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

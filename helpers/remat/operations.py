@@ -90,7 +90,7 @@ class Normalise(Recipe):
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
         self.parameter, self.table = weak(gamma), table
         beta = beta if beta is None else beta.clone()
-        if mean.is_cpu:
+        if mean.is_cpu and not passes.has_kernel("cpu"):
             self.vectors = mean, None, invstd if gamma is None else invstd * gamma, beta
         else:
             self.vectors = mean, invstd, gamma if gamma is None else gamma.clone(), beta
@@ -101,9 +101,9 @@ class Normalise(Recipe):
         return passes.Norm(mean, self.table.ones(mean)[0] if invstd is None else invstd, gamma, beta)
 
     def run(self, out, y):
-        if not y.is_cpu:
+        mean, invstd, scale, beta = self.vectors
+        if invstd is not None:
             return passes.normalise(y, self.norm, out)
-        mean, _, scale, beta = self.vectors
         one, none = self.table.ones(mean)
         how = y, scale, beta, mean, one, False, 0.0, 0.0
         if y.stride() != out.stride():  # the kernel would write in y's order
@@ -123,10 +123,7 @@ class Again(Recipe):
 
 
 class BatchNorm(Operation):
-    """PyTorch's forward and backward, by the kernel that it chose.
-
-    On an accelerator it may take over an activation in place on its result: then backward is given da.
-    """
+    """PyTorch's forward and backward, by the kernel that it chose."""
 
     saved, beside = (1,), True
 
@@ -135,7 +132,7 @@ class BatchNorm(Operation):
     ) -> None:
         self.value, self.running, self.training = value, (running_mean, running_var), training
         self.momentum, self.eps = momentum, eps
-        self.mean = self.invstd = self.reserve = self.kernel = self.activated = None
+        self.mean = self.invstd = self.reserve = self.kernel = None
 
     def forward(self, y, gamma, beta):
         how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
@@ -159,12 +156,10 @@ class BatchNorm(Operation):
         recipe.whole = self.training
         return recipe
 
-    def activate(self, z: Value, kind: Kind) -> bool:
-        """Take over an activation of the result, if a kernel can do its backward and the norm's in one."""
-        view, known = z.view, self.training and self.value is not None and isinstance(z.recipe, Normalise)
-        if known and view.dtype in passes.DTYPES and passes.has_kernel(view.device.type):
-            self.activated = z.recipe.norm.beta, kind
-        return self.activated is not None
+    def can_activate(self, z: Value) -> bool:
+        """Whether a kernel can do the backward of an activation of the result and the norm's in one."""
+        known = self.training and self.value is not None and isinstance(z.recipe, Normalise)
+        return known and z.view.dtype in passes.DTYPES and passes.has_kernel(z.view.device.type)
 
     def backward(self, task, dz, needs, saved):
         (gamma,) = saved
@@ -173,16 +168,12 @@ class BatchNorm(Operation):
             y, mask = dz, [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
-        grads = None
-        if self.activated is not None:
-            beta, kind = self.activated
-            norm = passes.Norm(self.mean, self.invstd, gamma, beta)
-            grads = passes.norm_act_backward(dz, y, norm, kind)
-            dz = passes.act_backward(dz, y, norm, kind) if grads is None else dz
-        elif self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
-        if grads is not None:
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return self.library_backward(y, dz, gamma, mask)
+
+    def library_backward(self, y: Tensor, dz: Tensor, gamma: Tensor | None, mask: list[bool]) -> list:
         how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
 
@@ -205,6 +196,27 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
         torch.sub(images[part], per_channel(mean), out=dy[part])
         grad_input_(dz[part], dy[part], *kappas)
     return [dy.view(y.shape), sum_dz_y * invstd, sum_dz]
+
+
+class NormActivation(Operation):
+    """An activation in place on a norm's result z: its node has edges to the norm's inputs, too.
+
+    For an accelerator: two passes give dy, dγ and dβ from da, and dz is never written. Then no gradient comes
+    to the norm's own node, unless something else has read z.
+    """
+
+    saved, in_place, beside = (2,), True, True
+
+    def __init__(self, call, kind: Kind, norm: BatchNorm, vectors: passes.Norm) -> None:
+        self.forward, self.kind, self.norm, self.vectors, self.value = call, kind, norm, vectors, norm.value
+
+    def backward(self, task, dz, needs, saved):
+        y, _ = task.get(self.value)
+        grads = passes.norm_act_backward(dz, y, self.vectors, self.kind, *saved)
+        if grads is None:
+            dz = passes.act_backward(dz, y, self.vectors, self.kind)
+            grads = self.norm.library_backward(y, dz, *saved, needs[1:])
+        return [None, *(g if need else None for g, need in zip(grads, needs[1:], strict=True))]
 
 
 class Rerun(Operation):

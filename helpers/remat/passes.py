@@ -100,9 +100,12 @@ def act_backward(
     return kind.backward(da, x, x if out is None else out)
 
 
-def norm_act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> tuple[Tensor, ...] | None:
+def norm_act_backward(
+    da: Tensor, y: Tensor, norm: Norm, kind: Kind, gamma: Tensor | None
+) -> tuple[Tensor, ...] | None:
     """dy, dγ and dβ of a = act(z) from da, where ``norm`` has y's own statistics; None if there is no kernel.
 
+    ``gamma`` is the γ that backward takes, as PyTorch's takes the one that it saved; ``norm`` has forward's.
     dz is never written: the first pass reads da and y for the sums of chapter 3, in an order that is always
     the same, and the second reads them again and writes dy.
     """
@@ -110,7 +113,7 @@ def norm_act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> tuple[Te
         return None
     da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
     sums = channel_sums(da, y, norm, kind)
-    return launch(da, y, None, norm, kind, None, sums), sums[1] * norm.invstd, sums[0]
+    return launch(da, y, None, norm, kind, None, sums, gamma), sums[1] * norm.invstd, sums[0]
 
 
 def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
@@ -154,15 +157,15 @@ def without_gaps(shape, stride) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(shape[::-1], stride[::-1], steps, strict=False))
 
 
-def launch(da, y, added, norm: Norm, kind: Kind | None, out: Tensor | None, sums=None) -> Tensor:
+def launch(da, y, added, norm: Norm, kind: Kind | None, out: Tensor | None, sums=None, gamma=None) -> Tensor:
     """What `kernels.one_pass` computes, in ``out`` if it is given."""
     out = torch.empty_like(y) if out is None else out
     if has_memory(y):
         from helpers.remat import kernels  # only now: it imports Triton
 
-        kernels.launch(da, y, added, norm, sums, kind or ("none", ()), matrix(y), out)
+        kernels.launch((da, y, added, *norm, sums, gamma, out), kind or ("none", ()), matrix(y))
     else:
-        counted([da, y, added, *norm, sums], out)
+        counted([da, y, added, *norm, sums, gamma], out)
     return out
 
 
@@ -176,7 +179,7 @@ def channel_sums(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> Tensor:
     if has_memory(y):
         from helpers.remat import kernels
 
-        kernels.launch_sums(da, y, norm, kind, matrix(y), partial)
+        kernels.launch_sums((da, y, *norm, partial), kind, matrix(y))
     else:
         counted([da, y, *norm], partial)
     return partial.sum(1)

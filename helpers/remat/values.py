@@ -242,7 +242,7 @@ class Table:
             living[number], value.live = value, weakref.ref(t, lambda _: living.pop(number, None))
         else:
             operation.output, value.operation = value, weakref.ref(operation)
-            operation.source, value.start = operation.source or weakref.ref(parents[0]), operation.number
+            operation.source, value.start = weakref.ref(parents[0]), operation.number
             if recipe is None:
                 value.parents, value.name, value.origin = (), operation.name, operation.weight
         return value

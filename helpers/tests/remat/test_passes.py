@@ -125,7 +125,7 @@ def loops():
     """Triton 3.5 cannot interpret a kernel with a loop since NumPy 2.4, which makes no number of an array."""
     y, norm, _, da = example((2, 3, 2, 2), torch.float32, DEVICES[-1])
     try:
-        passes.norm_act_backward(da, y, norm, Kind("relu"))
+        passes.norm_act_backward(da, y, norm, Kind("relu"), norm.gamma)
     except Exception as error:
         if INTERPRETED and "0-dimensional" in repr(error):
             pytest.skip("this Triton's interpreter cannot loop with this NumPy")
@@ -151,9 +151,9 @@ def test_both_backwards_in_one(loops, shape, last, device):
                 z = z + (z.to(dtype) - z).detach()
             wanted = [t for t in leaves if t is not None]
             want = dict(zip(map(id, wanted), torch.autograd.grad(act(z), wanted, da.double()), strict=True))
-            got = passes.norm_act_backward(da, y, some, kind)
+            got = passes.norm_act_backward(da, y, some, kind, some.gamma)
             assert got[0].dtype == dtype and got[0].stride() == y.stride()
-            assert all(map(torch.equal, got, passes.norm_act_backward(da, y, some, kind)))
+            assert all(map(torch.equal, got, passes.norm_act_backward(da, y, some, kind, some.gamma)))
             for g, leaf in zip(got, leaves, strict=True):
                 if leaf is not None:
                     error = (g - want[id(leaf)]).norm() / want[id(leaf)].norm().clamp_min(1e-3)
@@ -349,7 +349,7 @@ def test_captured_in_a_graph_without_waiting():
 
     def run():
         a, dz = passes.norm_act(y, norm, kind, added), passes.act_backward(da, y, norm, kind, added)
-        return a, dz, *passes.norm_act_backward(da, y, norm, kind)
+        return a, dz, *passes.norm_act_backward(da, y, norm, kind, norm.gamma)
 
     want = run()
     torch.cuda.set_sync_debug_mode("error")
@@ -386,10 +386,11 @@ def test_compiles_for_a_card_that_is_not_here(dtype, cols, last, tmp_path, monke
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     known = dict.fromkeys(("da", "y", "added", "out"), "*" + dtype) | dict.fromkeys("pqrm", "fp32")
-    known |= dict.fromkeys(("mean", "invstd", "gamma", "beta", "sums"), "*fp32")
+    known |= dict.fromkeys(("mean", "invstd", "gamma", "beta", "sums", "weight"), "*fp32")
     known |= dict.fromkeys(("ROWS", "COLS", "C", "PARTS"), "i32")
     br, bc, warps = passes.block_of(cols, last)
-    uses = [(kernels.one_pass, absent) for absent in (("da", "sums"), ("added", "sums"), ("added",))]
+    without = ("da", "sums", "weight"), ("added", "sums", "weight"), ("added",)
+    uses = [(kernels.one_pass, absent) for absent in without]
     for (kernel, absent), name in zip(3 * [*uses, (kernels.partial_sums, ())], passes.KINDS, strict=True):
         constants = {"ACT": name, "LAST": last, "BR": br, "BC": bc} | dict.fromkeys(absent)
         signature = known | ({} if kernel is kernels.one_pass else {"out": "*fp32"})

@@ -446,6 +446,14 @@ def in_a_loop(self, x):
     return self.b(h)
 
 
+def contexts(self, x):
+    with remat(9):
+        x = self.a(x)
+        with remat(0):
+            x = self.b(x)
+    return self.c(x)
+
+
 def wrong_by_design(self, x):
     """Half of the network without gradients, statistics and all."""
     with torch.no_grad():
@@ -469,6 +477,8 @@ NETWORKS = {
     "dicts and optional arguments": (options, {"a": block(), "b": block(8, 4)}),
     "a module three times": (shared, {"a": block(), "b": block(8, 8)}),
     "a long loop": (in_a_loop, {"a": block(), "b": block(8, 4)}),
+    "contexts inside": (contexts, {"a": block(activation=lambda: nn.SiLU(inplace=True)),
+                                   "b": block(8, 8, lambda: nn.ReLU(inplace=True)), "c": block(8, 4)}),
     "partly without gradients": (wrong_by_design, {"a": block(), "b": block(8, 4)}),
     "a function of the user's": (
         lambda self, x: self.b(Swish.apply(self.a(x))), {"a": block(), "b": nn.Conv2d(8, 4, 1)}),
@@ -500,7 +510,10 @@ def test_networks(name):
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """The engine goes an accelerator's way, with PyTorch's kernels for the passes. Norms that activated."""
+    """The engine goes an accelerator's way, with PyTorch's kernels for the passes.
+
+    A list of the norms that share their backward with an activation.
+    """
     monkeypatch.setattr(passes, "has_kernel", lambda device: True)
     monkeypatch.setattr(passes, "one_pass", lambda *given: False)
     monkeypatch.setattr(passes, "DTYPES", (torch.float64,))
@@ -535,6 +548,18 @@ class Doubled(torch.autograd.Function):
         return 2 * dx
 
 
+def unseen(z):
+    """As a scripted function or another thread does, it reads z without a call that remat sees."""
+    with torch._C.DisableTorchFunction():
+        return (z * torch.linspace(0, 1, z.numel(), dtype=z.dtype).view(z.shape)).sum()
+
+
+def failed(z):
+    with pytest.raises(ValueError):
+        F.hardtanh(z, 2.0, -2.0, inplace=True)
+    return 0
+
+
 READERS = {  # what happens to a norm's result before an activation in place
     "nothing": lambda z: 0,
     "a sum": lambda z: z.sum(),
@@ -547,11 +572,14 @@ READERS = {  # what happens to a norm's result before an activation in place
     "a gradient": lambda z: torch.autograd.grad(z.sum(), z, retain_graph=True)[0].sum(),
     "another activation": lambda z: F.silu(z, inplace=True) is z,
     "a change": lambda z: z.mul_(0.5) is z,
+    "what remat does not see": unseen,
+    "an activation that fails": failed,
 }
+TAKEN = ("nothing", "another activation", "what remat does not see", "an activation that fails")
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_norm_takes_over_an_activation_if_nothing_came_between(accelerator, name):
+def test_a_norm_and_an_activation_in_place_share_a_backward_if_nothing_came_between(accelerator, name):
     def run(self, x):
         z = self.norm(self.conv(x))
         read = READERS[name](z)
@@ -560,10 +588,23 @@ def test_a_norm_takes_over_an_activation_if_nothing_came_between(accelerator, na
 
     parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
     check(lambda: Net(run, **copy.deepcopy(parts)), X)
-    assert len(accelerator) == 3 * (name in ("nothing", "another activation"))
+    assert len(accelerator) == 3 * (name in TAKEN)
 
 
-def test_hooks_on_an_activation_that_a_norm_took_over(accelerator):
+def test_a_weight_that_changes_unseen_after_an_activation_in_place(accelerator):
+    """γ is forward's for the activation, and for the norm the one that PyTorch's node would find."""
+
+    def run(self, x):
+        a = F.relu(self.norm(self.conv(x)), inplace=True)
+        self.norm.weight.data.mul_(-3)
+        return self.last(a)
+
+    parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
+    check(lambda: Net(run, **copy.deepcopy(parts)), X)
+    assert len(accelerator) == 3
+
+
+def test_hooks_on_an_activation_that_shares_a_norms_backward(accelerator):
     """They see da, as those of PyTorch's node do."""
     found = []
     for cost in (None, 0):

@@ -221,16 +221,18 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 
     def run() -> Tensor:
         source = mode.table.find(u)
-        call = lambda u, *_: function(u, *args, **kwargs)  # noqa: E731
+        operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
         if in_place and mode.before is not None and mode.before[0] is source:
             _, norm, *inputs = mode.before
             if norm.can_activate(source):
-                operation = ops.NormActivation(call, kind, norm, source.recipe.norm)
                 mode.table.before_write(u)
-                a = mode.apply(operation, u, *inputs)
-                mode.table.count_plain(mode.table.note(a, ops.Activate(kind), (source,), operation))
+                both = ops.NormActivation(operation, norm, source.recipe.norm)
+                a = mode.apply(both, u, *inputs)
+                value = mode.table.note(a, ops.Activate(kind), (source,), both)
+                mode.table.count_plain(value)  # PyTorch saves it, or a copy of u
+                if operation.from_result:
+                    operation.value, value.watched = value, True
                 return a
-        operation = ops.Activation(call, kind, source, in_place)
         if not operation.from_result:
             mode.needed(u, source)
         if in_place:

@@ -207,14 +207,18 @@ class NormActivation(Operation):
 
     saved, in_place, beside = (2,), True, True
 
-    def __init__(self, call, kind: Kind, norm: BatchNorm, vectors: passes.Norm) -> None:
-        self.forward, self.kind, self.norm, self.vectors, self.value = call, kind, norm, vectors, norm.value
+    def __init__(self, activation: Activation, norm: BatchNorm, vectors: passes.Norm) -> None:
+        self.activation, self.norm, self.vectors, self.value = activation, norm, vectors, norm.value
+
+    def forward(self, u, *_):
+        return self.activation.forward(u)
 
     def backward(self, task, dz, needs, saved):
-        y, _ = task.get(self.value)
-        grads = passes.norm_act_backward(dz, y, self.vectors, self.kind, *saved)
+        (y, _), kind, grads = task.get(self.value), self.activation.kind, None
+        if not (self.value.exposed or self.activation.value.exposed):
+            grads = passes.norm_act_backward(dz, y, self.vectors, kind, *saved)
         if grads is None:
-            dz = passes.act_backward(dz, y, self.vectors, self.kind)
+            (dz,) = self.activation.backward(task, dz, needs, saved)
             grads = self.norm.library_backward(y, dz, *saved, needs[1:])
         return [None, *(g if need else None for g, need in zip(grads, needs[1:], strict=True))]
 

@@ -131,6 +131,8 @@ class Value:
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
+        watched: whether a node would see unseen writes to the tensor, though its backward does not need it.
+        exposed: whether there may have been such writes.
         when, start: how many operations there were when it was made; and the number of the one that made it,
             or of the first of those that made its parents.
     """
@@ -138,7 +140,7 @@ class Value:
     name = "given"
     kept = snapshot = row = waiting = origin = operation = None
     needs = first = 0
-    read = counted = False
+    read = counted = watched = exposed = False
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -369,8 +371,8 @@ class Table:
     def expose(self, t: Tensor) -> None:
         """``t`` may be written to unseen: nodes must see that, as PyTorch's do; recipes must not."""
         for value in self.forget(t):
-            whole = value.live()
-            if value.kept is None and value.needs and whole is not None and whole._version == value.version:
+            whole, value.exposed, seen = value.live(), True, value.needs or value.watched
+            if value.kept is None and seen and whole is not None and whole._version == value.version:
                 self.keep(value, whole)
             if value.kept is None:
                 value.version = NO_VERSION

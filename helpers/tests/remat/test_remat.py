@@ -517,6 +517,13 @@ def accelerator(monkeypatch):
     monkeypatch.setattr(passes, "has_kernel", lambda device: True)
     monkeypatch.setattr(passes, "one_pass", lambda *given: False)
     monkeypatch.setattr(passes, "DTYPES", (torch.float64,))
+
+    def both(da, y, norm, kind, gamma):
+        how = None, None, norm.mean, norm.invstd, True, 0.0, [True, True, True]
+        dz = passes.act_backward(da, y, norm, kind)
+        return torch.ops.aten.native_batch_norm_backward(dz, y, gamma, *how)
+
+    monkeypatch.setattr(passes, "norm_act_backward", both)
     can_activate, norms = operations.BatchNorm.can_activate, []
 
     def noting(norm, *given):
@@ -591,12 +598,15 @@ def test_a_norm_and_an_activation_in_place_share_a_backward_if_nothing_came_betw
     assert len(accelerator) == 3 * (name in TAKEN)
 
 
-def test_a_weight_that_changes_unseen_after_an_activation_in_place(accelerator):
-    """γ is forward's for the activation, and for the norm the one that PyTorch's node would find."""
+@pytest.mark.parametrize("what", ["gamma", "y", "a"])
+@pytest.mark.parametrize("act", [F.relu, F.silu])
+def test_unseen_changes_after_an_activation_in_place(accelerator, act, what):
+    """Each formula gets what PyTorch's node would find: the norm's the new γ and y, ReLU's the new a."""
 
     def run(self, x):
-        a = F.relu(self.norm(self.conv(x)), inplace=True)
-        self.norm.weight.data.mul_(-3)
+        y = self.conv(x)
+        a = act(self.norm(y), inplace=True)
+        {"gamma": self.norm.weight, "y": y, "a": a}[what].data.mul_(-3)
         return self.last(a)
 
     parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}

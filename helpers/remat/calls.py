@@ -222,8 +222,9 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
     def run() -> Tensor:
         source = mode.table.find(u)
         operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
-        if in_place and mode.before is not None and mode.before[0] is source:
-            _, norm, *inputs = mode.before
+        before, mode.before = mode.before if in_place else None, None
+        if before is not None and before[0] is source:
+            _, norm, *inputs = before
             if norm.can_activate(source):
                 mode.table.before_write(u)
                 both = ops.NormActivation(operation, norm, source.recipe.norm)

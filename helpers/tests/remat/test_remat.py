@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import weakref
 from collections import Counter
 from typing import NamedTuple
 
@@ -612,6 +613,26 @@ def test_unseen_changes_after_an_activation_in_place(accelerator, act, what):
     parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
     check(lambda: Net(run, **copy.deepcopy(parts)), X)
     assert len(accelerator) == 3
+
+
+def test_a_norms_input_does_not_live_on():
+    """The next call may need its memory, unless it is an activation in place."""
+    conv, norm, alive = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (F.relu, torch.conv2d) and len(args) and args[0].shape[1] == 8:
+                alive.append(ref() is not None)
+            return function(*args, **(kwargs or {}))
+
+    for after in (F.relu, nn.Conv2d(8, 4, 1)):
+        with Watch(), remat():
+            y = conv(X.float())
+            ref = weakref.ref(y)
+            z = norm(y)
+            del y
+            after(z)
+    assert alive == [False, False]
 
 
 def test_hooks_on_an_activation_that_shares_a_norms_backward(accelerator):

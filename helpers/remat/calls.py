@@ -366,6 +366,8 @@ def avg_pool(
     divisor_override=None,
 ):  # fmt: skip
     fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
+    # CUDA's backward knows these two layouts alone.
+    fit(input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
     k = per_dimension(kernel_size, 2)
     stride = k if stride is None else per_dimension(stride, 2)
     how = k, stride, per_dimension(padding, 2), bool(ceil_mode), bool(count_include_pad), divisor_override

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from helpers.remat import operations as ops
 from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
-from helpers.remat.values import SMALL, Row, Value, View
+from helpers.remat.values import SMALL, Row, Table, Value, View
 
 if TYPE_CHECKING:
     from helpers.remat.mode import Mode
@@ -151,6 +152,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
     fit(alike and (bias is None or bias.dim() == 1))
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
+    fit(mode.table.is_safe(input))
     try:
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
     except TypeError:
@@ -171,7 +173,8 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         kind = Linear if function is F.linear else Convolution
         operation = kind(function, arguments, geometry, a, value if weight.requires_grad else None, dtype)
         y = mode.apply(operation, input, weight, bias)
-        if table.max_cost and price * a.nbytes <= BOTTLENECK * y.nbytes and may_run_again(weight):
+        small = price * a.nbytes > BOTTLENECK * y.nbytes
+        if table.max_cost and not small and may_run_again(weight) and table.is_safe(weight, bias):
             recipe = Convolve(function, weight, bias, arguments, price, dtype)
             for t in (weight,) if bias is None else (weight, bias):
                 table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
@@ -197,6 +200,7 @@ def batch_norm(
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
+    fit(mode.table.is_safe(input))
 
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
@@ -215,7 +219,7 @@ def batch_norm(
 
 
 def activation(mode: Mode, function, u, /, *args, **kwargs):
-    fit(plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1)
+    fit(plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1 and mode.table.is_safe(u))
     kind, in_place = activation_of(function, args, tuple(kwargs.items()))
     fit(not (in_place and (u._is_view() or u.is_leaf)))
 
@@ -255,11 +259,11 @@ def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]
     by_name, place = writes(function)
     names = (*kind_of.__code__.co_varnames, *(["inplace"] if place else []))
     given = dict(zip(names, args, strict=False), **dict(kwargs))
-    in_place = given.pop("inplace", False) or by_name
-    fit(len(args) <= len(names))
+    in_place = given.pop("inplace", False)
+    fit(len(args) <= len(names) and not isinstance(in_place, Tensor))  # which may change, but not its hash
     kind = kind_of(**given)
     fit(all(type(n) in (int, float) for n in kind.numbers))  # and no tensor, which the cache would hold
-    return kind, bool(in_place)
+    return kind, bool(in_place or by_name)
 
 
 def elementwise(mode: Mode, function, p, q, **kwargs):
@@ -267,7 +271,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     tensors = [p, q] if isinstance(q, Tensor) else [p]
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
-    fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype)
+    fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype and mode.table.is_safe(*tensors))
     fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     if in_place:  # forward may write to a place before it reads it, or several times
@@ -306,6 +310,7 @@ def concatenate(mode, function, tensors, dim=0):
     dim = dim if dim >= 0 else dim + first.dim()
     fit(dim > 0 and all(t.dim() == first.dim() and t.dtype == first.dtype for t in tensors))
     fit(any(t.requires_grad for t in tensors) and all(t.numel() for t in tensors))
+    fit(mode.table.is_safe(*tensors))
 
     def run() -> Tensor:
         values = [mode.table.find(t) for t in tensors]
@@ -328,7 +333,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
-        fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0)
+        fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
         arguments = (*args, *named.values())
         places = [i for i, v in enumerate(arguments) if isinstance(v, Tensor)]
         parameters = [arguments[i] for i in places]
@@ -366,6 +371,7 @@ def avg_pool(
     divisor_override=None,
 ):  # fmt: skip
     fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
+    fit(mode.table.is_safe(input))
     # CUDA's backward knows these two layouts alone.
     fit(input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
     k = per_dimension(kernel_size, 2)
@@ -417,6 +423,9 @@ def leave(mode: Mode, function, args, kwargs):
         for t in target if isinstance(target, (tuple, list)) else (target,):
             if ordinary(t):
                 mode.table.before_write(t)
+    if change := unseen_change(function):
+        for t in filter(ordinary, tree_leaves((args, kwargs))):
+            change(mode.table, t)
     out = function(*args, **kwargs)
     for t in out if type(out) in (tuple, list) else (out,):
         if type(t) in TENSORS and t.requires_grad and t._is_view() and plain(t):
@@ -427,11 +436,31 @@ def leave(mode: Mode, function, args, kwargs):
 @functools.lru_cache(maxsize=4096)
 def writes(function) -> tuple[bool, int | None]:
     """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
-    name, place = getattr(function, "__name__", "").partition(".")[0], None  # without an overload's name
+    name, place = name_of(function), None
     if isinstance(function, types.FunctionType):
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
     return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE, place
+
+
+@functools.lru_cache(maxsize=4096)
+def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
+    """For a function that changes tensors without a new version: what to do with each before."""
+    if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
+        return Table.expose  # it may write after it has returned
+    name = name_of(function)
+    known = any(part in name for part in ("batch_norm", "instance_norm", "moving_avg"))
+    return before_new_statistics if known else None
+
+
+def before_new_statistics(table: Table, t: Tensor) -> None:
+    if t.dim() < 2 and not t.requires_grad:
+        table.before_write(t)
+
+
+def name_of(function) -> str:
+    """Its name, without an overload's."""
+    return getattr(function, "__name__", "").partition(".")[0]
 
 
 def expose(mode: Mode, function, args, kwargs):

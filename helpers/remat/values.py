@@ -187,10 +187,12 @@ class Table:
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
+        self._exposed: dict[int, weakref.ref] = {}  # storages
         self.constants: dict[tuple, tuple[Tensor, Tensor]] = {}  # of one backward pass
 
     def clear(self) -> None:
         self._storages.clear()
+        self._exposed.clear()
         self._living.clear()
         self.parameters.clear()
 
@@ -369,7 +371,10 @@ class Table:
                 value.version = value.kept._version
 
     def expose(self, t: Tensor) -> None:
-        """``t`` may be written to unseen: nodes must see that, as PyTorch's do; recipes must not."""
+        """From now on ``t`` may be written to unseen: nodes see that, as PyTorch's do; recipes must not."""
+        storage, exposed = t.untyped_storage(), self._exposed
+        key = id(storage)
+        exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
             whole, value.exposed, seen = value.live(), True, value.needs or value.watched
             if value.kept is None and seen and whole is not None and whole._version == value.version:
@@ -378,9 +383,14 @@ class Table:
                 value.version = NO_VERSION
             elif value.read and value.snapshot is None and value.kept._version == value.version:
                 value.snapshot = value.kept.clone()
-        for ref in self.parameters.pop(id(t.untyped_storage()), ()):
+        for ref in self.parameters.pop(key, ()):
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
+
+    def is_safe(self, *tensors: Tensor | None) -> bool:
+        """Whether there is no unseen way to write to these: else no recipe may start from them."""
+        exposed = self._exposed
+        return not exposed or all(t is None or id(t.untyped_storage()) not in exposed for t in tensors)
 
     def count_plain(self, value: Value) -> None:
         """PyTorch would save this value."""

@@ -600,9 +600,60 @@ def running_statistics(x, a, b):
     return F.conv2d(s, b)
 
 
+def alias_of_an_input(x, a, b):
+    y = F.conv2d(x, a, padding=1)
+    alias = y.detach().numpy()
+    z = F.silu(F.batch_norm(y, None, None, training=True))
+    alias *= 2
+    return F.conv2d(z, b)
+
+
+def alias_of_a_norms_result(x, a, b):
+    z = F.batch_norm(F.conv2d(x, a, padding=1), None, None, training=True)
+    alias = z.detach().numpy()
+    s = F.relu(z, inplace=True)
+    out = F.conv2d(s, b)
+    alias *= 2
+    return out
+
+
+def alias_of_a_part(x, a, b):
+    p = torch.roll(F.conv2d(x, a, padding=1), 1, 2)
+    alias = p.data
+    z = torch.cat([p[:, :2], p[:, :1]], 1)
+    alias.mul_(2)
+    return F.conv2d(z, b)
+
+
+def alias_of_a_small_operand(x, a, b):
+    gate = x.mean((2, 3), keepdim=True)
+    alias = gate.numpy()
+    s = F.conv2d(x, a, padding=1) + gate
+    alias += 1
+    return F.conv2d(F.silu(s), b)
+
+
+def alias_of_a_weight(x, a, b):
+    alias = a.data
+    s = F.silu(F.conv2d(x, a))
+    alias.mul_(2)
+    return F.conv2d(s, b)
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize(
-    "function", [through_an_alias, into_anothers_data, before_the_first_need, running_statistics]
+    "function",
+    [
+        through_an_alias,
+        into_anothers_data,
+        before_the_first_need,
+        running_statistics,
+        alias_of_an_input,
+        alias_of_a_norms_result,
+        alias_of_a_part,
+        alias_of_a_small_operand,
+        alias_of_a_weight,
+    ],
 )
 def test_writes_without_a_new_version(function, cost):
     def run(context):
@@ -614,6 +665,35 @@ def test_writes_without_a_new_version(function, cost):
     (wanted_out, wanted), (out, found) = run(contextlib.nullcontext()), run(remat(cost))
     assert torch.equal(out, wanted_out)
     assert_close(found, wanted)
+
+
+OTHER_NORMS = {  # which remat leaves to PyTorch
+    "without a graph": lambda y, *stats: F.batch_norm(y.detach(), *stats, training=True),
+    "no_grad": torch.no_grad()(lambda y, *stats: F.batch_norm(y, *stats, training=True)),
+    "an int's momentum": lambda y, *stats: F.batch_norm(y, *stats, training=True, momentum=1),
+    "torch's": lambda y, *stats: torch.batch_norm(y, None, None, *stats, True, 0.1, 1e-5, False),
+    "native": lambda y, *stats: torch.native_batch_norm(y, None, None, *stats, True, 0.1, 1e-5)[0],
+    "aten's": lambda y, *stats: torch.ops.aten.native_batch_norm(y, None, None, *stats, True, 0.1, 1e-5)[0],
+    "instance norm": lambda y, *stats: F.instance_norm(y, *stats, use_input_stats=True),
+    "instance norm by name": lambda y, m, v: F.instance_norm(y, running_mean=m, running_var=v),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_running_statistics_that_another_norm_changes(name):
+    """What a recipe reads is as it was."""
+
+    def scenario(context):
+        model, mean, var = network(), image(8, seed=1), image(8, seed=2).square()
+        with context():
+            y = model[0][0](X)
+            s = F.silu((y - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + 1))
+            OTHER_NORMS[name](y, mean, var)
+            out = model[2](model[1](s))
+        out.square().sum().backward()
+        return gradients(model) | named(mean, var)
+
+    check(scenario)
 
 
 @pytest.mark.parametrize("expose", [torch.Tensor.data_ptr, lambda t: t.data, torch.Tensor.numpy])
@@ -1162,6 +1242,23 @@ def test_numbers_of_other_types(call):
     check(scenario)
 
 
+def test_a_flag_that_is_a_tensor():
+    """It may be another one at the next call."""
+    flag = torch.tensor(True)
+
+    def scenario(context):
+        x, flag[...] = image(2, 3, 4).requires_grad_(), True
+        with context():
+            out = F.relu(x * 3, inplace=flag)
+            flag[...] = False
+            y = x * 2
+            out = out + F.relu(y, inplace=flag) + y
+        out.square().sum().backward()
+        return named(out.detach(), x.grad)
+
+    check(scenario)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -1226,10 +1323,52 @@ def distributed(rank, folder):
             assert_close(steps(way(network()), x, dz, cost), wanted, f"{name}, max_cost {cost},")
 
 
+class Reduced(torch.autograd.Function):
+    """As in tensor parallel layers: the sum over all processes takes the input's memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx
+
+
+def collectives(rank, folder):
+    """Sums over the processes that autograd does not see, in the memory of values of each kind."""
+
+    def reduced(t):
+        torch.distributed.all_reduce(t.detach())
+        return t
+
+    def waited_for(t):
+        torch.distributed.all_reduce(t.detach(), async_op=True).wait()
+        return t
+
+    def scenario(context, at, change):
+        model, x = network(), image(4, 3, 10, 9, seed=rank)
+        with context():
+            h = x
+            for i, layer in enumerate([*model[0][:2], nn.ReLU(change is reduced), *model[1], model[2]]):
+                h = layer(h)
+                if i == at:
+                    h = change(h)
+        out = F.linear(h.flatten(1), torch.ones(5, h[0].numel(), dtype=h.dtype)).square()
+        out.sum().backward()
+        return gradients(model)
+
+    for at in range(5):
+        for change in (reduced, waited_for, Reduced.apply):
+            check(functools.partial(scenario, at=at, change=change))
+
+
 @pytest.mark.distributed
 @needs_gloo
-def test_two_processes(tmp_path):
-    assert two_processes(tmp_path, distributed) == [0, 0]
+@pytest.mark.parametrize("work", [distributed, collectives])
+def test_two_processes(tmp_path, work):
+    assert two_processes(tmp_path, work) == [0, 0]
 
 
 @pytest.mark.parametrize("groups, kernel", [(1, 1), (1, 3), (2, 3)])

@@ -123,6 +123,9 @@ def batch_norm_forward(
         weight, bias: γ and β, (C,), or None for 1 and 0.
         mean, var: (C,): the batch's own (``batch_stats``) in training, the running ones in eval mode.
         eps: ε, inside the root.
+
+    Returns:
+        z, (N, C, H, W).
     """
     z = centre(input, mean) * per_channel(scale_of(weight, var + eps))
     return (z if bias is None else z + per_channel(bias)).to(input.dtype)
@@ -149,11 +152,12 @@ def batch_norm_backward(
         grad_out: dz, (N, C, H, W), the shape of ``input``. Never written to.
         input: y, (N, C, H, W).
         weight: γ, (C,) or None for 1.
-        mean, var: what the forward used, (C,).
+        mean, var, eps: what the forward used, (C,) each and a number.
         training: whether ``mean`` and ``var`` came from ``input`` itself.
 
     Returns:
-        ``(grad_input, grad_weight, grad_bias)``: (N, C, H, W) in ``input``'s dtype, (C,) and (C,).
+        ``(grad_input, grad_weight, grad_bias)``: (N, C, H, W) in ``input``'s dtype, (C,) and (C,) in
+        ``mean``'s.
 
     Raises:
         ValueError: shapes that do not belong together.
@@ -185,6 +189,12 @@ def update_running_stats(
 
     The running variance takes the unbiased variance, var·m/(m - 1), as ``nn.BatchNorm2d`` does, although
     the batch itself is normalised with the biased one.
+
+    Args:
+        running_mean, running_var: (C,), changed.
+        mean, var: the batch's (``batch_stats``), (C,).
+        m: values per channel; the variance of a single one is taken as it is.
+        momentum: the batch's share, from 0 to 1.
     """
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)

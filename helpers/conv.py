@@ -28,8 +28,8 @@ def conv2d_backward(
         dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j]  x[n, c, s i + d k - p, s j + d l - p]
         db[o]       = sum over (n,i,j) of  dy[n,o,i,j]
 
-    The library's own convolution backward computes them; the derivation is chapter 2 (the index arithmetic:
-    Dumoulin & Visin 2016, arXiv:1603.07285).
+    for groups = 1; with more, c counts within the group of o. The library's own backward computes them;
+    the derivation is chapter 2 (the index arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
 
     Args:
         grad_out: (N, C_out, H_out, W_out), the dtype and device of ``input``. Never written to.
@@ -37,10 +37,11 @@ def conv2d_backward(
         weight: (C_out, C_in / groups, kH, kW), the dtype and device of ``input``.
         stride, padding, dilation: an int or a pair of ints, as in ``F.conv2d``.
         groups: number of blocks that input and output channels are divided into.
-        needs: which of (d input, d weight, d bias) to compute; the others come back as None.
+        needs: which of (d input, d weight, d bias) to compute, by default all but the last; the others come
+            back as None.
 
     Returns:
-        ``(grad_input, grad_weight, grad_bias)``.
+        ``(grad_input, grad_weight, grad_bias)``, of the shapes of input, weight and bias, in their dtype.
 
     Raises:
         ValueError: ``input`` is no batch of images, or a tensor's shape, dtype or device does not fit it.

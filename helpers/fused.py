@@ -109,9 +109,11 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 
         y = conv(x, w)        μ, var = statistics of y        z = γ (y - μ)/σ + β,  σ² = var + ε
 
-    The statistics are the batch's own, in float32 at least. The bias gets a gradient of 0 and is not in y:
-    the norm would subtract it again. The tensors must fit each other, as `FusedConvBN2d` checks. A gradient
-    that is differentiated again raises an error.
+    x is (N, C_in, H, W), weight (C_out, C_in / groups, kH, kW), of one dtype; bias, gamma and beta are
+    (C_out,) or None. z is (N, C_out, H_out, W_out) in x's dtype. The statistics are the batch's own, in
+    float32 at least. The bias gets a gradient of 0 and is not in y: the norm would subtract it again. The
+    tensors must fit each other, as `FusedConvBN2d` checks. A gradient that is differentiated again raises an
+    error.
     """
 
     @staticmethod
@@ -151,12 +153,13 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 
 
 class FusedConvBN2d(nn.Module):
-    """``nn.Conv2d`` then ``nn.BatchNorm2d`` as one layer that keeps one NCHW buffer for backward, not two.
+    """``nn.Conv2d`` then ``nn.BatchNorm2d`` as one layer that keeps only its input for backward.
 
     Takes the arguments of ``nn.Conv2d``, by name those of ``nn.BatchNorm2d``, and ``slab_size`` (`Settings`).
     The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the keys ``conv.weight``,
     ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The two are never called,
-    only the layer is: put hooks on it. Shapes are those of ``nn.Conv2d``; under autocast dtypes are, too.
+    only the layer is: put hooks on it. Input (N, C_in, H, W) and output (N, C_out, H_out, W_out) are those of
+    ``nn.Conv2d``; under autocast the output's dtype is, too.
 
     Raises:
         ValueError, or PyTorch's own RuntimeError: an argument that does not fit, before anything is computed

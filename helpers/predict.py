@@ -217,6 +217,7 @@ def largest_batch(
 
     Args:
         image_shape: of one image, (C, H, W), in the dtype of the parameters.
+        budget_bytes: bytes for the step and all that is there before it.
         optimizer_copies: what the optimizer keeps for each trained parameter: 0 tensors of its size for plain
             SGD, 1 with momentum, 2 for Adam.
         model, device_type, max_cost, autocast: see `predict_memory`.
@@ -268,6 +269,11 @@ def max_cost_for(
     ``memory`` counts what `largest_batch` counts. What is held at the end of forward falls as the price
     rises; the peak need not. So this tries each price at which `remat` decides anything differently, from 0
     upwards, until one fits: one prediction for each.
+
+    Args:
+        memory: bytes for the step and all that is there before it.
+        model, inputs, autocast, device_type: see `predict_memory`.
+        optimizer_copies: see `largest_batch`.
 
     Raises:
         ValueError: no price makes it fit (the message names the price that takes least), or an argument that

@@ -25,9 +25,10 @@ class Comparison:
     """What `compare` found; of each pair the first is plain PyTorch's. ``print`` shows it.
 
     Attributes:
+        max_cost: of the step under remat.
         equal: whether all that the model returned, and its buffers afterwards, are equal to the bit.
-        difference: the largest between a gradient of plain and of remat, in norms: relative to the gradient,
-            or to 1/100 of the largest one, since a bias before a batch norm gets only rounding errors.
+        difference: the largest ‖remat's - plain's‖ / ‖plain's‖ of all gradients; in place of a smaller norm,
+            1/100 of the largest gradient's, since a bias before a batch norm gets only rounding errors.
         rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
             random numbers or does not run in float64.
         held, peak: bytes that a step adds, at the end of forward and at the most.
@@ -67,6 +68,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     Args:
         model: on any device that `MemoryTrace` can measure. It may return tensors in lists, tuples, dicts and
             whatever else ``torch.utils._pytree`` knows, and in dataclasses.
+        max_cost: see `remat`.
         rounds: pairs of steps that are timed.
 
     Raises:

@@ -55,8 +55,7 @@ class Record:
         line = "  ".join(f"{{:{side}{width}}}" for side, width in zip("<<<><>", widths, strict=True))
         lines = [line.format(*row).rstrip() for row in cells]
         kept, plain = self.kept_bytes / MIB, self.plain_bytes / MIB
-        ratio = f", {kept / plain:.2f} of them" if plain else ""
-        lines.append(
-            f"{kept:,.1f} MiB kept; PyTorch would have saved {plain:,.1f} MiB for these operations{ratio}"
-        )
+        ratio = f"{kept / plain:.2f} of " if plain else ""
+        saved = f"the {plain:,.1f} MiB that PyTorch would have saved for these operations"
+        lines.append(f"{kept:,.1f} MiB kept, {ratio}{saved}")
         return "\n".join(lines)

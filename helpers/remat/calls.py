@@ -236,7 +236,7 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
                 value = mode.table.note(a, ops.Activate(kind), (source,), both)
                 mode.table.count_plain(value)  # PyTorch saves it, or a copy of u
                 if operation.from_result:
-                    operation.value, value.watched = value, True
+                    operation.value, value.watched, value.private = value, True, kind.name == "hardtanh"
                 return a
         if not operation.from_result:
             mode.needed(u, source)
@@ -246,7 +246,7 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
         value = mode.table.note(a, ops.Activate(kind), (source,), operation)
         if operation.from_result:
             operation.value = mode.needed(a, value)
-            value.first = operation.number
+            value.first, value.private = operation.number, kind.name == "hardtanh"
         return a
 
     return run
@@ -415,11 +415,7 @@ def max_pool(
 
 def leave(mode: Mode, function, args, kwargs):
     """PyTorch's call. Copies what is kept before the call changes it in place; follows views."""
-    by_name, place = writes(function)
-    target = kwargs.get("out")
-    if target is None and (by_name or kwargs.get("inplace") or (place and len(args) > place and args[place])):
-        target = args[0] if args else kwargs.get("input")
-    if target is not None:
+    for target in targets(function, args, kwargs):
         for t in target if isinstance(target, (tuple, list)) else (target,):
             if ordinary(t):
                 mode.table.before_write(t)
@@ -431,6 +427,20 @@ def leave(mode: Mode, function, args, kwargs):
         if type(t) in TENSORS and t.requires_grad and t._is_view() and plain(t):
             mode.table.follow(t)
     return out
+
+
+def targets(function, args, kwargs) -> list:
+    """What a call changes, with a new version."""
+    by_name, place = writes(function)
+    found = [kwargs["out"]] if "out" in kwargs else []
+    if by_name or kwargs.get("inplace") or (place and len(args) > place and args[place]):
+        found += args[:1] or [*kwargs.values()][:1]
+    if schema := getattr(function, "_schema", None):  # an operator, perhaps the user's own
+        given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+        found += [given.get(a.name) for a in schema.arguments if a.is_write]
+    if kwargs.get("max_norm") is not None:  # an embedding's weight
+        found += [args[1] if len(args) > 1 else kwargs["weight"]]
+    return found
 
 
 @functools.lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, to
+from helpers.remat.operations import WIDE, Operation, to, weak
 from helpers.remat.values import Recipe, Value
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ class Convolve(Recipe):
         self.weight, self.bias = Held.of(weight), Held.of(bias)
 
     def copy_parameters(self) -> None:
-        """Before one of them may be written to unseen."""
+        """Before one of them changes."""
         held = self.weight, self.bias
         self.weight, self.bias = (h and h.copy() for h in held)
 
@@ -214,8 +214,13 @@ def worth_a_cut(copies: int, w: Tensor) -> bool:
 class Linear(Convolution):
     """y = a wᵀ + b, a 1x1 convolution in another layout."""
 
+    def to_save(self, inputs):
+        """As PyTorch does: nothing where the input needs no gradient, else a view of the weight."""
+        a, w, _ = inputs
+        return [w.detach()] if a.requires_grad else []
+
     def forward(self, a, w, b):
-        y = super().forward(a, w, b)
+        y, self.weight = super().forward(a, w, b), weak(w)
         # With a bias it may be a view of a matrix, and a view made here could not be changed in place.
         return aten._unsafe_view(y, y.shape) if y._is_view() else y
 
@@ -229,4 +234,5 @@ class Linear(Convolution):
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])
             del a
-        return [dz @ to(saved[0], self.dtype) if need_a else None, dw, rows.sum(0) if need_b else None]
+        da = dz @ to(saved[0], self.dtype) if need_a else None
+        return [da, dw, rows.sum(0) if need_b else None]

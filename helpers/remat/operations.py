@@ -52,6 +52,9 @@ class Operation:
     def backward(self, task: Task, dz: Tensor, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
         raise NotImplementedError
 
+    def to_save(self, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+        return [inputs[i] for i in self.saved]
+
     def needed(self) -> tuple[Value, ...]:
         """The values that backward needs."""
         return () if self.value is None else (self.value,)
@@ -131,13 +134,14 @@ class BatchNorm(Operation):
         self, value: Value | None, running_mean, running_var, training: bool, momentum: float, eps: float
     ) -> None:
         self.value, self.running, self.training = value, (running_mean, running_var), training
-        self.momentum, self.eps = momentum, eps
+        self.momentum, self.eps, self.contiguous = momentum, eps, False
         self.mean = self.invstd = self.reserve = self.kernel = None
 
     def forward(self, y, gamma, beta):
         how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
+        self.contiguous = y.is_contiguous()
         self.recipe = self.recipe_of(gamma, beta)
         return z
 
@@ -164,8 +168,8 @@ class BatchNorm(Operation):
     def backward(self, task, dz, needs, saved):
         (gamma,) = saved
         need_y, need_gamma, need_beta = needs
-        if self.value is None:  # constant statistics and no dγ: any tensor of y's shape will do
-            y, mask = dz, [need_y, False, need_beta]
+        if self.value is None:  # constant statistics and no dγ: any tensor of y's form will do
+            y, mask = dz.contiguous() if self.contiguous else dz, [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
@@ -346,7 +350,10 @@ class Activation(Operation):
                 y, *added = (task.start(v) for v in parents)
                 return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
-        return [self.kind.backward(dz, x, x if mine and x.dtype == dz.dtype else torch.empty_like(x))]
+        # In PyTorch's layout: some norms' backward takes another one for the wrong values.
+        like = x if self.kind.name in ("relu", "leaky_relu") else dz
+        alike = x.dtype == dz.dtype and x.stride() == like.stride()
+        return [self.kind.backward(dz, x, x if mine and alike else torch.empty_like(like, dtype=x.dtype))]
 
 
 # Products, pooling, and what PyTorch's own nodes do ---------------------------------------------------------

@@ -133,6 +133,7 @@ class Value:
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
         watched: whether a node would see unseen writes to the tensor, though its backward does not need it.
         exposed: whether there may have been such writes.
+        private: whether PyTorch's node would not see them, since it saves another tensor.
         when, start: how many operations there were when it was made; and the number of the one that made it,
             or of the first of those that made its parents.
     """
@@ -140,7 +141,7 @@ class Value:
     name = "given"
     kept = snapshot = row = waiting = origin = operation = None
     needs = first = 0
-    read = counted = watched = exposed = False
+    read = counted = watched = exposed = private = False
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -199,7 +200,13 @@ class Table:
     # Finding --------------------------------------------------------------------------------------------
 
     def forget(self, t: Tensor) -> list[Value]:
-        """All values in the storage of ``t``; from now on a tensor there is another value."""
+        """All values in the storage of ``t``, which may change now: a tensor there will be another value.
+
+        Recipes copy the parameters that are there.
+        """
+        for ref in self.parameters.pop(id(t.untyped_storage()), ()):
+            if (recipe := ref()) is not None:
+                recipe.copy_parameters()
         entry = self._storages.pop(id(t.untyped_storage()), None)
         return [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
 
@@ -381,11 +388,11 @@ class Table:
                 self.keep(value, whole)
             if value.kept is None:
                 value.version = NO_VERSION
-            elif value.read and value.snapshot is None and value.kept._version == value.version:
-                value.snapshot = value.kept.clone()
-        for ref in self.parameters.pop(key, ()):
-            if (recipe := ref()) is not None:
-                recipe.copy_parameters()
+            elif value.kept._version == value.version:
+                if value.private:
+                    self.keep(value, value.kept.clone())
+                elif value.read and value.snapshot is None:
+                    value.snapshot = value.kept.clone()
 
     def is_safe(self, *tensors: Tensor | None) -> bool:
         """Whether there is no unseen way to write to these: else no recipe may start from them."""

@@ -427,6 +427,11 @@ def test_models_and_outputs_are_as_they_were():
 
 # Changes in place --------------------------------------------------------------------------------
 
+@torch.library.custom_op("remat_tests::treble", mutates_args={"x"})
+def treble(y: float, x: torch.Tensor) -> None:
+    x.mul_(y)
+
+
 WRITES = {
     "mul_": lambda t: t.mul_(0.5),
     "with alpha": lambda t: t.add_(t.detach().clone(), alpha=2),
@@ -449,6 +454,10 @@ WRITES = {
     "dropout_": lambda t: F.dropout(t, 0.5, inplace=True),
     "out": lambda t: torch.add(t.detach(), 1, out=t.detach()),
     "out of a convolution's kin": lambda t: torch.clamp(t.detach(), 0, out=t.detach()),
+    "an initialisation": lambda t: nn.init.constant_(t, 0.5),
+    "an embedding's limit": lambda t: F.embedding(torch.tensor([0, 1]), t.detach().flatten(1), max_norm=0.1),
+    "an operator of the user's": lambda t: treble(3.0, t.detach()),
+    "by keyword": lambda t: torch.ops.aten.relu_.default(self=t.detach()),
     "data": lambda t: t.data.mul_(0.5),
     "data of a view": lambda t: t[0].data.mul_(0.5),
     "numpy": lambda t: np.multiply(t.detach().numpy(), 0.5, out=t.detach().numpy()),
@@ -633,6 +642,27 @@ def alias_of_a_small_operand(x, a, b):
     return F.conv2d(F.silu(s), b)
 
 
+def result_of_relu6(x, a, b):
+    y = F.relu6(F.conv2d(x, a, padding=1))
+    y.data.mul_(-7)
+    return F.conv2d(y, b)
+
+
+def result_of_hardtanh_in_place(x, a, b):
+    z = F.batch_norm(F.conv2d(x, a, padding=1), None, None, training=True)
+    y = F.hardtanh(z, -0.5, 0.7, inplace=True)
+    out = torch.roll(y, 1, 2) * 1.0
+    y.data.mul_(-7)
+    return F.conv2d(out, b)
+
+
+def weight_of_a_linear_layer(x, a, b):
+    h = F.silu(F.conv2d(x, a))
+    y = F.linear(h.mean((2, 3)), a[:, :, 0, 0]) + F.linear(h.mean((2, 3)), a.detach()[:, :, 1, 1])
+    a.data = a.detach() * 2
+    return F.conv2d(x, b).mean((2, 3)) * y.mean()
+
+
 def alias_of_a_weight(x, a, b):
     alias = a.data
     s = F.silu(F.conv2d(x, a))
@@ -653,6 +683,9 @@ def alias_of_a_weight(x, a, b):
         alias_of_a_part,
         alias_of_a_small_operand,
         alias_of_a_weight,
+        result_of_relu6,
+        result_of_hardtanh_in_place,
+        weight_of_a_linear_layer,
     ],
 )
 def test_writes_without_a_new_version(function, cost):
@@ -660,7 +693,7 @@ def test_writes_without_a_new_version(function, cost):
         x, a, b = image(4, 3, 8, 8), image(3, 3, 3, 3, seed=1), image(5, 3, 3, 3, seed=2).requires_grad_()
         with context:
             out = function(x, a.requires_grad_(), b)
-        return out, dict(enumerate(torch.autograd.grad(out.square().sum(), [b])))
+        return out, dict(enumerate(torch.autograd.grad(out.square().sum(), [a, b], allow_unused=True)))
 
     (wanted_out, wanted), (out, found) = run(contextlib.nullcontext()), run(remat(cost))
     assert torch.equal(out, wanted_out)
@@ -719,7 +752,7 @@ def test_a_change_is_seen_although_the_tensor_is_exposed_later(expose):
         x, a, b = image(4, 3, 8, 8), image(3, 3, 3, 3, seed=1), image(5, 3, 3, 3, seed=2)
         with remat(1e9):
             out = function(x, a.requires_grad_(), b.requires_grad_())
-        with pytest.raises(RuntimeError, match="changed"):
+        with pytest.raises(RuntimeError, match="changed|modified by an inplace"):
             out.square().sum().backward()
 
 
@@ -829,21 +862,33 @@ def test_one_parameter_changed_after_forward_is_an_error(name, cost):
         out.sum().backward()
 
 
-def test_what_pytorch_does_not_save_may_change():
-    """A convolution's bias and a norm's β."""
+@pytest.mark.parametrize(("inside", "costs"), [(True, COSTS), (False, [0])])
+def test_what_pytorch_does_not_save_may_change(inside, costs):
+    """Every bias, and the weight of a linear layer whose input needs no gradient.
+
+    After the context, what a convolution needs that runs again may not.
+    """
 
     def scenario(context):
-        model = network()
+        torch.manual_seed(0)
+        layers = nn.Linear(9, 9), nn.Conv2d(3, 8, 1), nn.SiLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+        model = randomised(nn.Sequential(*layers).double())
+
+        @torch.no_grad()
+        def change():
+            for t in (layers[0].weight, *(layer.bias for layer in layers if layer.state_dict())):
+                t.add_(1)
+
         with context():
             out = model(X)
-        with torch.no_grad():
-            for name, t in model.state_dict().items():
-                if name.endswith("bias"):
-                    t.add_(1)
+            if inside:
+                change()
+        if not inside:
+            change()
         out.square().sum().backward()
         return gradients(model)
 
-    check(scenario)
+    check(scenario, costs)
 
 
 # What is left alone ------------------------------------------------------------------------------
@@ -1369,6 +1414,31 @@ def collectives(rank, folder):
 @pytest.mark.parametrize("work", [distributed, collectives])
 def test_two_processes(tmp_path, work):
     assert two_processes(tmp_path, work) == [0, 0]
+
+
+@pytest.mark.parametrize("act", [F.silu, F.tanh, F.relu6, F.gelu, F.elu, F.mish, F.hardswish, F.relu])
+def test_the_gradient_of_an_activation_has_pytorchs_layout(act):
+    """A norm before may take another one for the wrong values."""
+
+    def scenario(context):
+        x, y = image(1, 4, 4, 2).requires_grad_(), image(1, 4, 4, 2, seed=1)
+        with context():
+            out = act(y.contiguous(memory_format=torch.channels_last) + F.instance_norm(x))
+        out.backward(image(1, 4, 4, 2, seed=2))
+        return named(out.detach(), x.grad)
+
+    check(scenario)
+
+
+def test_a_frozen_norms_gradient_has_its_inputs_layout():
+    def scenario(context):
+        x, one = image(1, 4, 4, 2).requires_grad_(), torch.ones(4).double()
+        with context():
+            out = F.batch_norm(F.instance_norm(x), one, one)
+        out.backward(image(1, 4, 4, 2, seed=1).contiguous(memory_format=torch.channels_last))
+        return named(x.grad)
+
+    check(scenario)
 
 
 @pytest.mark.parametrize("groups, kernel", [(1, 1), (1, 3), (2, 3)])

@@ -351,7 +351,7 @@ class Activation(Operation):
                 return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
-        like = x if self.kind.name in ("relu", "leaky_relu") else dz
+        like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
         return [self.kind.backward(dz, x, x if mine and alike else torch.empty_like(like, dtype=x.dtype))]
 

@@ -382,7 +382,9 @@ def avg_pool(
         value, operation = mode.table.find(input), ops.AvgPool(function, how, input)
         mode.table.count_plain(value)  # PyTorch saves it, but needs its shape alone
         y = mode.apply(operation, input)
-        recipe = ops.Again("avg_pool2d", operation.forward, max(1.0, input.numel() / y.numel()))
+        # Not the operation's own method: it holds the operation, which holds the value.
+        call = lambda x: function(x, *how)  # noqa: E731
+        recipe = ops.Again("avg_pool2d", call, max(1.0, input.numel() / y.numel()))
         mode.table.note(y, recipe, (value,), operation)
         return y
 
@@ -459,6 +461,8 @@ def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
     if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
         return Table.expose  # it may write after it has returned
     name = name_of(function)
+    if name.startswith("_fused_"):  # an optimizer's step
+        return Table.before_write
     known = any(part in name for part in ("batch_norm", "instance_norm", "moving_avg"))
     return before_new_statistics if known else None
 

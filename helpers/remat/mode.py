@@ -174,11 +174,12 @@ class remat:  # noqa: N801
     operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
     threads. Nothing in the model changes. Under torch.compile the compiler gets the same price.
 
-    remat does not see writes without a version (``weight.data.mul_()``) after the context, in a backward
-    inside it, through aliases taken before it, in TorchScript or a torch.func transform, through the older
-    ``torch.utils.dlpack.to_dlpack`` or, in PyTorch 2.9, by ``torch.distributed.broadcast``: a recomputed
-    value then takes the new values. A hook on a node of the graph (``grad_fn.register_hook``, or a module's
-    older ``register_backward_hook``) is called for remat's node, which may have other inputs.
+    remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
+    context, in a backward inside it, through aliases taken before it, in TorchScript or a torch.func
+    transform, through the older ``torch.utils.dlpack.to_dlpack`` or, in PyTorch 2.9, by
+    ``torch.distributed.broadcast``: a recomputed value then takes the new values. A hook on a node of the
+    graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``) is called for remat's
+    node, which may have other inputs.
 
     Args:
         max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs

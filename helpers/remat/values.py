@@ -281,10 +281,11 @@ class Table:
             if not self.affordable(value):
                 self.keep_least(value, t)
             value.waiting = None
-            for p in parents:
+            above = [*parents]
+            for p in above:  # it grows
                 p.waiting = None
-                for q in p.parents:
-                    q.waiting = None
+                if len(above) < MOST_PASSES and p.recipe is not None and not p.recipe.price:
+                    above.extend(p.parents)
         return value
 
     def add_row(self, value: Value) -> None:

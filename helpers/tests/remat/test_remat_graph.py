@@ -395,6 +395,39 @@ def test_nothing_made_again_outlives_its_backward(backward):
     assert held.held <= before + grads[0].nbytes
 
 
+POOLED = {"average": F.avg_pool2d, "largest": F.max_pool2d, "both": lambda a, k: F.avg_pool2d(a, k) * 2}
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_pooling_keeps_nothing_by_cycles(name, no_collector):
+    model, x, held = network(), leaf(), Held()
+    held.ignore(x, *model.parameters(), *model.buffers())
+    with held:
+        for _ in range(2):
+            with remat():
+                out = model[1](F.relu(POOLED[name](model[0](x), 2)))
+            out.sum().backward()
+            del out
+            model.zero_grad()
+            x.grad = None
+    assert held.held == 0
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4])
+def test_the_parts_of_a_concatenation_go(steps):
+    """However many cheap steps lie between it and the value that a backward needs."""
+    model, held = network(), Held()
+    held.ignore(X, *model.parameters(), *model.buffers())
+    with held, remat():
+        z = torch.cat([model[0][1](model[0][0](X)), model[0][1](model[0][0](X))], 1)
+        for _ in range(steps):
+            z = z * 0.5
+        out = F.conv2d(F.relu(z), torch.cat([model[2].weight] * 2, 1))
+        del z
+    kept = 2 * X.numel() // 3 * 8 * 8  # both convolutions' outputs
+    assert kept <= held.held - out.nbytes <= 1.2 * kept
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("keep", ["nothing", "detached results", "numbers"])
 def test_a_long_context_without_backward(cost, keep, no_collector):
@@ -663,6 +696,15 @@ def weight_of_a_linear_layer(x, a, b):
     return F.conv2d(x, b).mean((2, 3)) * y.mean()
 
 
+def a_fused_optimizers_step(x, a, b):
+    optimizer = torch.optim.AdamW([a], 0.5, fused=True)
+    a.grad = torch.ones_like(a)
+    z = F.batch_norm(F.conv2d(x, a), None, None, training=True)
+    out = F.conv2d(F.silu(z), b)
+    optimizer.step()
+    return out
+
+
 def alias_of_a_weight(x, a, b):
     alias = a.data
     s = F.silu(F.conv2d(x, a))
@@ -683,6 +725,7 @@ def alias_of_a_weight(x, a, b):
         alias_of_a_part,
         alias_of_a_small_operand,
         alias_of_a_weight,
+        a_fused_optimizers_step,
         result_of_relu6,
         result_of_hardtanh_in_place,
         weight_of_a_linear_layer,

@@ -350,12 +350,14 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
 
         def run() -> Tensor:
             operation, value = None, mode.needed(x) if node else mode.table.find(x)
-            copies = [ops.copy_of(t) for t in parameters]
+            # The recipe keeps copies, which must be small: a layer norm's γ may be as large as an image.
+            small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
+            copies = [ops.copy_of(t) for t in parameters] if small else None
             if node:
                 operation = ops.Rerun(call, value, len(parameters))
             out = mode.apply(operation, x, *parameters) if node else call(x)
             alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
-            if alike and out.untyped_storage() is not x.untyped_storage():
+            if small and alike and out.untyped_storage() is not x.untyped_storage():
                 work = passes * max(1.0, x.numel() / out.numel())
                 recipe = ops.Again(name, lambda x: call(x, *copies), work, *parameters[:1])
                 mode.table.note(out, recipe, (value,), operation)

@@ -413,6 +413,20 @@ def test_pooling_keeps_nothing_by_cycles(name, no_collector):
     assert held.held == 0
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_layer_norm_with_parameters_like_an_image_holds_no_more_than_pytorch(images):
+    conv, x = nn.Conv2d(3, 8, 1).double(), image(images, 3, 32, 32)
+    norms, found = [nn.LayerNorm([8, 32, 32]).double() for _ in range(2)], []
+    for cost in (None, *COSTS):
+        held = Held()
+        held.ignore(x, *conv.parameters(), *(p for norm in norms for p in norm.parameters()))
+        with held, under(cost):
+            out = norms[1](torch.sin(norms[0](conv(x))))
+        found.append(held.held)
+        assert out.requires_grad
+    assert max(found) == found[0]
+
+
 @pytest.mark.parametrize("steps", [0, 1, 2, 4])
 def test_the_parts_of_a_concatenation_go(steps):
     """However many cheap steps lie between it and the value that a backward needs."""

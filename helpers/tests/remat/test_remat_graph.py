@@ -474,6 +474,7 @@ def test_models_and_outputs_are_as_they_were():
 
 # Changes in place --------------------------------------------------------------------------------
 
+
 @torch.library.custom_op("remat_tests::treble", mutates_args={"x"})
 def treble(y: float, x: torch.Tensor) -> None:
     x.mul_(y)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, to, weak
+from helpers.remat.operations import WIDE, Operation, to
 from helpers.remat.values import Recipe, Value
 
 aten = torch.ops.aten
@@ -220,7 +220,7 @@ class Linear(Convolution):
         return [w.detach()] if a.requires_grad else []
 
     def forward(self, a, w, b):
-        y, self.weight = super().forward(a, w, b), weak(w)
+        y = super().forward(a, w, b)
         # With a bias it may be a view of a matrix, and a view made here could not be changed in place.
         return aten._unsafe_view(y, y.shape) if y._is_view() else y
 

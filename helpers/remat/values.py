@@ -204,10 +204,11 @@ class Table:
 
         Recipes copy the parameters that are there.
         """
-        for ref in self.parameters.pop(id(t.untyped_storage()), ()):
+        key = id(t.untyped_storage())
+        for ref in self.parameters.pop(key, ()):
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
-        entry = self._storages.pop(id(t.untyped_storage()), None)
+        entry = self._storages.pop(key, None)
         return [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
 
     def find(self, t: Tensor) -> Value:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.remat import operations as ops
 from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
-from helpers.remat.values import SMALL, Row, Table, Value, View
+from helpers.remat.values import SMALL, Row, Table, Value, View, is_window
 
 if TYPE_CHECKING:
     from helpers.remat.mode import Mode
@@ -292,7 +292,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
         else:
             for t, value in zip(tensors[1:], values[1:], strict=True):
                 if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
-                    mode.table.keep(value, t)
+                    mode.table.keep(value, t.clone() if is_window(t) else t)
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)

@@ -345,7 +345,8 @@ class Table:
         for v in value.parents:
             if v.kept is None and v not in known:
                 t = v.live()
-                known[v] = mine = {v: t} if t is not None and t._version == v.version else None
+                usable = t is not None and t._version == v.version and not is_window(t)
+                known[v] = mine = {v: t} if usable else None
                 if v.recipe is not None and not v.recipe.price and depth:
                     below = self.parts(v, known, depth - 1)
                     if below is not None and (mine is None or bytes_of(below) < v.nbytes):
@@ -409,6 +410,11 @@ class Table:
 
 def bytes_of(values: dict[Value, Tensor]) -> int:
     return sum(v.nbytes for v in values)
+
+
+def is_window(t: Tensor) -> bool:
+    """Whether keeping ``t`` would hold much more than its own bytes: it is a small part of a large tensor."""
+    return t.untyped_storage().nbytes() > 2 * t.nbytes
 
 
 def key_of(t: Tensor) -> tuple:

@@ -216,7 +216,8 @@ class FusedConvBN2d(nn.Module):
             return conv._conv_forward(input, *fold(weight, conv.bias, bn))
         if m == 1:
             raise ValueError("input: batch statistics need more than 1 value per channel, got 1")
-        x, padding = padded(input.to(y.dtype), conv)
+        x, padding = padded(input, conv)
+        x = x.to(y.dtype)  # only now: under autocast some paddings return float32
         settings = Settings(bn.eps, (conv.stride, padding, conv.dilation, conv.groups), self.slab_size)
         run = FusedConvBN2dFunction.apply
         if torch.compiler.is_compiling():
@@ -242,7 +243,8 @@ class FusedConvBN2d(nn.Module):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}
             if name.startswith("conv."):  # under autocast any, since they are cast
                 allowed = {t.dtype if torch._C._is_any_autocast_enabled() else input.dtype}
-            if t.device != input.device or (t.is_floating_point() and t.dtype not in allowed):
+            elsewhere = t.device != input.device and t.dim() > 0  # a counter may be anywhere
+            if elsewhere or (t.is_floating_point() and t.dtype not in allowed):
                 must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
         return y
@@ -253,7 +255,9 @@ class FusedConvBN2d(nn.Module):
 
 def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Raise a ValueError if ``module`` computes anything but what ``kind`` does."""
-    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+    functions = ("forward", "_conv_forward")
+    same = all(getattr(type(module), f, None) is getattr(kind, f, None) for f in functions)
+    if not (isinstance(module, kind) and same) or "forward" in module.__dict__:
         got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
         raise ValueError(f"{name} {got}; helpers.remat works with any module")
 

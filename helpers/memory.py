@@ -69,7 +69,7 @@ def describe_device(device: torch.device | str) -> dict[str, str]:
 
 
 class MemoryTrace:
-    """Context manager that records the memory of what runs inside it.
+    """Context manager that records the memory of what runs inside it, each time anew.
 
     Args:
         device: where the work runs. Must be one that ``memory_device`` returns unchanged.
@@ -83,6 +83,10 @@ class MemoryTrace:
         marks: bytes above the start at each ``mark(name)``.
         timeline: ``(milliseconds, bytes)`` after each allocation and release, if recorded.
         mark_times: milliseconds of each mark on the timeline's clock.
+
+    Raises:
+        ValueError: ``device`` does not fit.
+        RuntimeError: entered while PyTorch's profiler runs, as inside another trace: there can be one.
     """
 
     def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:
@@ -90,10 +94,7 @@ class MemoryTrace:
         usable, how = memory_device(self.device)
         if usable != self.device:
             raise ValueError(f"device must keep memory statistics, got {self.device} ({how})")
-        self._profile = None
-        if self.device.type == "cpu" or timeline:
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self._profile = profile(activities=activities, profile_memory=True)
+        self._records, self._profile = self.device.type == "cpu" or timeline, None
         self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
 
     def mark(self, name: str) -> None:
@@ -106,8 +107,13 @@ class MemoryTrace:
 
     def __enter__(self) -> MemoryTrace:
         gc.collect()  # garbage of an earlier trace, freed in this one, would count as negative
-        if self._profile is not None:
+        self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
+        if self._records:
+            if torch.autograd._profiler_enabled():
+                raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
             _silence_the_profilers_first_warning()
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            self._profile = profile(activities=activities, profile_memory=True)
             self._profile.__enter__()
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)

@@ -15,10 +15,12 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 from unittest.mock import patch
@@ -29,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.remat import remat
+from helpers.remat.compare import check_outside
 from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
@@ -36,6 +39,8 @@ __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 # What stands in for a device, since backward on a fake "cuda" tensor needs a real GPU; and the bytes to a
 # multiple of which its allocator rounds up.
 DEVICES = {"cpu": ("cpu", 1), "cuda": ("meta", 512)}
+# Losses that write a value for each of the input's, and return their mean in the same memory.
+RESIZED = ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_loss")
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 
@@ -110,13 +115,19 @@ def takes_number(func, args: tuple) -> bool:
 
 
 def as_real(func, args: tuple, out):
-    """``out`` with the dtypes and the number of tensors that the real batch norm returns."""
-    if func is torch.ops.aten.native_batch_norm.default:
+    """``out`` with the dtypes, the storage and the number of tensors that the real operator returns."""
+    name = func.overloadpacket.__name__
+    if name in ("native_batch_norm", "native_group_norm", "native_layer_norm"):
         z, *stats = out
-        if z.is_cpu and any(t is not None and t.dtype == torch.float32 for t in args[1:5]):
+        if z.is_cpu and any(isinstance(t, Tensor) and t.dtype == torch.float32 for t in args):
             return z, *(t.float() for t in stats)  # of half-precision values
-    if func is torch.ops.aten.native_batch_norm_backward.default:
+    elif name == "native_batch_norm_backward":
         return tuple(t if wanted else None for t, wanted in zip(out, args[-1], strict=True))
+    elif name == "native_group_norm_backward":
+        dx, *others = out
+        return dx if dx is None else dx.to(args[1].dtype), *others
+    elif name in RESIZED and out.dim() < args[0].dim():
+        return torch.empty_like(torch.broadcast_tensors(*args[:2])[0]).resize_(())
     return out
 
 
@@ -128,6 +139,8 @@ def called_by_engine() -> bool:
     return frame.f_code is ENGINE_CALL
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def predict_memory(
     model: nn.Module,
     *inputs: Tensor | tuple[int, ...],
@@ -139,7 +152,7 @@ def predict_memory(
 
     On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
     ``tensor_peak``. Parameters, buffers, inputs and ``grad`` exist before and are not counted; gradients of
-    parameters are. Nothing is computed, and nothing in ``model`` changes.
+    parameters are. Nothing is computed, and nothing in ``model`` changes: this runs a copy.
 
     Args:
         model: in training or eval mode, on any device, "meta" included. It must return a tensor, for example
@@ -150,8 +163,11 @@ def predict_memory(
         device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
 
     Raises:
-        ValueError: an argument that does not fit; what PyTorch or the model raise for these shapes.
+        ValueError: an argument that does not fit, or a model that cannot be copied; what PyTorch or the model
+            raise for these shapes.
+        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
+    check_outside("predict_memory")
     if device_type not in DEVICES:
         raise ValueError(f"device_type must be one of {', '.join(DEVICES)}, got {device_type!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
@@ -166,15 +182,17 @@ def predict_memory(
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
     inputs, held = as_tensors(model, inputs), Held(block)
 
-    def fake(t: Tensor) -> Tensor:
-        return torch.empty_like(t, device=device, requires_grad=t.requires_grad)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {name: fake(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
-        args = tuple(fake(t) for t in inputs)
-        held.ignore(*state.values(), *args)
+    def fake(t: Tensor) -> Tensor:
+        with fakes:
+            return torch.empty_like(t, device=device, requires_grad=t.requires_grad)
+
+    model, args = fake_copy(model, fake), [fake(t) for t in inputs]
+    held.ignore(*model.parameters(), *model.buffers(), *args)
+    with fakes:
         with held, precision, recomputation:
-            out = torch.func.functional_call(model, state, args)
+            out = model(*args)
         if not isinstance(out, Tensor):
             raise ValueError(f"model must return a tensor to start backward from, got {type(out)}")
         forward, grad = held.held, torch.empty_like(out)
@@ -184,8 +202,27 @@ def predict_memory(
     return Prediction(forward, held.peak)
 
 
+def fake_copy(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of ``model`` with fake parameters and buffers: what forward changes or stores, it does there.
+
+    Counters stay real, since a batch norm without momentum divides by its own.
+    """
+    attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    computed = (t for t in attributes if not t.is_leaf)  # by an older weight_norm: it could not be copied
+    copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers(), *computed)}
+    counters = [t for t in model.buffers() if t.dim() == 0 and not t.is_floating_point()]
+    copies.update((id(t), torch.ones_like(t, device="cpu")) for t in counters)
+    try:
+        return copy.deepcopy(model, copies)
+    except Exception as error:  # whatever a part may have against it
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model must allow copy.deepcopy, got {what}") from error
+
+
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     """``inputs`` with a tensor without memory, in the dtype of the parameters, in place of each shape."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
@@ -266,9 +303,9 @@ def max_cost_for(
 
         with remat(max_cost_for(model, images, memory=16 * 2**30)):
 
-    ``memory`` counts what `largest_batch` counts. What is held at the end of forward falls as the price
-    rises; the peak need not. So this tries each price at which `remat` decides anything differently, from 0
-    upwards, until one fits: one prediction for each.
+    ``memory`` counts what `largest_batch` counts. What is held at the end of forward usually falls as the
+    price rises; the peak need not. So this tries each price at which `remat` decides anything differently,
+    from 0 upwards, until one fits: one prediction for each.
 
     Args:
         memory: bytes for the step and all that is there before it.
@@ -308,7 +345,7 @@ def next_price(cost: int):
             return True
         asked, table.max_cost = table.max_cost, math.inf
         if affordable(table, value, *others):  # it was refused for its price
-            further[0] = min(further[0], max(cost + 1, math.ceil(value.row.cost)))
+            further[0] = min(further[0], max(cost + 1, math.ceil(value.row.cost / table.margin(value))))
         table.max_cost = asked
         return False
 

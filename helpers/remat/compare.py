@@ -79,9 +79,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be an int from 1 on, got {rounds!r}")
-    inside = any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
-    if inside or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-        raise RuntimeError("compare must be called outside of remat and of saved-tensor hooks")
+    check_outside("compare")
     contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
@@ -104,6 +102,13 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     held, peak = tuple(t.marks["held"] for t in traces), tuple(t.peak for t in traces)
     seconds = tuple(map(statistics.median, zip(*times, strict=True)))
     return Comparison(max_cost, equal, difference, rounding, reference, held, peak, seconds)
+
+
+def check_outside(name: str) -> None:
+    """Raise a RuntimeError where plain PyTorch would not be plain."""
+    inside = any(isinstance(mode, Mode) for mode in _get_current_function_mode_stack())
+    if inside or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        raise RuntimeError(f"{name} must be called outside of remat and of saved-tensor hooks")
 
 
 class Step(NamedTuple):

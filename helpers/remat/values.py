@@ -301,10 +301,9 @@ class Table:
             return False
         size = value.size
         most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
+        most_price *= self.margin(value)
         if value.recipe.price:  # leave some for the values computed from it
             most_passes, most_made = most_passes - 4 * size, most_made - 0.5
-        else:  # a margin for squeeze-and-excite's small convolutions
-            most_price *= 17 / 16
         price = passes = made = 0.0
         largest, path = value.nbytes, [value]
         for v in path:  # it grows
@@ -325,6 +324,10 @@ class Table:
         if value.row is not None:
             value.row.cost = price / max(size, 1)
         return True
+
+    def margin(self, value: Value) -> float:
+        """What multiplies `max_cost` for this value: it leaves room for squeeze-and-excite's convolutions."""
+        return 1.0 if value.recipe.price else 17 / 16
 
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or the values that it is computed from, if these are smaller and still alive."""

@@ -326,9 +326,11 @@ def test_channels_last_is_kept(which, dtype, slab_size, training):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backward_in_autocast", [True, False])
-def test_autocast_equals_the_pair(backward_in_autocast, dtype, training):
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate"])
+def test_autocast_equals_the_pair(padding_mode, backward_in_autocast, dtype, training):
     torch.manual_seed(0)
-    pair, x, dz = make_pair(4, 8, 3, dtype=torch.float32).train(training), torch.randn(4, 4, 8, 8), None
+    how = {"padding": 1, "padding_mode": padding_mode, "dtype": torch.float32}
+    pair, x, dz = make_pair(4, 8, 3, **how).train(training), torch.randn(4, 4, 8, 8), None
     results = []
     for model in (pair, fuse(pair, 2).train(training)):
         x_ = x.clone().requires_grad_()
@@ -339,7 +341,8 @@ def test_autocast_equals_the_pair(backward_in_autocast, dtype, training):
             z.backward(dz)
         results.append((z, x_.grad, *(p.grad for p in model.parameters()), *model.buffers()))
     assert results[1][0].dtype == results[0][0].dtype == dtype
-    assert {s.dtype for s in saved if s.shape == x.shape} == {dtype}
+    convolved = (4, 4, 8, 8) if padding_mode == "zeros" else (4, 4, 10, 10)
+    assert {s.dtype for s in saved if s.shape == convolved} == {dtype}
     names = ("z", "dx", "dw", "db", "dgamma", "dbeta", "running_mean", "running_var", "batches")
     for name, ours, wanted in zip(names, results[1], results[0], strict=True):
         if name != "db" or not training:  # rounding errors in the pair
@@ -523,12 +526,21 @@ def test_bad_slab_sizes_are_named(slab_size):
 def test_from_pair_names_what_does_not_fit():
     conv, bn, hooked = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(2, 4, 3)
     hooked.register_forward_hook(lambda *_: None)
+
+    class Scaled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, 2 * weight, bias)
+
+    changed = nn.Conv2d(2, 4, 3)
+    changed.forward = torch.relu
     for pair, message in (
         ((conv, nn.BatchNorm2d(3)), "bn must have conv's 4 channels, got 3"),
         ((nn.Linear(2, 4), bn), "conv must be a plain nn.Conv2d, got Linear"),
         ((conv, nn.GroupNorm(2, 4)), "bn must be a plain nn.BatchNorm2d, got GroupNorm"),
         ((conv, nn.SyncBatchNorm(4)), "bn must be a plain nn.BatchNorm2d, got SyncBatchNorm; helpers.remat"),
         ((hooked, bn), "conv has hooks"),
+        ((Scaled(2, 4, 3), bn), "conv must be a plain nn.Conv2d, got Scaled"),
+        ((changed, bn), "conv must be a plain nn.Conv2d, got Conv2d"),
         ((conv, bn, "all"), "slab_size must be None"),
     ):
         with pytest.raises(ValueError, match=message):

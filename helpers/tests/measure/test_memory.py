@@ -2,6 +2,7 @@
 
 import gc
 
+import pytest
 import torch
 from torch.profiler import record_function
 
@@ -35,6 +36,17 @@ def test_the_most_is_between_operations_or_at_the_end():
     with MemoryTrace() as trace:
         pass
     assert trace.tensor_peak == trace.peak == 0
+
+
+def test_a_trace_can_be_used_again_but_not_inside_another():
+    trace, made = MemoryTrace(), []
+    for size in (10, 1000):
+        with trace:
+            made.append(torch.empty(size))
+            trace.mark(str(size))
+        assert trace.peak == 4 * size and trace.marks == {str(size): 4 * size}
+    with trace, pytest.raises(RuntimeError, match="^MemoryTrace cannot run inside"), MemoryTrace():
+        pass
 
 
 def test_garbage_of_an_earlier_trace_is_not_subtracted():

@@ -1,10 +1,15 @@
 """Predicted memory against measured memory, and what the prediction must not do."""
 
 import contextlib
+import copy
+import functools
 import math
+import threading
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -164,6 +169,40 @@ EXACT = {
 }
 
 
+class Images(nn.Module):
+    """A loss of convolutions and other norms, each with something of its own to allocate."""
+
+    def __init__(self, norm, end=None):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), norm(), nn.ReLU(), nn.Conv2d(8, 8, 3), norm())
+        self.end = end
+
+    def forward(self, x):
+        z = self.layers(x)
+        return z if self.end is None else self.end(z.sigmoid(), torch.zeros_like(z))
+
+
+GROUPS, MEAN = functools.partial(nn.GroupNorm, 2, 8), functools.partial(nn.BatchNorm2d, 8, momentum=None)
+IMAGES = {
+    "group norm": lambda: Images(GROUPS),
+    "a norm that averages": lambda: Images(MEAN),
+    "layer norm": lambda: nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)),
+    **{
+        name: lambda name=name: Images(GROUPS, getattr(F, name))
+        for name in ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_loss")
+    },
+}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("name", IMAGES)
+def test_to_the_byte_on_other_norms_and_losses(name, autocast):
+    if name == "binary_cross_entropy" and autocast:
+        pytest.skip("PyTorch forbids it")
+    model, x = IMAGES[name](), torch.randn(4, 3, 16, 16)
+    assert predict_memory(model, x, autocast=autocast) == measure(model, x, autocast=autocast)
+
+
 @pytest.mark.parametrize("function", EXACT)
 def test_to_the_byte_whatever_lives_when(function):
     model, x = Elementwise(EXACT[function]), torch.randn(1000)
@@ -199,6 +238,64 @@ def test_computes_nothing_and_changes_nothing():
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class Cache(nn.Module):
+    """Stores what it computes in itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.places, self.calls = nn.Linear(4, 4), None, torch.zeros(1)
+
+    def forward(self, x):
+        self.places = torch.arange(4.0) if self.places is None else self.places
+        self.calls.add_(1)
+        return self.inner(x) + self.places
+
+
+def two_names():
+    layer = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+def older_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.utils.weight_norm(nn.Linear(4, 4))
+    layer(torch.ones(2, 4))  # now its weight is the result of a computation
+    return layer
+
+
+@pytest.mark.parametrize("make", [Cache, two_names, older_weight_norm])
+def test_the_model_stays_as_it_was(make):
+    model, x = make(), torch.randn(2, 4)
+    tensors = [*model.parameters(), *model.buffers()]
+    before = copy.deepcopy(model.state_dict())
+    assert predict_memory(model, x) == predict_memory(model, x)
+    assert all(t is s for t, s in zip(tensors, (*model.parameters(), *model.buffers()), strict=True))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert make is not Cache or (model.places is None and model.calls == 0)
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_grad_mode_does_not_matter(mode):
+    model, shape = Network(), (4, 3, 32, 32)
+    wanted = predict_memory(model, shape)
+    with mode():
+        assert predict_memory(model, shape) == wanted
+
+
+def test_plain_would_not_be_plain():
+    with remat(), pytest.raises(RuntimeError, match="^predict_memory must be called outside of remat"):
+        predict_memory(nn.Linear(3, 3), (2, 3))
+
+
+def test_a_model_that_cannot_be_copied():
+    model = nn.Linear(3, 3)
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="^model must allow copy.deepcopy, got TypeError"):
+        predict_memory(model, (2, 3))
 
 
 def test_a_loss_inside_the_model_is_part_of_forward():
@@ -256,13 +353,20 @@ def test_largest_batch_under_remat_and_autocast():
     assert batches[0] < batches[1] < batches[2]
 
 
-def test_max_cost_for_is_the_smallest_price():
+def without_norms():
+    """What is computed from a convolution of price 18 may be recomputed from 17 on."""
+    convs = [nn.Conv2d(c, 2, 3, padding=1) for c in (3, 2, 2, 2, 2)]
+    return nn.Sequential(*(m for conv in convs for m in (conv, nn.ReLU())))
+
+
+@pytest.mark.parametrize("make", [functools.partial(Network, 4), without_norms])
+def test_max_cost_for_is_the_smallest_price(make):
     """Against all whole prices, one after another."""
-    model, x = Network(4), torch.randn(8, 3, 12, 12)
+    model, x = make(), torch.randn(8, 3, 12, 12)
     peaks = [predict_memory(model, x, max_cost=cost).peak for cost in range(32)]
     fixed = sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + x.nbytes
     fixed += 2 * sum(p.nbytes for p in model.parameters())
-    assert len(set(peaks)) > 2
+    assert len(set(peaks)) > 1
     for peak in sorted(set(peaks)):
         cost = max_cost_for(model, x, memory=fixed + peak, optimizer_copies=2, device_type="cpu")
         assert cost == next(c for c, p in enumerate(peaks) if p <= peak)
@@ -285,6 +389,7 @@ def test_max_cost_for_names_the_least():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: predict_memory(print, (2, 3)), r"model must be a torch.nn.Module, got <class 'builtin"),
         (lambda m: predict_memory(m), r".*missing 1 required positional argument: 'input'"),
         (lambda m: predict_memory(m, "23"), r"[\s\S]*tuple of ints"),
         (lambda m: predict_memory(m, (2, -3)), r"Trying to create tensor with negative dimension -3"),

@@ -316,7 +316,7 @@ def concatenate(mode, function, tensors, dim=0):
         values = [mode.table.find(t) for t in tensors]
         out = function(tensors, dim)
         made = mode.table.note(out, ops.Concatenate(dim), tuple(values))
-        made.waiting = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
+        mode.table.waiting[made] = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
         return out
 
     return run
@@ -439,12 +439,21 @@ def targets(function, args, kwargs) -> list:
     found = [kwargs["out"]] if "out" in kwargs else []
     if by_name or kwargs.get("inplace") or (place and len(args) > place and args[place]):
         found += args[:1] or [*kwargs.values()][:1]
-    if schema := getattr(function, "_schema", None):  # an operator, perhaps the user's own
-        given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
-        found += [given.get(a.name) for a in schema.arguments if a.is_write]
+    for i, name in written(function):
+        found.append(args[i] if i < len(args) else kwargs.get(name))
     if kwargs.get("max_norm") is not None:  # an embedding's weight
         found += [args[1] if len(args) > 1 else kwargs["weight"]]
     return found
+
+
+@functools.lru_cache(maxsize=4096)
+def written(function) -> frozenset[tuple[int, str]]:
+    """For an operator, perhaps the user's own: the arguments that it changes, by its overloads' schemas."""
+    names = function.overloads() if isinstance(function, torch._ops.OpOverloadPacket) else ()
+    schemas = [getattr(function, name)._schema for name in names]
+    if schema := getattr(function, "_schema", None):
+        schemas.append(schema)
+    return frozenset((i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.is_write)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -454,7 +463,8 @@ def writes(function) -> tuple[bool, int | None]:
     if isinstance(function, types.FunctionType):
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
-    return (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE, place
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return in_place or name in IN_PLACE, place
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ finds the value of a tensor and decides what is kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +21,7 @@ MOST_PASSES = 16
 # Recomputed outputs of convolutions are held until their convolution's backward. On the way to one value they
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
+MOST_VALUES = 64  # of one storage, among which the base of a view is looked for
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
@@ -129,7 +131,6 @@ class Value:
         snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
         needs: how many nodes of the graph need it; ``first`` is the number of the first one's operation.
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
-        waiting: tensors of the parents, held until it is decided whether to keep them or this value.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
         watched: whether a node would see unseen writes to the tensor, though its backward does not need it.
         exposed: whether there may have been such writes.
@@ -139,7 +140,7 @@ class Value:
     """
 
     name = "given"
-    kept = snapshot = row = waiting = origin = operation = None
+    kept = snapshot = row = origin = operation = None
     needs = first = 0
     read = counted = watched = exposed = private = False
 
@@ -186,6 +187,8 @@ class Table:
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations = []  # weak references, in forward's order
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
+        # Of concatenations: their parts, held until it is decided whether to keep these or the whole.
+        self.waiting: weakref.WeakKeyDictionary[Value, list[Tensor]] = weakref.WeakKeyDictionary()
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
         self._exposed: dict[int, weakref.ref] = {}  # storages
@@ -196,6 +199,7 @@ class Table:
         self._exposed.clear()
         self._living.clear()
         self.parameters.clear()
+        self.waiting.clear()
 
     # Finding --------------------------------------------------------------------------------------------
 
@@ -225,7 +229,7 @@ class Table:
     def _part(self, t: Tensor) -> tuple[Recipe | None, tuple[Value, ...]]:
         """The recipe of ``t``, and its parent, if it is a view, image by image, of a known value."""
         _, values = self._storages.get(id(t.untyped_storage())) or (None, {})
-        for (start, shape, stride, dtype, version), ref in values.items():
+        for (start, shape, stride, dtype, version), ref in itertools.islice(values.items(), MOST_VALUES):
             whole, offset = ref(), t.storage_offset() - start
             if whole is None or isinstance(whole.recipe, Part) or not whole.view.dense:
                 continue
@@ -281,11 +285,11 @@ class Table:
             parents = value.parents
             if not self.affordable(value):
                 self.keep_least(value, t)
-            value.waiting = None
-            above = [*parents]
+            self.waiting.pop(value, None)
+            above = [*parents] if self.waiting else []
             for p in above:  # it grows
-                p.waiting = None
-                if len(above) < MOST_PASSES and p.recipe is not None and not p.recipe.price:
+                self.waiting.pop(p, None)
+                if len(above) < MOST_PASSES:
                     above.extend(p.parents)
         return value
 

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held, predict_memory
-from helpers.remat import operations, passes, task
+from helpers.remat import operations, passes, task, values
 from helpers.tests.kernels.rounding import apart, rounding
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
@@ -984,6 +984,28 @@ def test_a_small_part_does_not_hold_the_whole(cut):
                 out = model(x)
             found.append(held.held - out.nbytes)
     assert 0 < found[1] <= found[0]
+
+
+def test_the_parts_of_a_concatenation_go_with_the_context():
+    """Also where no node will need it: before layers that are not trained."""
+    with torch.device("meta"):
+        first, frozen = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 1).requires_grad_(False)
+        x = torch.empty(4, 3, 32, 32)
+    held = Held()
+    held.ignore(x, *first.parameters(), *frozen.parameters())
+    with held, remat(9):
+        y = frozen(torch.cat([torch.roll(first(x), i, 2) for i in (1, 2)], 1)).mean()
+    assert y.requires_grad and held.held == y.nbytes
+
+
+def test_rows_of_a_batch_one_by_one(monkeypatch):
+    """Each view's base is looked for among a number of values, not among all earlier views."""
+    looked = []
+    monkeypatch.setattr(values.View, "dense", property(lambda view: looked.append(view) or True))
+    with remat():
+        y = F.linear(torch.randn(500, 4, 4), torch.randn(4, 4, requires_grad=True))
+        rows = y.unbind(0)
+    assert len(rows) == 500 <= len(looked) <= 500 * values.MOST_VALUES
 
 
 class Residual(nn.Sequential):

@@ -505,6 +505,7 @@ WRITES = {
     "an initialisation": lambda t: nn.init.constant_(t, 0.5),
     "an embedding's limit": lambda t: F.embedding(torch.tensor([0, 1]), t.detach().flatten(1), max_norm=0.1),
     "an operator of the user's": lambda t: treble(3.0, t.detach()),
+    "an operator by its short name": lambda t: torch.ops.remat_tests.treble(3.0, t.detach()),
     "by keyword": lambda t: torch.ops.aten.relu_.default(self=t.detach()),
     "data": lambda t: t.data.mul_(0.5),
     "data of a view": lambda t: t[0].data.mul_(0.5),

@@ -211,7 +211,7 @@ def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor):
     def pack(t: torch.Tensor) -> torch.Tensor:
         if storage_address(t) not in parameters:
             alive.append(t)  # while it lives, no other tensor can get its address
-            innermost = max(running.parents, key=lambda path: path.count("."))  # as "Net.conv1.bn"
+            innermost = max(running.parents, key=lambda p: p.count("."))  # the longest, as "Net.conv1.bn"
             entry = (tuple(t.shape), t.dtype, storage_address(t), t.untyped_storage().nbytes())
             saved.append(SavedTensor(innermost.partition(".")[2], *entry))
         return t

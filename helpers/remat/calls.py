@@ -292,7 +292,8 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
         else:
             for t, value in zip(tensors[1:], values[1:], strict=True):
                 if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
-                    mode.table.keep(value, t.clone() if is_window(t) else t)
+                    # A buffer may change unseen after the context; PyTorch would have saved the result.
+                    mode.table.keep(value, t.clone() if is_window(t) or not t.requires_grad else t)
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)

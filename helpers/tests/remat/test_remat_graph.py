@@ -845,6 +845,20 @@ def test_a_view_with_gaps_is_no_base_of_others():
     check(in_place)
 
 
+def test_a_buffer_that_a_sum_has_read_changes_after_the_context():
+    """Running statistics change without a version, for example in the next forward."""
+
+    def scenario(context):
+        model, mean = network(), torch.zeros(8, dtype=torch.float64)
+        with context():
+            out = model[2](F.silu(model[0](X) + mean.view(1, 8, 1, 1)))
+        F.batch_norm(torch.ones(2, 8, dtype=torch.float64), mean, torch.ones_like(mean), training=True)
+        out.square().sum().backward()
+        return gradients(model)
+
+    check(scenario)
+
+
 def test_a_weight_written_without_a_version_inside_the_context():
     """Weights are clipped between two forwards: what was made before was made with the old ones."""
 

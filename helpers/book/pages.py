@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "template"
 MATHML = LatexToMathML(fancy_error=False)
 LOCAL = re.compile(r"^(?!\w+:|#)")  # a link's address within the collection
+SIGN_BEHIND = re.compile(r"(<math>(?:(?!</math>).)*</math>[.,:;?!)]+)", re.DOTALL)  # it must not begin a line
 SCROLL = "pre, .formula, .table, .figure"  # what may be wider than a screen
 
 
@@ -57,7 +58,8 @@ def markdown2html(context, source: str) -> str:
     cell, name = context["cell"], context["resources"]["metadata"]["name"]
     renderer = Renderer(escape=False, attachments=cell.get("attachments", {}))
     try:
-        return MarkdownWithMath(renderer=renderer).render(source)
+        page = MarkdownWithMath(renderer=renderer).render(source)
+        return SIGN_BEHIND.sub(r'<span class="together">\1</span>', page)
     except LatexError as error:
         raise PageError(f"{name}, cell {cell['id']}: a formula does not convert: {error}") from error
 

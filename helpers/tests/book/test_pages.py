@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup
 from fontTools.subset import parse_unicodes
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from helpers.book.pages import ROOT, TEMPLATE, PageError, export, index_source
+from helpers.book.pages import ROOT, TEMPLATE, PageError, export, index_source, markdown2html
 from helpers.book.parameters import find_notebooks
 
 v4 = nbformat.v4
@@ -459,3 +459,10 @@ def test_a_page_cannot_ask_for_more(make, tmp_path, browser):
     ]
     assert any("Content Security Policy" in message for message in seen.messages)
     seen.page.close()
+
+
+def test_a_sign_behind_a_formula_does_not_begin_a_line():
+    context = {"cell": {"id": "a"}, "resources": {"metadata": {"name": "page"}}}
+    shown = BeautifulSoup(markdown2html(context, "Of $x$, and $y$ (or $z$)."), "html.parser")
+    assert len(shown("math")) == 3
+    assert [span.text[-2:] for span in shown.select(".together")] == ["x,", ")."]

@@ -15,7 +15,6 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import sys
@@ -31,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.remat import remat
-from helpers.remat.compare import check_outside
+from helpers.remat.compare import check_outside, deep_copy
 from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
@@ -185,7 +184,6 @@ def predict_memory(
     precision = nullcontext() if autocast is None else torch.autocast(device_type, autocast)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
     inputs, held = as_tensors(model, inputs), Held(block)
-
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(t: Tensor) -> Tensor:
@@ -216,11 +214,7 @@ def fake_copy(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
     copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers(), *computed)}
     counters = [t for t in model.buffers() if t.dim() == 0 and not t.is_floating_point()]
     copies.update((id(t), torch.ones_like(t, device="cpu")) for t in counters)
-    try:
-        return copy.deepcopy(model, copies)
-    except Exception as error:  # whatever a part may have against it
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model must allow copy.deepcopy, got {what}") from error
+    return deep_copy("model", model, copies)
 
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:

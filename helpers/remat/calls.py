@@ -440,7 +440,7 @@ def targets(function, args, kwargs) -> list:
     found = [kwargs["out"]] if "out" in kwargs else []
     if by_name or kwargs.get("inplace") or (place and len(args) > place and args[place]):
         found += args[:1] or [*kwargs.values()][:1]
-    for i, name in written(function):
+    for i, name in schema_writes(function):
         found.append(args[i] if i < len(args) else kwargs.get(name))
     if kwargs.get("max_norm") is not None:  # an embedding's weight
         found += [args[1] if len(args) > 1 else kwargs["weight"]]
@@ -448,7 +448,7 @@ def targets(function, args, kwargs) -> list:
 
 
 @functools.lru_cache(maxsize=4096)
-def written(function) -> frozenset[tuple[int, str]]:
+def schema_writes(function) -> frozenset[tuple[int, str]]:
     """For an operator, perhaps the user's own: the arguments that it changes, by its overloads' schemas."""
     names = function.overloads() if isinstance(function, torch._ops.OpOverloadPacket) else ()
     schemas = [getattr(function, name)._schema for name in names]

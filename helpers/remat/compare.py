@@ -124,11 +124,8 @@ class Step(NamedTuple):
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
     leaf = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
-    try:
-        model, (args, kwargs) = copy.deepcopy((model, tree_map_only(Tensor, leaf, given)))
-    except Exception as error:  # whatever a part may have against it
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"model and its arguments must allow copy.deepcopy, got {what}") from error
+    both = model, tree_map_only(Tensor, leaf, given)
+    model, (args, kwargs) = deep_copy("model and its arguments", both)
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]
@@ -150,6 +147,15 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     return Step(values, grads, start, fixed, seconds)
+
+
+def deep_copy(name: str, original, copies: dict | None = None):
+    """A deep copy, with these copies of some parts by their ids; a ValueError if there can be none."""
+    try:
+        return copy.deepcopy(original, copies)
+    except Exception as error:  # whatever a part may have against it
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} must allow copy.deepcopy, got {what}") from error
 
 
 def same(p: Tensor, q: Tensor) -> bool:

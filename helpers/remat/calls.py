@@ -20,7 +20,16 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from helpers.remat import operations as ops
-from helpers.remat.convolutions import Convolution, Convolve, Geometry, Linear, may_run_again
+from helpers.remat.convolutions import (
+    CONVOLUTIONS,
+    Convolution,
+    Convolve,
+    Linear,
+    may_run_again,
+    per_dimension,
+    setting_of,
+)
+from helpers.remat.operations import Unfit, fit
 from helpers.remat.values import SMALL, Row, Table, Value, View, is_window
 
 if TYPE_CHECKING:
@@ -69,10 +78,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-class Unfit(Exception):
-    """These arguments are not for remat."""
-
-
 def handler(bind: Callable) -> Callable:
     """``bind(mode, function, *args, **kwargs)`` where remat works and the arguments fit; else PyTorch."""
 
@@ -86,49 +91,6 @@ def handler(bind: Callable) -> Callable:
         return leave(mode, function, args, kwargs) if run is None else run()
 
     return handle
-
-
-def fit(condition: bool) -> None:
-    if not condition:
-        raise Unfit
-
-
-def per_dimension(v, n: int) -> list[int]:
-    """An argument of a convolution or pooling as a list of ``n``."""
-    v = [v] * n if isinstance(v, int) else list(v)
-    v = v * n if len(v) == 1 else v
-    fit(len(v) == n and all(type(i) is int for i in v))
-    return v
-
-
-@functools.lru_cache(maxsize=4096)
-def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple[dict, Geometry, float]:
-    """What a call with a weight of this shape says behind its tensors, and the price of a value.
-
-    A list, which the caller could change later, has no hash: a TypeError.
-    """
-    dims, transposed = CONVOLUTIONS[function]
-    fit(len(shape) == dims + 2)
-    rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-    names = ("stride", "padding", *rest)
-    arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
-    fit(len(given) <= len(names) and arguments.keys() <= set(names))
-    geometry = geometry_of(shape[2:], transposed, **arguments)
-    return arguments, geometry, geometry.price(shape)
-
-
-def geometry_of(
-    kernel: tuple[int, ...], transposed, stride=1, padding=0, dilation=1, groups=1, output_padding=0
-) -> Geometry:
-    """The settings of a convolution as lists; "same" and "valid" as numbers."""
-    n = len(kernel)
-    stride, dilation, extra = (per_dimension(v, n) for v in (stride, dilation, output_padding))
-    if padding == "same":
-        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        fit(all(t % 2 == 0 for t in total))  # else PyTorch pads one side more
-        padding = [t // 2 for t in total]
-    padding = [0] * n if padding == "valid" else per_dimension(padding, n)
-    return Geometry(stride, padding, dilation, transposed, extra, groups)
 
 
 def fixed(v):
@@ -152,6 +114,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
     fit(alike and (bias is None or bias.dim() == 1))
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
+    fit(function is not F.linear or needs_grad(input, weight))  # for a bias alone PyTorch saves nothing
     fit(mode.table.is_safe(input))
     try:
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
@@ -499,12 +462,6 @@ def expose(mode: Mode, function, args, kwargs):
 
 OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
 IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
-# function -> how many dimensions an image has, and whether it is the transposed one
-CONVOLUTIONS = {
-    getattr(torch, f"conv{transposed}{n}d"): (n, bool(transposed))
-    for n in (1, 2, 3)
-    for transposed in ("", "_transpose")
-} | {F.linear: (0, False)}
 
 
 def functions(names: str) -> list[Callable]:

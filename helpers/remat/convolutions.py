@@ -1,4 +1,4 @@
-"""Convolutions and linear layers under remat: the operations with a price."""
+"""Convolutions and linear layers under remat: their settings, and the operations with a price."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ import weakref
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, to
+from helpers.remat.operations import WIDE, Operation, fit, to
 from helpers.remat.values import Recipe, Value
 
 aten = torch.ops.aten
 FEW_PIXELS = 64
+# function -> how many dimensions an image has, and whether it is the transposed one
+CONVOLUTIONS = {
+    getattr(torch, f"conv{transposed}{n}d"): (n, bool(transposed))
+    for n in (1, 2, 3)
+    for transposed in ("", "_transpose")
+} | {F.linear: (0, False)}
 
 
 class Geometry(NamedTuple):
@@ -28,11 +35,51 @@ class Geometry(NamedTuple):
     output_padding: list[int]
     groups: int
 
+    @classmethod
+    def of(
+        cls, kernel: tuple[int, ...], transposed, stride=1, padding=0, dilation=1, groups=1, output_padding=0
+    ) -> Geometry:
+        """From the arguments of a call, which may be numbers, "same" or "valid"."""
+        n = len(kernel)
+        stride, dilation, extra = (per_dimension(v, n) for v in (stride, dilation, output_padding))
+        if padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+            fit(all(t % 2 == 0 for t in total))  # else PyTorch pads one side more
+            padding = [t // 2 for t in total]
+        padding = [0] * n if padding == "valid" else per_dimension(padding, n)
+        return cls(stride, padding, dilation, transposed, extra, groups)
+
     def price(self, weight: torch.Size) -> float:
         """Multiplications per value of the output: C_in / groups · Π k; the mean for a transposed one."""
         if not self.transposed:
             return weight.numel() / weight[0]
         return weight.numel() / (weight[1] * self.groups) / math.prod(self.stride)
+
+
+def per_dimension(v, n: int) -> list[int]:
+    """An argument of a convolution or pooling as a list of ``n``."""
+    v = [v] * n if isinstance(v, int) else list(v)
+    v = v * n if len(v) == 1 else v
+    fit(len(v) == n and all(type(i) is int for i in v))
+    return v
+
+
+@functools.lru_cache(maxsize=4096)
+def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple[dict, Geometry, float]:
+    """What a call with a weight of this shape says behind its tensors, and the price of a value.
+
+    Raises:
+        Unfit: arguments that remat leaves to PyTorch.
+        TypeError: a list, which the caller could change later, has no hash.
+    """
+    dims, transposed = CONVOLUTIONS[function]
+    fit(len(shape) == dims + 2)
+    rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    names = ("stride", "padding", *rest)
+    arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
+    fit(len(given) <= len(names) and arguments.keys() <= set(names))
+    geometry = Geometry.of(shape[2:], transposed, **arguments)
+    return arguments, geometry, geometry.price(shape)
 
 
 class Held(NamedTuple):

@@ -23,6 +23,15 @@ aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
 
 
+class Unfit(Exception):
+    """These arguments are not for remat."""
+
+
+def fit(condition: bool) -> None:
+    if not condition:
+        raise Unfit
+
+
 class Operation:
     """One call: ``forward(*inputs)``, and ``backward(task, dz, needs, saved)``, the inputs' gradients.
 

@@ -307,6 +307,17 @@ def test_second_backward(cost):
         out.backward()
 
 
+def test_second_backward_of_a_linear_layer_whose_bias_alone_is_trained():
+    """PyTorch's node saves nothing for it, so that it may run again."""
+    layer, x = nn.Linear(3, 4).requires_grad_(False), torch.randn(5, 3)
+    layer.bias.requires_grad_()
+    with remat():
+        out = layer(x)
+    for times in (1, 2):
+        out.backward(torch.ones_like(out))
+        assert_close(named(layer.bias.grad), named(torch.full((4,), 5.0 * times)))
+
+
 @pytest.mark.parametrize("where", ["one convolution", "one norm", "one activation", "one pooling"])
 def test_second_backward_of_one_operation(where):
     layer = {"convolution": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(3), "activation": nn.SiLU(),

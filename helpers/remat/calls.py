@@ -10,6 +10,7 @@ import functools
 import types
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,14 +99,13 @@ def fixed(v):
     return tuple(v) if isinstance(v, list) else v
 
 
-def autocast_dtype(*tensors: Tensor | None) -> torch.dtype | None:
-    """The dtype to which autocast casts a convolution's arguments, if it does."""
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast in which a call with ``t`` runs, if any."""
     if not torch._C._is_any_autocast_enabled():
         return None
-    device = tensors[0].device.type
+    device = t.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
-    fit(all(t is None or t.dtype != torch.float64 for t in tensors))
     return torch.get_autocast_dtype(device)
 
 
@@ -121,8 +121,11 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     except TypeError:
         given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
         arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
-    dtype = autocast_dtype(input, weight, bias)
-    fit(dtype is not None or input.dtype == weight.dtype)
+    dtype = autocast_dtype(input)
+    if dtype is None:
+        fit(input.dtype == weight.dtype)
+    else:  # it does not cast float64
+        fit(all(t is None or t.dtype != torch.float64 for t in (input, weight, bias)))
 
     def run() -> Tensor:
         table, a, value, recipe = mode.table, input, None, None
@@ -293,7 +296,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
         name: of the recipe, for people.
         passes: over a tensor of its input's or output's size, the larger.
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
-        fits: ``fits(x, first argument)`` says whether one image alone can be computed, where not always.
+        fits: whether one image alone can be computed, from all arguments, where not always.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -302,29 +305,34 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
         places = [i for i, v in enumerate(arguments) if isinstance(v, Tensor)]
         parameters = [arguments[i] for i in places]
         given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
-        fit(plain(*parameters) and all(t.dtype == x.dtype for t in parameters))
-        fit(fits is None or fits(x, args[0]))
-        fit(not node or not torch._C._is_any_autocast_enabled())
+        fit(plain(*parameters) and (fits is None or fits(x, *args, **named)))
+        device, dtype = x.device.type, autocast_dtype(x)
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
             values = given.copy()
             for i, t in zip(places, tensors, strict=True):
                 values[i] = t
-            return function(x, *values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
+            with nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
+                return function(x, *values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
 
         def run() -> Tensor:
-            operation, value = None, mode.needed(x) if node else mode.table.find(x)
+            operation, table = None, mode.table
+            value = table.find(x)
             # The recipe keeps copies, which must be small: a layer norm's γ may be as large as an image.
             small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
             copies = [ops.copy_of(t) for t in parameters] if small else None
             if node:
-                operation = ops.Rerun(call, value, len(parameters))
+                operation = ops.Rerun(call, table.need(value, x), len(parameters))
             out = mode.apply(operation, x, *parameters) if node else call(x)
+            if node and out.dtype == x.dtype:
+                table.count_plain(value)
+            elif node:  # PyTorch saves what autocast casts
+                table.plain_bytes += x.numel() * out.itemsize
             alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
             if small and alike and out.untyped_storage() is not x.untyped_storage():
                 work = passes * max(1.0, x.numel() / out.numel())
                 recipe = ops.Again(name, lambda x: call(x, *copies), work, *parameters[:1])
-                mode.table.note(out, recipe, (value,), operation)
+                table.note(out, recipe, (value,), operation)
             return out
 
         return run
@@ -505,11 +513,12 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(
         (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), again("resize", node=False)
     ),
-    F.pad: again("resize", node=False, fits=lambda x, pad: len(pad) < 2 * x.dim()),
+    F.pad: again("resize", node=False, fits=lambda x, pad, *_, **__: len(pad) < 2 * x.dim()),
     **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
-    F.group_norm: again("norm", 3.0, fits=lambda x, groups: x.numel() > groups * x.shape[0]),
-    F.layer_norm: again("norm", 3.0, fits=lambda x, shape: len(shape) < x.dim()),
+    F.group_norm: again("norm", 3.0, fits=lambda x, groups, **_: x.numel() > groups * x.shape[0]),
+    F.layer_norm: again("norm", 3.0, fits=lambda x, shape, **_: len(shape) < x.dim()),
+    F.instance_norm: again("norm", 3.0, fits=lambda x, running_mean, **_: running_mean is None),
     torch.prelu: again("prelu"),
     F.avg_pool2d: handler(avg_pool),
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),

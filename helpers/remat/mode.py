@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class Node(torch.autograd.Function):
         elif is_batched(dz):
             raise RuntimeError(BATCHED)
         elif task.twice or task.autocast:
-            with torch.no_grad(), torch._C._DisableAutocast():  # forward has chosen the dtypes
+            with torch.no_grad(), without_autocast(dz.device.type):  # forward has chosen the dtypes
                 grads = operation.backward(task, dz, needs, saved)
         else:
             grads = operation.backward(task, dz, needs, saved)
@@ -69,6 +70,12 @@ class Node(torch.autograd.Function):
         if not task.retained:
             ctx.operation = None
         return None, *grads
+
+
+def without_autocast(device: str):
+    """A context without autocast, in which a recipe may begin forward's."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def once(ctx, dz: Tensor | None, grads: list) -> list:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import weakref
 from collections import Counter
@@ -257,6 +258,8 @@ NORMS = {
     "layer": lambda: nn.LayerNorm([8, 10, 9]),
     "layer over pixels": lambda: nn.LayerNorm([10, 9], elementwise_affine=False),
     "instance": lambda: nn.InstanceNorm2d(8, affine=True),
+    "instance without affine": lambda: nn.InstanceNorm2d(8),
+    "instance with running statistics": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
 }
 
 
@@ -755,6 +758,63 @@ def test_float32_into_a_norm_under_autocast(dtype):
             assert apart(found.gradients[name], wanted.gradients[name]) <= rounding(dtype, terms=200)
 
 
+BY_IMAGE = {
+    "group_norm": lambda: nn.GroupNorm(2, 8),
+    "layer_norm": lambda: nn.LayerNorm(9),
+    "instance_norm": lambda: nn.InstanceNorm2d(8, affine=True),
+    "prelu": lambda: nn.PReLU(8),
+}
+
+
+@pytest.fixture(params=["in half precision", "in float32"])
+def policy(request):
+    """What autocast does with norms: a CPU's leaves them in half precision, a GPU's casts them to float32."""
+    if request.param == "in half precision":
+        return (yield torch.bfloat16)
+    library = torch.library.Library("aten", "IMPL")
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def cast(operator, *args):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator(*(t.float() if isinstance(t, Tensor) else t for t in args))
+
+    for name in BY_IMAGE:
+        library.impl(name, functools.partial(cast, getattr(torch.ops.aten, name)), "AutocastCPU")
+    yield torch.float32
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore:.*verride:UserWarning")
+@pytest.mark.parametrize("name", BY_IMAGE)
+def test_norms_by_image_under_autocast(name, policy):
+    """Backward calls them as forward did, whether it runs in autocast itself or not."""
+
+    def make():
+        norms = BY_IMAGE[name](), BY_IMAGE[name]()
+        convs = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 2, 1)
+        return nn.Sequential(convs[0], norms[0], nn.SiLU(), convs[1], norms[1], nn.Tanh(), convs[2])
+
+    x, found = X.float(), {}
+    for cost in (None, 0, 1e9):
+        for inside in (False, True):
+            torch.manual_seed(0)
+            model = randomised(make())
+            with torch.autocast("cpu", torch.bfloat16), under(cost) as record:
+                out = model(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                out.backward(image(*out.shape, seed=1).bfloat16())
+            assert cost is None or all(row.recipe in ("cast", "conv2d") for row in record.rows if row.kept)
+            found[cost, inside] = out.detach(), [p.grad for p in model.parameters()]
+    assert model[:2](x).dtype == torch.float32  # outside of autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[:2](x).dtype == policy
+    out, grads = found.pop((None, False))
+    for ours, theirs in found.values():
+        assert torch.equal(ours, out)
+        for f, w in zip(theirs, grads, strict=True):
+            assert apart(f, w) <= rounding(torch.float32, terms=100)
+
+
 KNOWN = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "silu_", "mish", "hardswish", "hardsigmoid",
          "gelu", "gelu tanh", "sigmoid", "tanh", "prelu by channel")  # fmt: skip
 
@@ -939,6 +999,7 @@ def test_held_and_peak_of_a_chain(depth, activation):
 ALONE = {
     "group norm": lambda: nn.GroupNorm(4, 8),
     "layer norm": lambda: nn.LayerNorm(32),
+    "instance norm": lambda: nn.InstanceNorm2d(8, affine=True),
     "prelu": lambda: nn.PReLU(8),
 }
 

@@ -210,16 +210,11 @@ def times(table: Table, rows: list[dict], repeats: int) -> None:
         pool, graphs = torch.cuda.graph_pool_handle(), []  # they share memory, as no two run at once
         with contextlib.suppress(RuntimeError):  # one that cannot be captured, and those after it
             for step in steps:
-                graphs.append(captured(step, pool))
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    step()
+                graphs.append(graph.replay)
         add("graph_", graphs)
-
-
-def captured(step: Callable, pool) -> Callable:
-    """``step`` as a CUDA graph: all its kernels in one launch."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
-    return graph.replay
 
 
 KEEPS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}

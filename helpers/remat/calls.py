@@ -60,13 +60,8 @@ def ordinary(t) -> bool:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary dense floating-point tensors (or None)."""
     for t in tensors:  # a generator would take twice as long
-        if t is not None and (
-            type(t) not in TENSORS
-            or t.layout is not torch.strided
-            or not t.is_floating_point()
-            or t.is_inference()
-            or t.is_neg()  # the imaginary part of a conjugate: other values in the same memory
-        ):
+        # Negative: the imaginary part of a conjugate, other values in the same memory.
+        if t is not None and not (ordinary(t) and t.is_floating_point() and not t.is_neg()):
             return False
     return True
 
@@ -128,21 +123,23 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         fit(all(t is None or t.dtype != torch.float64 for t in (input, weight, bias)))
 
     def run() -> Tensor:
-        table, a, value, recipe = mode.table, input, None, None
+        table, a, w, value, recipe = mode.table, input, weight, None, None
+        if dtype is not None and not w.is_leaf and w.dtype != dtype:
+            w = w.to(dtype)  # a computed weight, of which PyTorch keeps this copy alone
         if dtype is not None and input.dtype != dtype:
             a = input.detach().to(dtype)
             value = Value(a, ops.Again("cast", lambda t: t, 1.0), (table.find(input),))
-        if weight.requires_grad:
+        if w.requires_grad:
             value = mode.needed(a, value)
         elif value is None:
             value = table.find(input)
         kind = Linear if function is F.linear else Convolution
-        operation = kind(function, arguments, geometry, a, value if weight.requires_grad else None, dtype)
-        y = mode.apply(operation, input, weight, bias)
+        operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
+        y = mode.apply(operation, input, w, bias)
         small = price * a.nbytes > BOTTLENECK * y.nbytes
         if table.max_cost and not small and may_run_again(weight) and table.is_safe(weight, bias):
-            recipe = Convolve(function, weight, bias, arguments, price, dtype)
-            for t in (weight,) if bias is None else (weight, bias):
+            recipe = Convolve(function, w, bias, arguments, price, dtype)
+            for t in (w,) if bias is None else (w, bias):
                 table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
         table.note(y, recipe, (value,), operation)
         return y

@@ -83,7 +83,7 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
 
 
 class Held(NamedTuple):
-    """A weight or bias that forward used, and what it was then."""
+    """A weight or bias that forward used, and what it was then: sharded training frees a tensor's storage."""
 
     tensor: Tensor
     version: int
@@ -91,7 +91,9 @@ class Held(NamedTuple):
 
     @classmethod
     def of(cls, t: Tensor | None) -> Held | None:
-        return None if t is None else cls(t if t.is_leaf else t.detach(), t._version, size_of(t))
+        if t is None:
+            return None
+        return cls(t if t.is_leaf else t.detach(), t._version, t.untyped_storage().nbytes())
 
     def copy(self) -> Held:
         """A copy's, unless the tensor has changed already."""
@@ -100,7 +102,7 @@ class Held(NamedTuple):
     def get(self, who: str, name: str) -> Tensor:
         """The tensor; a RuntimeError if it is not what it was."""
         t = self.tensor
-        if t._version == self.version and size_of(t) == self.nbytes:
+        if t._version == self.version and t.untyped_storage().nbytes() == self.nbytes:
             return t
         what = "changed" if t._version != self.version else "freed"
         raise RuntimeError(
@@ -108,11 +110,6 @@ class Held(NamedTuple):
             "after forward. Run backward before that, or use remat(max_cost=0), which recomputes no "
             "convolution"
         )
-
-
-def size_of(t: Tensor) -> int:
-    """Bytes of the storage, which sharded training frees under the tensor."""
-    return t.untyped_storage().nbytes()
 
 
 class Convolve(Recipe):
@@ -265,11 +262,6 @@ class Linear(Convolution):
         """As PyTorch does: nothing where the input needs no gradient, else a view of the weight."""
         a, w, _ = inputs
         return [w.detach()] if a.requires_grad else []
-
-    def forward(self, a, w, b):
-        y = super().forward(a, w, b)
-        # With a bias it may be a view of a matrix, and a view made here could not be changed in place.
-        return aten._unsafe_view(y, y.shape) if y._is_view() else y
 
     def is_product(self, dz, w):
         return True

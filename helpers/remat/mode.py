@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
@@ -44,6 +45,8 @@ class Node(torch.autograd.Function):
         out = operation.forward(*inputs)
         if operation.in_place:
             ctx.mark_dirty(inputs[0])
+        elif out._is_view():  # of a matrix that only the call knew: a view made here could not be written to
+            out = torch.ops.aten._unsafe_view(out, out.shape)
         return out
 
     @staticmethod
@@ -56,7 +59,7 @@ class Node(torch.autograd.Function):
         task.now = operation.number
         if dz is None or not any(needs):
             grads = [None] * len(needs)
-        elif is_batched(dz):
+        elif functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz):
             raise RuntimeError(BATCHED)
         elif task.twice or task.autocast:
             with torch.no_grad(), without_autocast(dz.device.type):  # forward has chosen the dtypes
@@ -104,12 +107,6 @@ def wanted(ctx, operation: Operation) -> list[bool]:
                 except RuntimeError:  # a leaf among the inputs of autograd.grad
                     pass
     return needs
-
-
-def is_batched(dz: Tensor) -> bool:
-    """Whether ``dz`` is a batch of gradients."""
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz)
 
 
 def task_of(table: Table) -> Task:

@@ -162,14 +162,11 @@ class Value:
         if self.kept is not None and self.kept._version != self.version:
             raise RuntimeError(
                 "a tensor that remat keeps for backward was changed by an inplace operation: "
-                f"{self.describe()} is at version {self.kept._version}, and forward left it at version "
-                f"{self.version}. Change a clone, or change it before remat's context ends"
+                f"{self.row.recipe} of shape {tuple(self.view.shape)} is at version {self.kept._version}, "
+                f"and forward left it at version {self.version}. Change a clone, or change it before remat's "
+                "context ends"
             )
         return self.kept
-
-    def describe(self) -> str:
-        what = self.row.recipe if self.row else "a tensor"
-        return f"{what} of shape {tuple(self.view.shape)}"
 
 
 class Table:

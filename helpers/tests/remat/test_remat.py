@@ -271,10 +271,11 @@ def only(module, name):
 
 
 @pytest.mark.parametrize("name", NORMS)
-def test_norms(name):
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.LeakyReLU(inplace=True)])
+def test_norms(name, activation):
     """Behind a convolution and before one, whose input's gradient and weight's gradient need it."""
     check(
-        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[name](), nn.SiLU(), nn.Conv2d(8, 2, 3)), X
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[name](), activation, nn.Conv2d(8, 2, 3)), X
     )
 
 
@@ -813,6 +814,21 @@ def test_norms_by_image_under_autocast(name, policy):
         assert torch.equal(ours, out)
         for f, w in zip(theirs, grads, strict=True):
             assert apart(f, w) <= rounding(torch.float32, terms=100)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_computed_weight_under_autocast(cost):
+    """Of it PyTorch keeps the copy in half precision that autocast makes, and so does remat."""
+    convs = [nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3)) for _ in range(2)]
+    model, x, held = nn.Sequential(convs[0], nn.ReLU(), convs[1]), image(1, 64, 6, 6).float(), []
+    for context in (contextlib.nullcontext(), remat(cost)):
+        counted = Held()
+        counted.ignore(x, *model.parameters())
+        with counted, torch.autocast("cpu", torch.bfloat16), context:
+            out = model(x)
+        held.append(counted.held)
+        out.sum().backward()
+    assert held[1] <= held[0]
 
 
 KNOWN = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "silu_", "mish", "hardswish", "hardsigmoid",

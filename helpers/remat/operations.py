@@ -17,7 +17,7 @@ from torch import Tensor
 from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from helpers.remat import passes
 from helpers.remat.task import Task, slabs
-from helpers.remat.values import Recipe, Table, Value, View
+from helpers.remat.values import Recipe, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
@@ -90,37 +90,16 @@ def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class Normalise(Recipe):
-    """z = γ (y - μ)/σ + β with forward's statistics, equal to the last bit.
-
-    With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
-    forward's did: y scale + (β - μ scale), with scale = γ · (1/σ). An accelerator's takes γ and 1/σ.
-    """
+    """z = γ (y - μ)/σ + β with forward's statistics, equal to the last bit."""
 
     name, passes = "norm", 1.0
 
-    def __init__(self, table: Table, gamma, beta, mean: Tensor, invstd: Tensor) -> None:
+    def __init__(self, gamma, beta, mean: Tensor, invstd: Tensor) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, self.table = weak(gamma), table
-        beta = beta if beta is None else beta.clone()
-        if mean.is_cpu and not passes.has_kernel("cpu"):
-            self.vectors = mean, None, invstd if gamma is None else invstd * gamma, beta
-        else:
-            self.vectors = mean, invstd, gamma if gamma is None else gamma.clone(), beta
-
-    @property
-    def norm(self) -> passes.Norm:
-        mean, invstd, gamma, beta = self.vectors
-        return passes.Norm(mean, self.table.ones(mean)[0] if invstd is None else invstd, gamma, beta)
+        self.parameter, self.norm = weak(gamma), passes.Norm(mean, invstd, copy_of(gamma), copy_of(beta))
 
     def run(self, out, y):
-        mean, invstd, scale, beta = self.vectors
-        if invstd is not None:
-            return passes.normalise(y, self.norm, out)
-        one, none = self.table.ones(mean)
-        how = y, scale, beta, mean, one, False, 0.0, 0.0
-        if y.stride() != out.stride():  # the kernel would write in y's order
-            return out.copy_(torch.native_batch_norm(*how)[0])
-        return torch.native_batch_norm(*how, out=(out, none, none))[0]
+        return passes.normalise(y, self.norm, out)
 
 
 class Again(Recipe):
@@ -161,7 +140,7 @@ class BatchNorm(Operation):
             self.running = mean, var = tuple(t.clone() for t in self.running)
             invstd = (var + self.eps).rsqrt()
         if invstd.dtype in WIDE and all(t is None or t.dtype == invstd.dtype for t in (gamma, beta)):
-            return Normalise(self.table, gamma, beta, mean, invstd)
+            return Normalise(gamma, beta, mean, invstd)
         # A norm entirely in half precision: only the kernel knows how its scale is rounded.
         values = copy_of(gamma), copy_of(beta)
         how = (*self.running, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)

@@ -51,22 +51,19 @@ class Norm(NamedTuple):
 
 def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
     """z from the norm's input y (N, C, ...), in ``out`` if it is given. ATen has this pass on CUDA."""
+    mean, invstd, gamma, beta = norm
     if y.is_cuda:
-        mean, invstd, gamma, beta = norm
         return torch.batch_norm_elemt(y, gamma, beta, mean, invstd, 0.0, out=out)
     if one_pass("none", y, out):
         return launch(None, y, None, norm, None, out)
-    return by_batch_norm(y, norm, out)
-
-
-def by_batch_norm(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
-    """z by PyTorch's kernel for constant statistics, in ``out`` if it is given.
-
-    1/σ is in the kernel's weight, so its variance is 1 and its ε 0.
-    """
-    mean, invstd, gamma, beta = norm
+    # With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
+    # forward's did: y scale + (β - μ scale), with scale = γ · (1/σ).
     scale = invstd if gamma is None else invstd * gamma
-    z = torch.batch_norm(y, scale, beta, mean, torch.ones_like(mean), False, 0.0, 0.0, False)
+    how = y, scale, beta, mean, torch.ones_like(mean), False, 0.0, 0.0
+    if y.is_cpu and out is not None and y.stride() == out.stride():  # else it would write in y's order
+        none = mean.new_empty(0)
+        return torch.native_batch_norm(*how, out=(out, none, none))[0]
+    z = torch.native_batch_norm(*how)[0]
     return z if out is None else out.copy_(z)
 
 

@@ -50,7 +50,6 @@ class Task:
         """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
         self.uses.clear()
-        self.table.constants.clear()
 
     def drop(self, value: Value) -> None:
         """``value`` is not needed any more."""
@@ -169,15 +168,13 @@ class Program:
             if p in steps and self.read[p] == 1 and p not in memory:
                 if p.view[:3] == v.view[:3] and not isinstance(p.recipe, Part):
                     places[p] = places.get(v, v)
-        per_slab = 0 if self.whole(result) else slab_of(result)
-        if per_slab in (0, len(result)):
+        images = [] if self.whole(result) else slabs(result)
+        if not images or images[0].stop == len(result):
             self.run_some(memory, places, None)
             return result
-        tensors = (self.given | memory).items()
-        cut = {v: t.split(per_slab) for v, t in tensors if t.shape[:1] == result.shape[:1]}
-        for i in range(1 if isinstance(result, FakeTensor) else len(cut[last])):  # one has the memory of any
-            some = {v: pieces[i] for v, pieces in cut.items()}
-            self.run_some(some, places, len(some[last]))
+        tensors = {v: t for v, t in (self.given | memory).items() if t.shape[:1] == result.shape[:1]}
+        for slab in images:
+            self.run_some({v: t[slab] for v, t in tensors.items()}, places, slab.stop - slab.start)
         return result
 
     def whole(self, result: Tensor) -> bool:
@@ -289,17 +286,11 @@ def takers(operation) -> list[tuple[int, int]]:
     return found
 
 
-def slab_of(like: Tensor) -> int:
-    """How many images of ``like`` to compute at once."""
-    images = like.shape[0]
-    if not like.is_cpu or images == 0:
-        return images
-    return min(images, max(1, SLAB_BYTES // max(1, like.nbytes // images)))
-
-
 def slabs(like: Tensor) -> list[slice]:
-    """Slices of the batch; for fake tensors the first alone, which has the memory of any."""
-    images, per_slab = len(like), slab_of(like)
+    """Slices of images to compute at once; for fake tensors the first alone, which has the memory of any."""
+    images = per_slab = len(like)
+    if like.is_cpu and like.nbytes:
+        per_slab = max(1, SLAB_BYTES * images // like.nbytes)
     cut = [slice(i, min(i + per_slab, images)) for i in range(0, images, per_slab or 1)]
     return cut[:1] if isinstance(like, FakeTensor) else cut
 

@@ -189,7 +189,6 @@ class Table:
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
         self._exposed: dict[int, weakref.ref] = {}  # storages
-        self.constants: dict[tuple, tuple[Tensor, Tensor]] = {}  # of one backward pass
 
     def clear(self) -> None:
         self._storages.clear()
@@ -259,14 +258,6 @@ class Table:
             if recipe is None:
                 value.parents, value.name, value.origin = (), operation.name, operation.weight
         return value
-
-    def ones(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A vector of ones like this one, and an empty one, which all recipes share."""
-        key = like.shape, like.dtype
-        found = self.constants.get(key)
-        if found is None:
-            found = self.constants[key] = torch.ones_like(like), like.new_empty(0)
-        return found
 
     # Deciding -------------------------------------------------------------------------------------------
 

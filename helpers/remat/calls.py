@@ -341,13 +341,14 @@ def avg_pool(
     mode, function, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None,
 ):  # fmt: skip
-    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
+    n = 3 if function is F.avg_pool3d else 2
+    fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
     fit(mode.table.is_safe(input))
-    # CUDA's backward knows these two layouts alone.
-    fit(input.is_contiguous() or input.is_contiguous(memory_format=torch.channels_last))
-    k = per_dimension(kernel_size, 2)
-    stride = k if stride is None else per_dimension(stride, 2)
-    how = k, stride, per_dimension(padding, 2), bool(ceil_mode), bool(count_include_pad), divisor_override
+    # CUDA's backward knows these layouts alone.
+    fit(input.is_contiguous() or (n == 2 and input.is_contiguous(memory_format=torch.channels_last)))
+    k = per_dimension(kernel_size, n)
+    stride = k if stride is None else per_dimension(stride, n)
+    how = k, stride, per_dimension(padding, n), bool(ceil_mode), bool(count_include_pad), divisor_override
 
     def run() -> Tensor:
         value, operation = mode.table.find(input), ops.AvgPool(function, how, input)
@@ -355,7 +356,7 @@ def avg_pool(
         y = mode.apply(operation, input)
         # Not the operation's own method: it holds the operation, which holds the value.
         call = lambda x: function(x, *how)  # noqa: E731
-        recipe = ops.Again("avg_pool2d", call, max(1.0, input.numel() / y.numel()))
+        recipe = ops.Again(function.__name__, call, max(1.0, input.numel() / y.numel()))
         mode.table.note(y, recipe, (value,), operation)
         return y
 
@@ -365,12 +366,13 @@ def avg_pool(
 def max_pool(
     mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **named
 ):
-    fit(plain(input) and input.dim() == 4 and input.requires_grad and input.numel() > 0)
-    k, d = per_dimension(kernel_size, 2), per_dimension(dilation, 2)
-    stride = k if stride is None else per_dimension(stride, 2)
-    how = k, stride, per_dimension(padding, 2), d, bool(ceil_mode)
-    fit(not named.get("return_indices") and d == [1, 1])
-    fit(k[0] * k[1] <= 256 and k[1] <= input.shape[3])
+    n = 3 if function in (F.max_pool3d, torch.max_pool3d) else 2
+    fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
+    k, d = per_dimension(kernel_size, n), per_dimension(dilation, n)
+    stride = k if stride is None else per_dimension(stride, n)
+    how = k, stride, per_dimension(padding, n), d, bool(ceil_mode)
+    fit(not named.get("return_indices") and set(d) == {1})
+    fit(n == 3 or (k[0] * k[1] <= 256 and k[1] <= input.shape[3]))
 
     def run() -> Tensor:
         table = mode.table
@@ -517,6 +519,6 @@ HANDLERS: dict[Callable, Callable | None] = {
     F.layer_norm: again("norm", 3.0, fits=lambda x, shape, **_: len(shape) < x.dim()),
     F.instance_norm: again("norm", 3.0, fits=lambda x, running_mean, **_: running_mean is None),
     torch.prelu: again("prelu"),
-    F.avg_pool2d: handler(avg_pool),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), handler(max_pool)),
+    **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool3d, torch.max_pool3d), handler(max_pool)),
 }

@@ -403,28 +403,38 @@ class AvgPool(Operation):
 
     def backward(self, task, dz, needs, saved):
         dx = self.view.empty()
-        return [aten.avg_pool2d_backward.grad_input(dz, dx, *self.how, grad_input=dx)]
+        kernel = aten.avg_pool2d_backward if dx.dim() == 4 else aten.avg_pool3d_backward
+        return [kernel.grad_input(dz, dx, *self.how, grad_input=dx)]
+
+
+# By the dimensions of the input: forward, and backward.
+MAX_POOLS = {
+    4: (torch._C._nn.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
+    5: (torch._C._nn.max_pool3d_with_indices, aten.max_pool3d_with_indices_backward),
+}
 
 
 class MaxPool(Operation):
     """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input.
 
-    On an accelerator it is the position in the image, in two bytes if that will do: one pass instead of four.
+    On an accelerator, or in three dimensions, it is the position in the image, in two bytes if that will do:
+    one pass instead of four.
     """
 
     def __init__(self, how: tuple, x: Tensor) -> None:
         self.how = how  # kernel, stride, padding, dilation, ceil_mode
-        self.shape, self.offsets = x.shape, None
-        self.gap = x.shape[3] - how[0][1]  # pixels between two rows of a window
+        self.shape, self.offsets, self.in_window = x.shape, None, x.is_cpu and x.dim() == 4
+        self.gap = x.shape[-1] - how[0][-1]  # pixels between two rows of a window
 
     def forward(self, x):
-        if not x.is_cpu:
-            y, index = torch._C._nn.max_pool2d_with_indices(x, *self.how)
+        pool = MAX_POOLS[x.dim()][0]
+        if not self.in_window:
+            y, index = pool(x, *self.how)
             self.offsets = index.to(torch.int16 if x.shape[2:].numel() <= 1 << 15 else torch.int32)
             return y
         y = starts = None
         for images in slabs(x):
-            y_s, index = torch._C._nn.max_pool2d_with_indices(x[images], *self.how)
+            y_s, index = pool(x[images], *self.how)
             if y is None:
                 y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
                 self.offsets = torch.empty_like(y, dtype=torch.uint8)
@@ -443,15 +453,14 @@ class MaxPool(Operation):
         return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
 
     def backward(self, task, dz, needs, saved):
-        layout = torch.contiguous_format if self.offsets.is_contiguous() else torch.channels_last
+        last, dims = (torch.channels_last, torch.channels_last_3d), len(self.shape)
+        layout = torch.contiguous_format if self.offsets.is_contiguous() else last[dims - 4]
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
-        starts = self.starts(self.offsets) if dz.is_cpu else None
+        starts = self.starts(self.offsets) if self.in_window else None
         for images in slabs(dx):
             index, dx_s = self.offsets[images].long(), dx[images]
-            if dz.is_cpu:
+            if self.in_window:
                 index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
             # Of the input the library reads the shape and the layout: those of its result.
-            aten.max_pool2d_with_indices_backward.grad_input(
-                dz[images], dx_s, *self.how, index, grad_input=dx_s
-            )
+            MAX_POOLS[dims][1].grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
         return [dx]

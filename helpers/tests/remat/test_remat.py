@@ -314,6 +314,42 @@ def test_poolings(name, layout):
         assert_close(found.gradients, wanted.gradients)
 
 
+VOLUMES = {
+    "max": lambda: nn.MaxPool3d(2),
+    "max overlapping": lambda: nn.MaxPool3d((3, 2, 5), (2, 1, 3), (1, 0, 2)),
+    "max ceil_mode": lambda: nn.MaxPool3d(2, (1, 2, 2), ceil_mode=True),
+    "max dilated": lambda: nn.MaxPool3d(2, 1, dilation=2),
+    "max large": lambda: nn.MaxPool3d(8, 2, 4),
+    "max of one value": lambda: Net(lambda self, x: F.max_pool3d(x.clamp(max=0), 2, None, 1)),
+    "max without a batch": lambda: Net(lambda self, x: F.max_pool3d(x[0], 2)[None]),
+    "mean": lambda: nn.AvgPool3d(2),
+    "mean 3 stride 1 padding 1": lambda: nn.AvgPool3d(3, 1, 1),
+    "mean ceil_mode": lambda: nn.AvgPool3d(2, (1, 2, 2), ceil_mode=True, count_include_pad=False),
+    "mean without a batch": lambda: Net(lambda self, x: F.avg_pool3d(x[0], 2)[None]),
+}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=["ncdhw", "ndhwc"])
+@pytest.mark.parametrize("name", VOLUMES)
+def test_poolings_of_volumes(name, layout):
+    def make():
+        convs = nn.Conv3d(3, 8, 3, padding=1, bias=False), nn.Conv3d(8, 4, 1)
+        model = nn.Sequential(convs[0], nn.BatchNorm3d(8), nn.ReLU(), VOLUMES[name](), convs[1])
+        return Net(lambda self, x: self.model(x.contiguous(memory_format=layout)), model=model)
+
+    check(make, image(2, 3, 5, 4, 6))
+
+
+@pytest.mark.parametrize(("width", "nbytes"), [(128, 2), (130, 4)])
+def test_a_pooling_of_volumes_holds_its_positions_alone(width, nbytes):
+    """In two bytes where an image has at most 2¹⁵ values."""
+    x = image(2, 1, 8, 32, width).requires_grad_()
+    with remat() as record:
+        out = F.max_pool3d(F.silu(x), 2)
+    assert record.rows[-1].nbytes == nbytes * out.numel()
+    assert record.kept_bytes == x.nbytes + record.rows[-1].nbytes
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", ["max 3 stride 2 padding 1", "mean", "mean 3 stride 1 padding 1"])
 def test_a_pooling_keeps_the_layout(name, layout):

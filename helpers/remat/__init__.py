@@ -2,8 +2,9 @@
 
 `values` has the recipes, the price and the decision of what is kept; `task` recomputes values in backward;
 `operations` and `convolutions` say what each operation computes in forward, its recipe and its backward;
-`calls` which calls become which operation; `mode` has the context and the nodes of the graph; `record` and
-`compare` are what people read; `compiled` does the same for graphs that torch.compile makes.
+`calls` which calls become which operation, and `writes` what other calls change; `mode` has the context and
+the nodes of the graph; `record` and `compare` are what people read; `compiled` does the same for graphs that
+torch.compile makes.
 """
 
 from helpers.remat.mode import remat

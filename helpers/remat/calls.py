@@ -7,7 +7,6 @@ serve goes to PyTorch unchanged. `HANDLERS` at the end is the whole list.
 from __future__ import annotations
 
 import functools
-import types
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -31,7 +30,8 @@ from helpers.remat.convolutions import (
     setting_of,
 )
 from helpers.remat.operations import Unfit, fit
-from helpers.remat.values import SMALL, Row, Table, Value, View, is_window
+from helpers.remat.values import SMALL, Row, Value, View, is_window
+from helpers.remat.writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
     from helpers.remat.mode import Mode
@@ -337,18 +337,23 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
     return handler(bind)
 
 
+def window(input: Tensor, n: int, kernel_size, stride, padding) -> tuple[list[int], ...]:
+    """Kernel, stride and padding of a pooling over the last ``n`` dimensions."""
+    fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
+    sizes = kernel_size, kernel_size if stride is None else stride, padding
+    return tuple(per_dimension(v, n) for v in sizes)
+
+
 def avg_pool(
     mode, function, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None,
 ):  # fmt: skip
     n = 3 if function is F.avg_pool3d else 2
-    fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
+    sizes = window(input, n, kernel_size, stride, padding)
     fit(mode.table.is_safe(input))
     # CUDA's backward knows these layouts alone.
     fit(input.is_contiguous() or (n == 2 and input.is_contiguous(memory_format=torch.channels_last)))
-    k = per_dimension(kernel_size, n)
-    stride = k if stride is None else per_dimension(stride, n)
-    how = k, stride, per_dimension(padding, n), bool(ceil_mode), bool(count_include_pad), divisor_override
+    how = *sizes, bool(ceil_mode), bool(count_include_pad), divisor_override
 
     def run() -> Tensor:
         value, operation = mode.table.find(input), ops.AvgPool(function, how, input)
@@ -366,24 +371,23 @@ def avg_pool(
 def max_pool(
     mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **named
 ):
-    n = 3 if function in (F.max_pool3d, torch.max_pool3d) else 2
-    fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
-    k, d = per_dimension(kernel_size, n), per_dimension(dilation, n)
-    stride = k if stride is None else per_dimension(stride, n)
-    how = k, stride, per_dimension(padding, n), d, bool(ceil_mode)
-    fit(not named.get("return_indices") and set(d) == {1})
-    fit(n == 3 or (k[0] * k[1] <= 256 and k[1] <= input.shape[3]))
+    n = MAX_POOLS[function]
+    k, s, p = window(input, n, kernel_size, stride, padding)
+    fit(not named.get("return_indices") and set(per_dimension(dilation, n)) == {1})
+    if n == 1:  # PyTorch pools images of one row
+        k, s, p = [1, *k], [1, *s], [0, *p]
+    fit(n == 3 or (k[0] * k[1] <= 256 and k[1] <= input.shape[-1]))
 
     def run() -> Tensor:
-        table = mode.table
+        table, x = mode.table, input.unsqueeze(2) if n == 1 else input
         table.count_plain(table.find(input))
-        operation = ops.MaxPool(how, input)
-        y = mode.apply(operation, input)
+        operation = ops.MaxPool((k, s, p, [1] * len(k), bool(ceil_mode)), x)
+        y = mode.apply(operation, x)
         table.plain_bytes += 8 * y.numel()
         offsets = Row("offsets", None, View.of(operation.offsets))
         offsets.kept = True
         table.rows.append(offsets)
-        return y
+        return y.squeeze(2) if n == 1 else y
 
     return run
 
@@ -404,71 +408,11 @@ def leave(mode: Mode, function, args, kwargs):
     return out
 
 
-def targets(function, args, kwargs) -> list:
-    """What a call changes, with a new version."""
-    by_name, place = writes(function)
-    found = [kwargs["out"]] if "out" in kwargs else []
-    if by_name or kwargs.get("inplace") or (place and len(args) > place and args[place]):
-        found += args[:1] or [*kwargs.values()][:1]
-    for i, name in schema_writes(function):
-        found.append(args[i] if i < len(args) else kwargs.get(name))
-    if kwargs.get("max_norm") is not None:  # an embedding's weight
-        found += [args[1] if len(args) > 1 else kwargs["weight"]]
-    return found
-
-
-@functools.lru_cache(maxsize=4096)
-def schema_writes(function) -> frozenset[tuple[int, str]]:
-    """For an operator, perhaps the user's own: the arguments that it changes, by its overloads' schemas."""
-    names = function.overloads() if isinstance(function, torch._ops.OpOverloadPacket) else ()
-    schemas = [getattr(function, name)._schema for name in names]
-    if schema := getattr(function, "_schema", None):
-        schemas.append(schema)
-    return frozenset((i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.is_write)
-
-
-@functools.lru_cache(maxsize=4096)
-def writes(function) -> tuple[bool, int | None]:
-    """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
-    name, place = name_of(function), None
-    if isinstance(function, types.FunctionType):
-        parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
-        place = parameters.index("inplace") if "inplace" in parameters else None
-    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in IN_PLACE, place
-
-
-@functools.lru_cache(maxsize=4096)
-def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
-    """For a function that changes tensors without a new version: what to do with each before."""
-    if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
-        return Table.expose  # it may write after it has returned
-    name = name_of(function)
-    if name.startswith("_fused_"):  # an optimizer's step
-        return Table.before_write
-    known = any(part in name for part in ("batch_norm", "instance_norm", "moving_avg"))
-    return before_new_statistics if known else None
-
-
-def before_new_statistics(table: Table, t: Tensor) -> None:
-    if t.dim() < 2 and not t.requires_grad:
-        table.before_write(t)
-
-
-def name_of(function) -> str:
-    """Its name, without an overload's."""
-    return getattr(function, "__name__", "").partition(".")[0]
-
-
 def expose(mode: Mode, function, args, kwargs):
     """From now on, writes to a tensor may go unseen by autograd."""
     for t in filter(ordinary, args):
         mode.table.expose(t)
     return function(*args, **kwargs)
-
-
-OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
-IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
 
 
 def functions(names: str) -> list[Callable]:
@@ -502,6 +446,7 @@ OPERATIONS = {
     torch.div: "div div_ __truediv__ __itruediv__",
 }
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
+MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
@@ -520,5 +465,5 @@ HANDLERS: dict[Callable, Callable | None] = {
     F.instance_norm: again("norm", 3.0, fits=lambda x, running_mean, **_: running_mean is None),
     torch.prelu: again("prelu"),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),
-    **dict.fromkeys((F.max_pool2d, torch.max_pool2d, F.max_pool3d, torch.max_pool3d), handler(max_pool)),
+    **dict.fromkeys(MAX_POOLS, handler(max_pool)),
 }

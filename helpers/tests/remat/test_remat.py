@@ -340,6 +340,35 @@ def test_poolings_of_volumes(name, layout):
     check(make, image(2, 3, 5, 4, 6))
 
 
+SIGNALS = {
+    "max": lambda: nn.MaxPool1d(2),
+    "max 3 stride 2 padding 1": lambda: nn.MaxPool1d(3, 2, 1),
+    "max ceil_mode": lambda: nn.MaxPool1d(5, 3, ceil_mode=True),
+    "max dilated": lambda: nn.MaxPool1d(2, 1, dilation=2),
+    "max, then in place": lambda: nn.Sequential(nn.MaxPool1d(2), nn.ReLU6(inplace=True)),
+    "max without a batch": lambda: Net(lambda self, x: F.max_pool1d(x[0], 2)[None]),
+    "mean": lambda: nn.AvgPool1d(2),
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_poolings_of_signals(name):
+    def make():
+        convs = nn.Conv1d(3, 8, 3, padding=1, bias=False), nn.Conv1d(8, 4, 1)
+        return nn.Sequential(convs[0], nn.BatchNorm1d(8), nn.ELU(), SIGNALS[name](), convs[1])
+
+    check(make, image(4, 3, 17))
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(2), nn.MaxPool2d((1, 2))])
+def test_a_pooling_of_signals_holds_a_byte_for_each_maximum(pool):
+    x = image(4, 3, 18) if isinstance(pool, nn.MaxPool1d) else image(4, 3, 1, 18)
+    with remat() as record:
+        out = pool(F.silu(x.requires_grad_()))
+    assert record.rows[-1].nbytes == out.numel() and record.kept_bytes == x.nbytes + out.numel()
+    assert record.plain_bytes == 2 * x.nbytes + 8 * out.numel()
+
+
 @pytest.mark.parametrize(("width", "nbytes"), [(128, 2), (130, 4)])
 def test_a_pooling_of_volumes_holds_its_positions_alone(width, nbytes):
     """In two bytes where an image has at most 2¹⁵ values."""

@@ -1,0 +1,71 @@
+"""What a call changes: which tensors, and whether with a new version."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from helpers.remat.values import Table
+
+OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
+IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
+
+
+def targets(function, args, kwargs) -> list:
+    """What a call changes, with a new version."""
+    by_name, place = writes(function)
+    found = [kwargs["out"]] if "out" in kwargs else []
+    if by_name or kwargs.get("inplace") or (place and len(args) > place and args[place]):
+        found += args[:1] or [*kwargs.values()][:1]
+    for i, name in schema_writes(function):
+        found.append(args[i] if i < len(args) else kwargs.get(name))
+    if kwargs.get("max_norm") is not None:  # an embedding's weight
+        found += [args[1] if len(args) > 1 else kwargs["weight"]]
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def schema_writes(function) -> frozenset[tuple[int, str]]:
+    """For an operator, perhaps the user's own: the arguments that it changes, by its overloads' schemas."""
+    names = function.overloads() if isinstance(function, torch._ops.OpOverloadPacket) else ()
+    schemas = [getattr(function, name)._schema for name in names]
+    if schema := getattr(function, "_schema", None):
+        schemas.append(schema)
+    return frozenset((i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.is_write)
+
+
+@functools.lru_cache(maxsize=4096)
+def writes(function) -> tuple[bool, int | None]:
+    """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
+    name, place = name_of(function), None
+    if isinstance(function, types.FunctionType):
+        parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
+        place = parameters.index("inplace") if "inplace" in parameters else None
+    in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return in_place or name in IN_PLACE, place
+
+
+@functools.lru_cache(maxsize=4096)
+def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
+    """For a function that changes tensors without a new version: what to do with each before."""
+    if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
+        return Table.expose  # it may write after it has returned
+    name = name_of(function)
+    if name.startswith("_fused_"):  # an optimizer's step
+        return Table.before_write
+    known = any(part in name for part in ("batch_norm", "instance_norm", "moving_avg"))
+    return before_new_statistics if known else None
+
+
+def before_new_statistics(table: Table, t: Tensor) -> None:
+    if t.dim() < 2 and not t.requires_grad:
+        table.before_write(t)
+
+
+def name_of(function) -> str:
+    """Its name, without an overload's."""
+    return getattr(function, "__name__", "").partition(".")[0]

@@ -340,6 +340,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
 def window(input: Tensor, n: int, kernel_size, stride, padding) -> tuple[list[int], ...]:
     """Kernel, stride and padding of a pooling over the last ``n`` dimensions."""
     fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
+    fit(n == 2 or autocast_dtype(input) is None)  # a CPU's casts volumes to float32
     sizes = kernel_size, kernel_size if stride is None else stride, padding
     return tuple(per_dimension(v, n) for v in sizes)
 

@@ -327,7 +327,9 @@ class Activation(Operation):
 
     def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
-        self.from_result = passes.takes_result(kind, value.view.dtype)  # then `value` is to be the result's
+        # Then `value` is to be the result's. PyTorch's own leaky ReLU in place needs it, too.
+        leaky = in_place and kind.name == "leaky_relu" and kind.numbers[0] >= 0
+        self.from_result = leaky or passes.takes_result(kind, value.view.dtype)
 
     def backward(self, task, dz, needs, saved):
         if task.at_hand(self.value) is None:  # an accelerator can do without it

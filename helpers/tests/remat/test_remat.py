@@ -369,6 +369,26 @@ def test_a_pooling_of_signals_holds_a_byte_for_each_maximum(pool):
     assert record.plain_bytes == 2 * x.nbytes + 8 * out.numel()
 
 
+@pytest.mark.parametrize("pools, n", [(SIGNALS, 1), (POOLS, 2), (VOLUMES, 3)], ids=["1d", "2d", "3d"])
+def test_poolings_under_autocast(pools, n):
+    """A CPU's autocast leaves some in half precision and casts others to float32."""
+    conv, norm = getattr(nn, f"Conv{n}d"), getattr(nn, f"BatchNorm{n}d")
+    for name, pool in pools.items():
+
+        def make(pool=pool):
+            return nn.Sequential(conv(3, 8, 3, padding=1), nn.ReLU(), pool(), norm(8))
+
+        how = {"dtype": torch.float32, "autocast": torch.bfloat16}
+        x = image(2, 3, *(9, 8, 10)[:n], dtype=torch.float32)
+        wanted = step(make, [x], None, **how)
+        for cost in COSTS:
+            found = step(make, [x], cost, **how)
+            assert_same_forward(found, wanted)
+            for key in ("3.weight", "3.bias"):  # a GPU's and a CPU's sums have float32's digits
+                difference = apart(found.gradients[key], wanted.gradients[key])
+                assert difference <= rounding(torch.float32, terms=1000), (name, cost, key)
+
+
 @pytest.mark.parametrize(("width", "nbytes"), [(128, 2), (130, 4)])
 def test_a_pooling_of_volumes_holds_its_positions_alone(width, nbytes):
     """In two bytes where an image has at most 2¹⁵ values."""
@@ -1100,6 +1120,19 @@ def test_peak_of_an_operation_that_backward_calls_again(name):
             out.backward(dz)
         peaks.append(held.peak)
     assert BLOCK < peaks[1] <= peaks[0] + VECTORS
+
+
+def test_leaky_relu_in_place_holds_its_result_alone():
+    convs = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(convs[0], nn.LeakyReLU(inplace=True), convs[1], nn.LeakyReLU(inplace=True))
+    x, found = image(4, 3, 32, 32, dtype=torch.float32), []
+    for cost in (None, 0):
+        held = Held()
+        held.ignore(x, *model.parameters())
+        with held, under(cost):
+            out = model(x)
+        found.append((held.held, held.peak))
+    assert found[1] == found[0] and out.grad_fn is not None
 
 
 CUTS = {  # what a convolution reads of eight channels' images

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, fit, to
+from helpers.remat.operations import WIDE, Operation, fit, layout_of, to
 from helpers.remat.values import Recipe, Value
 
 aten = torch.ops.aten
@@ -156,7 +156,7 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry, self.value, self.dtype = (
             function, arguments, geometry, value, dtype)  # fmt: skip
-        self.name, self.contiguous = function.__name__, a.is_contiguous()
+        self.name, self.layout = function.__name__, layout_of(a)
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
@@ -197,8 +197,8 @@ class Convolution(Operation):
             da = dz.new_empty(self.shape)
             for da_i, dz_i in zip(da.chunk(parts), dz.chunk(parts), strict=True):
                 da_i.copy_(self.grad_input(dz_i, w))
-        if need_a and self.contiguous and not da.is_contiguous():
-            da = da.contiguous()  # in the input's layout, as PyTorch's: some backward kernels rely on that
+        if need_a and self.layout is not None and not da.is_meta:  # there a convolution knows no layout
+            da = da.contiguous(memory_format=self.layout)  # as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 
     def is_product(self, dz: Tensor, w: Tensor) -> bool:

@@ -86,6 +86,13 @@ def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 
+def layout_of(t: Tensor) -> torch.memory_format | None:
+    """The memory format in which the values of ``t`` have no gaps, if there is one."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim(), torch.contiguous_format)
+    formats = torch.contiguous_format, last
+    return next((layout for layout in formats if t.is_contiguous(memory_format=layout)), None)
+
+
 # Norms -----------------------------------------------------------------------------------------------------
 
 
@@ -122,14 +129,14 @@ class BatchNorm(Operation):
         self, value: Value | None, running_mean, running_var, training: bool, momentum: float, eps: float
     ) -> None:
         self.value, self.running, self.training = value, (running_mean, running_var), training
-        self.momentum, self.eps, self.contiguous = momentum, eps, False
+        self.momentum, self.eps, self.layout = momentum, eps, None
         self.mean = self.invstd = self.reserve = self.kernel = None
 
     def forward(self, y, gamma, beta):
         how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
-        self.contiguous = y.is_contiguous()
+        self.layout = layout_of(y)
         self.recipe = self.recipe_of(gamma, beta)
         return z
 
@@ -157,7 +164,8 @@ class BatchNorm(Operation):
         (gamma,) = saved
         need_y, need_gamma, need_beta = needs
         if self.value is None:  # constant statistics and no dγ: any tensor of y's form will do
-            y, mask = dz.contiguous() if self.contiguous else dz, [need_y, False, need_beta]
+            y = dz if self.layout is None else dz.contiguous(memory_format=self.layout)
+            mask = [need_y, False, need_beta]
         else:
             y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
         if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):

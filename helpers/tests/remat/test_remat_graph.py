@@ -1533,28 +1533,37 @@ def test_the_gradient_of_an_activation_has_pytorchs_layout(act):
     check(scenario)
 
 
-def test_a_frozen_norms_gradient_has_its_inputs_layout():
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])
+def test_a_frozen_norms_gradient_has_its_inputs_layout(layouts):
+    of_input, of_gradient = ((torch.contiguous_format, torch.channels_last)[i] for i in layouts)
+
     def scenario(context):
-        x, one = image(1, 4, 4, 2).requires_grad_(), torch.ones(4).double()
+        x, one = image(2, 4, 4, 3).requires_grad_(), torch.ones(4).double()
         with context():
-            out = F.batch_norm(F.instance_norm(x), one, one)
-        out.backward(image(1, 4, 4, 2, seed=1).contiguous(memory_format=torch.channels_last))
+            h = F.instance_norm(x).contiguous(memory_format=of_input)
+            out = F.batch_norm(h, one, one)
+        h.register_hook(lambda dh: found.append(dh.stride()))
+        out.backward(image(2, 4, 4, 3, seed=1).contiguous(memory_format=of_gradient))
+        assert found.pop() == h.stride()
         return named(x.grad)
 
+    found = []
     check(scenario)
 
 
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("groups, kernel", [(1, 1), (1, 3), (2, 3)])
-def test_the_gradient_of_an_input_has_its_layout(groups, kernel):
-    """Also where the output's gradient is channels_last: a norm before may take it for the wrong values."""
-    conv, x = nn.Conv2d(4, 4, kernel, groups=groups).double(), image(1, 4, 9, 8).requires_grad_()
+def test_the_gradient_of_an_input_has_its_layout(groups, kernel, layouts):
+    """Also where the output's gradient has another: a norm before may take it for the wrong values."""
+    of_input, of_gradient = ((torch.contiguous_format, torch.channels_last)[i] for i in layouts)
+    conv, x = nn.Conv2d(4, 4, kernel, groups=groups).double(), image(2, 4, 9, 8).requires_grad_()
     with remat():
-        h = F.instance_norm(x, weight=torch.ones(4).double())
+        h = F.silu(x.contiguous(memory_format=of_input))
         out = conv(h)
-    h.register_hook(lambda dh: layouts.append(dh.is_contiguous()))
-    layouts = []
-    out.backward(image(*out.shape, seed=1).contiguous(memory_format=torch.channels_last))
-    assert layouts == [True]
+    h.register_hook(lambda dh: found.append(dh.is_contiguous(memory_format=of_input)))
+    found = []
+    out.backward(image(*out.shape, seed=1).contiguous(memory_format=of_gradient))
+    assert found == [True]
 
 
 @pytest.mark.parametrize("cost", [0, 1e9])

@@ -870,7 +870,7 @@ def policy(request):
     library._destroy()
 
 
-@pytest.mark.filterwarnings("ignore:.*verride:UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", BY_IMAGE)
 def test_norms_by_image_under_autocast(name, policy):
     """Backward calls them as forward did, whether it runs in autocast itself or not."""

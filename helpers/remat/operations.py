@@ -110,14 +110,27 @@ class Normalise(Recipe):
 
 
 class Again(Recipe):
-    """Forward's call once more, without its side effects; then a cast, if the value has another dtype."""
+    """Forward's call once more, without its side effects."""
+
+    gives = True
 
     def __init__(self, name: str, call: Callable[[Tensor], Tensor], passes: float, parameter=None) -> None:
         self.name, self.call, self.passes, self.parameter = name, call, passes, weak(parameter)
 
-    def run(self, out, *inputs):
-        z = self.call(*inputs)
-        return z if out is None else out.copy_(z)
+    def run(self, out, x):
+        z = self.call(x)
+        if out is not None:
+            return out.copy_(z)
+        return z.clone() if z.untyped_storage() is x.untyped_storage() else z
+
+
+class Cast(Recipe):
+    """The same values in another dtype."""
+
+    name = "cast"
+
+    def run(self, out, x):
+        return out.copy_(x)
 
 
 class BatchNorm(Operation):

@@ -170,8 +170,9 @@ class Program:
                     places[p] = places.get(v, v)
         images = [] if self.whole(result) else slabs(result)
         if not images or images[0].stop == len(result):
-            self.run_some(memory, places, None)
-            return result
+            if not isinstance(last.recipe, Part):
+                del memory[last], result  # a step may give its own
+            return self.run_some(memory, places, None)
         tensors = {v: t for v, t in (self.given | memory).items() if t.shape[:1] == result.shape[:1]}
         for slab in images:
             self.run_some({v: t[slab] for v, t in tensors.items()}, places, slab.stop - slab.start)
@@ -184,25 +185,33 @@ class Program:
             for v, (recipe, parents) in self.steps.items()
         )
 
-    def run_some(self, tensors: dict[Value, Tensor], places: dict[Value, Value], images: int | None) -> None:
-        """Compute all images, or as many, in the memory of ``tensors``, which then has what is given, too."""
+    def run_some(self, tensors: dict, places: dict, images: int | None) -> Tensor:
+        """The value, of all images or of as many.
+
+        By value, ``tensors`` has what is given and memory for results; ``places`` whose memory a step takes.
+        """
         made, buffers = {}, {}
         for v, (recipe, parents) in self.steps.items():
             place = places[v] if v in places else v
             out = tensors.get(place)
-            if out is None and not isinstance(recipe, Part):
-                out = buffers.pop(place) if place in buffers else v.view.empty(images)
-                if place is not v:
-                    buffers[place] = out
+            if out is None and place in buffers:
+                out = buffers.pop(place)
+            elif out is None and not recipe.gives:
+                out = v.view.empty(images)
             inputs = [
                 made[p] if p in made else tensors[p] if p in tensors and by_image(p, v) else self.given[p]
                 for p in parents
             ]
             made[v] = recipe.run(out, *inputs)
+            if out is None and not isinstance(recipe, Part):
+                made[v] = v.view.like(made[v])
+            if place is not v and place not in tensors:
+                buffers[place] = made[v]
             for p in parents:
                 if self.last_reader[p] is v:  # nothing reads it any more
                     made.pop(p, None)
             del out, inputs
+        return made[self.last]
 
     def merge(self) -> None:
         """On an accelerator, let later steps do the work of earlier ones that nothing else reads."""

@@ -37,9 +37,11 @@ class Recipe:
         parameter: a weak reference to the weight that it applies, if any.
         whole: whether it must see all images at once.
         joins: whether to prefer keeping the parents at equal bytes, since other nodes read them.
+        gives: whether ``run`` needs no ``out``: it gives a tensor of its own, or a view.
     """
 
-    name, price, passes, reuse, joins, whole, parameter = "", 0.0, 1.0, None, False, False, None
+    name, price, passes, reuse, parameter = "", 0.0, 1.0, None, None
+    joins = whole = gives = False
 
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
         """The value from its parents' tensors, of all images or of some; in ``out`` if given."""
@@ -72,6 +74,11 @@ class View(NamedTuple):
             shape, packed(self.shape, self.stride), dtype=self.dtype, device=self.device
         )
 
+    def like(self, t: Tensor) -> Tensor:
+        """``t``, all images or some, with this dtype and layout: itself, or a copy."""
+        alike = t.dtype == self.dtype and t.stride() == packed(self.shape, self.stride)
+        return t if alike else self.empty(len(t)).copy_(t)
+
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
@@ -100,7 +107,7 @@ def span(shape, stride) -> int:
 class Part(Recipe):
     """A view: some channels, or the same values in another shape."""
 
-    name, passes = "view", 0.0
+    name, passes, gives = "view", 0.0, True
 
     def __init__(self, shape, stride, offset: int) -> None:
         self.shape, self.stride, self.offset = tuple(shape), stride, offset

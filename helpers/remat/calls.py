@@ -286,7 +286,7 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Callable:
+def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: int = 2) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
     Args:
@@ -294,6 +294,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
         passes: over a tensor of its input's or output's size, the larger.
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
         fits: whether one image alone can be computed, from all arguments, where not always.
+        saves: how many of the parameters PyTorch's node saves; the others may change before backward.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -319,7 +320,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None) -> Calla
             small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
             copies = [ops.copy_of(t) for t in parameters] if small else None
             if node:
-                operation = ops.Rerun(call, table.need(value, x), len(parameters))
+                operation = ops.Rerun(call, table.need(value, x), parameters, saves)
             out = mode.apply(operation, x, *parameters) if node else call(x)
             if node and out.dtype == x.dtype:
                 table.count_plain(value)
@@ -461,9 +462,13 @@ HANDLERS: dict[Callable, Callable | None] = {
     F.pad: again("resize", node=False, fits=lambda x, pad, *_, **__: len(pad) < 2 * x.dim()),
     **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
-    F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * x.shape[0]),
+    F.group_norm: again(
+        "norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * x.shape[0], saves=1
+    ),
     F.layer_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
-    F.instance_norm: again("norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None),
+    F.instance_norm: again(
+        "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0
+    ),
     torch.prelu: again("prelu"),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),
     **dict.fromkeys(MAX_POOLS, handler(max_pool)),

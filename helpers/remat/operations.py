@@ -239,18 +239,20 @@ class NormActivation(Operation):
 class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    For group norm, layer norm and PReLU.
+    For norms by group, layer and image, and PReLU. As PyTorch's node it saves the first ``saves`` parameters;
+    of the others it has copies.
     """
 
     beside = True
 
-    def __init__(self, call, value: Value, parameters: int) -> None:
-        self.forward, self.value = call, value
-        self.saved = tuple(range(1, 1 + parameters))
+    def __init__(self, call, value: Value, parameters: list[Tensor], saves: int) -> None:
+        self.forward, self.value, self.copies = call, value, [copy_of(t) for t in parameters[saves:]]
+        self.saved = tuple(range(1, 1 + len(parameters[:saves])))
 
     def backward(self, task, dz, needs, saved):
         x, _ = task.get(self.value)
-        inputs = [t.detach().requires_grad_(need) for t, need in zip((x, *saved), needs, strict=True)]
+        given = (x, *saved, *self.copies)
+        inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
         with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run inside remat's context
             edge = torch.autograd.graph.get_gradient_edge(self.forward(*inputs))  # the result itself can go
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]

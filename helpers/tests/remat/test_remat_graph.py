@@ -770,6 +770,35 @@ def test_writes_without_a_new_version(function, cost):
     assert_close(found, wanted)
 
 
+BY_IMAGE = {  # and whether PyTorch saves γ and β
+    "group": (lambda y, *affine: F.group_norm(y, 2, *affine), (True, False)),
+    "layer": (lambda y, *affine: F.layer_norm(y.mT, (8,), *affine), (True, True)),
+    "instance": (lambda y, *affine: F.instance_norm(y, None, None, *affine), (False, False)),
+}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["gamma", "beta"])
+@pytest.mark.parametrize("name", BY_IMAGE)
+def test_a_parameter_of_a_norm_that_changes_before_backward(name, which):
+    """An error where PyTorch's node saves it, and without effect where not."""
+    norm, saved = BY_IMAGE[name]
+
+    def scenario(context):
+        y, affine = image(3, 8, 8).requires_grad_(), [image(8, seed=i).requires_grad_() for i in (1, 2)]
+        with context():
+            out = norm(y, *affine)
+        with torch.no_grad():
+            affine[which].mul_(3)
+        if saved[which]:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.backward(image(*out.shape, seed=3))
+            return {}
+        out.backward(image(*out.shape, seed=3))
+        return named(y.grad, *(t.grad for t in affine))
+
+    check(scenario)
+
+
 OTHER_NORMS = {  # which remat leaves to PyTorch
     "without a graph": lambda y, *stats: F.batch_norm(y.detach(), *stats, training=True),
     "no_grad": torch.no_grad()(lambda y, *stats: F.batch_norm(y, *stats, training=True)),

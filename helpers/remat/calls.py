@@ -318,9 +318,9 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
             value = table.find(x)
             # The recipe keeps copies, which must be small: a layer norm's γ may be as large as an image.
             small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
-            copies = [ops.copy_of(t) for t in parameters] if small else None
+            copies = [ops.copy_of(t) if small or i >= saves else None for i, t in enumerate(parameters)]
             if node:
-                operation = ops.Rerun(call, table.need(value, x), parameters, saves)
+                operation = ops.Rerun(call, table.need(value, x), len(parameters[:saves]), copies[saves:])
             out = mode.apply(operation, x, *parameters) if node else call(x)
             if node and out.dtype == x.dtype:
                 table.count_plain(value)
@@ -354,7 +354,7 @@ def avg_pool(
     sizes = window(input, n, kernel_size, stride, padding)
     fit(mode.table.is_safe(input))
     # CUDA's backward knows these layouts alone.
-    fit(input.is_contiguous() or (n == 2 and input.is_contiguous(memory_format=torch.channels_last)))
+    fit(ops.layout_of(input) in (torch.contiguous_format, torch.channels_last))
     how = *sizes, bool(ceil_mode), bool(count_include_pad), divisor_override
 
     def run() -> Tensor:

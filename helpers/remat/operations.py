@@ -21,6 +21,7 @@ from helpers.remat.values import Recipe, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 
 
 class Unfit(Exception):
@@ -88,9 +89,10 @@ def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def layout_of(t: Tensor) -> torch.memory_format | None:
     """The memory format in which the values of ``t`` have no gaps, if there is one."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.dim(), torch.contiguous_format)
-    formats = torch.contiguous_format, last
-    return next((layout for layout in formats if t.is_contiguous(memory_format=layout)), None)
+    if t.is_contiguous():  # cheap: nearly all are
+        return torch.contiguous_format
+    last = CHANNELS_LAST.get(t.dim())
+    return last if last and t.is_contiguous(memory_format=last) else None
 
 
 # Norms -----------------------------------------------------------------------------------------------------
@@ -239,15 +241,15 @@ class NormActivation(Operation):
 class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    For norms by group, layer and image, and PReLU. As PyTorch's node it saves the first ``saves`` parameters;
-    of the others it has copies.
+    For norms by group, layer and image, and PReLU. Like PyTorch's node it saves the first ``saves``
+    parameters; of the others it has ``copies``.
     """
 
     beside = True
 
-    def __init__(self, call, value: Value, parameters: list[Tensor], saves: int) -> None:
-        self.forward, self.value, self.copies = call, value, [copy_of(t) for t in parameters[saves:]]
-        self.saved = tuple(range(1, 1 + len(parameters[:saves])))
+    def __init__(self, call, value: Value, saves: int, copies: list[Tensor]) -> None:
+        self.forward, self.value, self.copies = call, value, copies
+        self.saved = tuple(range(1, 1 + saves))
 
     def backward(self, task, dz, needs, saved):
         x, _ = task.get(self.value)
@@ -317,7 +319,7 @@ class Activate(Recipe):
         self.name, self.kind, self.whole = kind.name, kind, kind.name not in EXACT
 
     def run(self, out, u):
-        return self.kind.forward(u, torch.empty_like(u) if out is None else out)
+        return self.kind.forward(u, out)
 
     def merged(self, parents, alone):
         """On an accelerator: with the norm before it, and with what is added to the norm's result."""
@@ -433,7 +435,7 @@ class AvgPool(Operation):
 
 
 # By the dimensions of the input: forward, and backward.
-MAX_POOLS = {
+MAX_POOL_KERNELS = {
     4: (torch._C._nn.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
     5: (torch._C._nn.max_pool3d_with_indices, aten.max_pool3d_with_indices_backward),
 }
@@ -452,7 +454,7 @@ class MaxPool(Operation):
         self.gap = x.shape[-1] - how[0][-1]  # pixels between two rows of a window
 
     def forward(self, x):
-        pool = MAX_POOLS[x.dim()][0]
+        pool = MAX_POOL_KERNELS[x.dim()][0]
         if not self.in_window:
             y, index = pool(x, *self.how)
             self.offsets = index.to(torch.int16 if x.shape[2:].numel() <= 1 << 15 else torch.int32)
@@ -478,14 +480,13 @@ class MaxPool(Operation):
         return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
 
     def backward(self, task, dz, needs, saved):
-        last, dims = (torch.channels_last, torch.channels_last_3d), len(self.shape)
-        layout = torch.contiguous_format if self.offsets.is_contiguous() else last[dims - 4]
-        dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=layout)
+        how = {"dtype": dz.dtype, "device": dz.device, "memory_format": layout_of(self.offsets)}
+        dx = torch.empty(self.shape, **how)
         starts = self.starts(self.offsets) if self.in_window else None
         for images in slabs(dx):
             index, dx_s = self.offsets[images].long(), dx[images]
             if self.in_window:
                 index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
             # Of the input the library reads the shape and the layout: those of its result.
-            MAX_POOLS[dims][1].grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
+            MAX_POOL_KERNELS[dx.dim()][1].grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
         return [dx]

@@ -107,8 +107,7 @@ class Task:
                 continue
             if v.recipe.price:
                 t = v.recipe.run(None, *[self.start(p) for p in v.parents])
-                if v.view.dense and t.stride() != v.view.stride:  # its views have forward's strides
-                    t = v.view.empty().copy_(t)
+                t = v.view.like(t)  # its views have forward's strides
             else:
                 t = program.run()
             stack.pop()

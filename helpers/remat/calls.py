@@ -47,6 +47,7 @@ def quiet() -> bool:
     return (
         torch.is_grad_enabled()
         and torch._C._get_tracing_state() is None
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and forward_ad._current_level < 0
     )

@@ -186,7 +186,7 @@ class Convolution(Operation):
             db = dz.sum([0, *range(2, dz.dim())])
         if need_a and product:
             da = torch.bmm(w.as_strided((n, c, o), (0, w.stride(1), w.stride(0))), pixels)
-            da = da.view(n, c, *dz.shape[2:])
+            da = aten._unsafe_view(da, (n, c, *dz.shape[2:]))  # not a view, so that the engine may add to it
             if da.shape != self.shape:
                 read, da = da, dz.new_zeros(self.shape)
                 self.pixels_read(da).copy_(read)

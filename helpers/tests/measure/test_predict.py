@@ -162,6 +162,7 @@ EXACT = {
     "saved and in place": lambda h: (h.sigmoid() + h.tanh()).relu_()[::2].exp(),
     "gradients added in place": lambda h: h.neg().sum() + h.neg().sum(),
     "gradients added, one still needed": lambda h: (h.tanh() + h) * h,
+    "gradients added, the first a view": lambda h: h.neg().sum() + h.unflatten(0, (2, 500)).exp().sum(),
     "ends with a sum": lambda h: h.exp() + h.cos(),
     "ends with a view": lambda h: h.exp().unflatten(0, (2, 500)),
     "a sum of its own in backward": SumInBackward.apply,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -1062,6 +1063,24 @@ def test_traced_inside():
     with remat():
         traced = torch.jit.trace(model, X)
     torch.testing.assert_close(traced(X), model(X))
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_step_is_traced(mode, monkeypatch):
+    """Backward's operators in a graph of their own: of all images, and differentiable as PyTorch's are."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 1)
+    model = nn.Sequential(block(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 1)).eval().double()
+    state = dict(model.state_dict())
+
+    def gradient(x, state, context=contextlib.nullcontext):
+        with context():
+            loss = torch.func.functional_call(model, state, (x,)).square().sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    for cost in COSTS:
+        step = functools.partial(gradient, context=functools.partial(remat, cost))
+        traced = make_fx(step, tracing_mode=mode)(leaf(), state)
+        torch.testing.assert_close(traced(leaf(), state), gradient(leaf(), state))
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])

@@ -5,6 +5,7 @@ checkers must tell apart. Here is what they share.
 """
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -46,12 +47,27 @@ def attempted(got):
     return got
 
 
+def call(answer, *args, trace=None, **options):
+    """``answer(*args, **options)``, which must not overwrite a tensor in ``args``; within ``trace``."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    before = [t.clone() for t in tensors]
+    with trace or nullcontext():
+        got = answer(*args, **options)
+    same = all(map(torch.equal, tensors, before))
+    require(same, "a tensor that was given has been overwritten, and others may need it")
+    return got
+
+
 def difference(got, want, **tolerances: float) -> str:
     """In one line how ``got`` differs from ``want``, a tensor, number or list; empty if it does not."""
+    if isinstance(got, Tensor) and not (got.dim() or isinstance(want, Tensor)):
+        got = got.item()
     try:
         assert_close(got, want, check_dtype=isinstance(want, Tensor), **tolerances)
-    except (AssertionError, TypeError) as error:
+    except AssertionError as error:
         return " ".join(str(error).split())
+    except TypeError:
+        return f"expected a {type(want).__name__}, got a {type(got).__name__}"
     return ""
 
 
@@ -85,6 +101,12 @@ def grads(function, inputs, dy, **options) -> tuple[Tensor, ...]:
     return torch.autograd.grad(function(*leaves, **options), leaves, dy)
 
 
+def one_tensor(got) -> Tensor:
+    known = isinstance(attempted(got), Tensor) and got.requires_grad
+    require(known, f"forward must return one tensor with a graph, got a {type(got).__name__}")
+    return got
+
+
 def held_after(function, *args):
     """``(function(*args), bytes of memory that are held then)``."""
     with MemoryTrace() as trace:
@@ -107,12 +129,14 @@ def compare_function(function, reference, names, inputs, mistakes=lambda dout: {
     It may keep ``kept`` bytes a value for backward. ``mistakes(dout)`` and ``note`` are as in `compare`.
     """
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out, held = held_after(lambda: attempted(function(*leaves)) + 0)  # a copy: a kept output counts, too
+    out, held = held_after(lambda: one_tensor(function(*leaves)) + 0)  # a copy: a kept output counts, too
     compare("the output", out, reference(*inputs), note=note)
     more = (held - out.nbytes) / out.numel()
     require(more < kept + 0.5, f"the output is right, but {more:.1f} bytes a value are kept for backward")
     dout = torch.randn_like(out)
-    given = dout.clone()
-    got = torch.autograd.grad(out, leaves, given, allow_unused=True)
-    require(torch.equal(given, dout), "the gradient that came in was overwritten, and others may need it")
+    try:
+        got = call(lambda given: torch.autograd.grad(out, leaves, given, allow_unused=True), dout)
+    except RuntimeError as error:
+        require("returned an in" not in str(error), f"backward: {error}")  # number or shape of gradients
+        raise
     compare(names, got, grads(reference, inputs, dout), mistakes(dout), note)

@@ -23,10 +23,12 @@ OPERATIONS = {
 @exercise(1)
 def check_saved(answers):
     """Name -> "input", "output" or "nothing", as autograd has it."""
+    require(isinstance(answers, dict), f"answers must be a dict, got a {type(answers).__name__}")
     missing = sum(answers.get(name) is None for name in OPERATIONS)
     require(not missing, f"{missing} of {len(OPERATIONS)} not attempted yet")
-    x = torch.randn(2, 3, 4, 6, requires_grad=True)
+    x, words = torch.randn(2, 3, 4, 6, requires_grad=True), ("input", "output", "nothing")
     for name, (function, why) in OPERATIONS.items():
+        require(answers[name] in (*words, "both"), f"{name}: write one of {', '.join(words)}")
         output, saved = saved_by(function, x)
         places = {storage_address(output): "output", storage_address(x): "input"}  # flatten's are the same
         right = places[storage_address(saved[0])] if saved else "nothing"
@@ -36,7 +38,7 @@ def check_saved(answers):
 @exercise(2)
 def check_predict(answer):
     """Bytes that a chain of conv, norm, ReLU keeps, from (n, height, width, channels)."""
-    for n, height, width, channels in ((2, 9, 11, [3, 5]), (3, 16, 12, [1, 4, 6, 2])):
+    for n, height, width, channels in ((3, 16, 12, [1, 4, 6, 2]), (2, 9, 11, [3, 5])):
         blocks = [(nn.Conv2d(c, d, 3), nn.BatchNorm2d(d), nn.ReLU()) for c, d in pairwise(channels)]
         chain, batch = nn.Sequential(*sum(blocks, ())), torch.randn(n, channels[0], height, width)
         sizes = {s.storage: s.nbytes for s in saved_tensors(chain, batch)[1] if len(s.shape) == 4}

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from helpers.book.exercises import compare, convolution_flops, exercise, grads, new, require
+from helpers.book.exercises import call, compare, convolution_flops, exercise, grads, new, require
 
 
 @exercise(1)
@@ -14,7 +14,7 @@ def check_grad_weight(answer):
         "dw is flipped, but F.conv2d does not flip its kernel": dw.flip(2, 3),
         "dw has its channels the wrong way round; exchange dimensions 0 and 1": dw.transpose(0, 1),
     }
-    compare("dw", answer(dy, x), dw, mistakes)
+    compare("dw", call(answer, dy, x), dw, mistakes)
 
 
 @exercise(2)
@@ -29,7 +29,7 @@ def check_grads_transposed(answer):
             "dw is flipped: transposing twice leaves no flip": dw.flip(2, 3),
             "dw has its channels the wrong way round; exchange dimensions 0 and 1": dw.transpose(0, 1),
         }
-        compare("du, dw", answer(dz, u, w, stride), (du, dw), mistakes, f"stride {stride}")
+        compare("du, dw", call(answer, dz, u, w, stride), (du, dw), mistakes, f"stride {stride}")
 
 
 @exercise(3)
@@ -41,7 +41,7 @@ def check_grads_by_patches(answer):
         (dy,) = new(F.conv2d(x, w, **options).shape)
         want = grads(F.conv2d, (x, w), dy, **options)
         _, of_one = grads(F.conv2d, (x[:1], w), dy[:1], **options)
-        got, flops = convolution_flops(answer, dy, x, w, **options)
+        got, flops = convolution_flops(call, answer, dy, x, w, **options)
         mistakes = {"dw takes the images for one: every image has its own patches": of_one}
         compare("dx, dw", got, want, mistakes, note=f"{options}")
         require(not flops, "that calls a convolution; F.unfold, F.fold and torch.einsum are enough")

@@ -5,7 +5,7 @@ from functools import partial
 import torch.nn.functional as F
 
 from helpers.batch_norm import CHANNELS, per_channel
-from helpers.book.exercises import compare, exercise, grads, new
+from helpers.book.exercises import call, compare, exercise, grads, new
 
 
 @exercise(1)
@@ -17,7 +17,7 @@ def check_through_gamma(answer):
         "dgamma is a mean; a number that is used m times collects a sum": want[0] / (y_hat.numel() / 2),
         "dgamma sums dscaled alone; gamma is multiplied by y_hat": dscaled.sum(CHANNELS),
     }
-    compare("dgamma, dy_hat", answer(dscaled, gamma, y_hat), want, mistakes)
+    compare("dgamma, dy_hat", call(answer, dscaled, gamma, y_hat), want, mistakes)
 
 
 @exercise(2)
@@ -32,7 +32,7 @@ def check_grad_from_output(answer):
         "z is not y_hat: undo gamma and beta first": scale * (dz - mean_dz - z * mean_dz_z),
         "that is eval mode; in training mean and variance depend on y": scale * dz,
     }
-    compare("dy", answer(dz, z, gamma, beta, std), *grads(norm, (y,), dz), mistakes)
+    compare("dy", call(answer, dz, z, gamma, beta, std), *grads(norm, (y,), dz), mistakes)
 
 
 @exercise(3)
@@ -47,4 +47,4 @@ def check_grads_group_norm(answer):
         "gamma differs within a group, so it must be inside the sums": per_channel(gamma) * plain,
         "those are batch norm's sums; group norm's run over some channels of one image": batch_norms,
     }
-    compare("dy, dgamma, dbeta", answer(dz, y, gamma, groups, eps), want, mistakes)
+    compare("dy, dgamma, dbeta", call(answer, dz, y, gamma, groups, eps), want, mistakes)

@@ -8,7 +8,16 @@ from torch import nn
 from torchvision.models import DenseNet
 
 from helpers import remat
-from helpers.book.exercises import attempted, compare, compare_function, exercise, grads, held_after, require
+from helpers.book.exercises import (
+    attempted,
+    call,
+    compare,
+    compare_function,
+    exercise,
+    grads,
+    held_after,
+    require,
+)
 
 
 @exercise(1)
@@ -22,7 +31,7 @@ def check_bottleneck(answer):
             _, held = held_after(lambda: model(x).mean((2, 3)))
         return round(held / x[:, :1].nbytes)
 
-    for n, c0, k, b in ((1, 8, 4, 2), (4, 6, 4, 3)):
+    for n, c0, k, b in ((1, 10, 4, 3), (4, 10, 4, 3)):
         plain, recipes = want = channels(nullcontext, n, c0, k, b), channels(remat, n, c0, k, b)
         mistakes = {
             "plain: each layer has two tensors between its convolutions that are kept": plain - n * b * k,
@@ -55,10 +64,14 @@ def check_silu(function):
     def mistakes(da):
         return {"that is a's slope at a: ctx must hold the recipe of z": grads(F.silu, [F.silu(z)], da)[0]}
 
-    compare_function(silu, F.silu, "dz", [z], mistakes)
-    again = made.make and torch.equal(made.tensor(), silu(z))
+    norm = Recipe([source])
+    norm.make = lambda z: z * 1
+    for made.parents in ([source], [norm]):  # z is kept, and z is recomputed
+        compare_function(silu, F.silu, "dz", [z], mistakes)
+        require(torch.equal(source.kept, z), "backward has overwritten z, which may be a kept tensor")
+    again = made.make and torch.equal(call(made.make, z), silu(z))
     require(again, "made.make, called with z, must return forward's output to the last bit")
-    require(torch.equal(source.kept, z), "z was overwritten, which may be a kept tensor")
+    call(function.apply, z, made)
 
 
 @exercise(3)
@@ -66,7 +79,7 @@ def check_dropout(function):
     """``function.apply(a, p)`` is dropout, without a mask that is kept."""
     a, p = torch.rand(6, 4, 24, 20) + 0.5, 0.25
     torch.manual_seed(1)
-    out, other = (attempted(function.apply(a, p)) for _ in range(2))
+    out, other = (attempted(call(function.apply, a, p)) for _ in range(2))
     k = out / a
     gone, stays = (k == 0).double().mean(), k[k != 0]
     require(abs(gone - p) < 0.1, f"a share p = {p} must go, but {gone:.2f} has gone")
@@ -76,3 +89,10 @@ def check_dropout(function):
     torch.manual_seed(1)
     note = "torch.manual_seed decides forward's k, and backward needs the same k"
     compare_function(lambda a: function.apply(a, p), lambda a: a * k, "da", [a], note=note)
+    first, second = (function.apply(a.requires_grad_(), p) for _ in range(2))
+    (first + second).sum().backward()
+    third = function.apply(a, p)
+    words = (
+        "backward sets PyTorch's random numbers back: the next call drops the same places as an earlier one"
+    )
+    require(not torch.equal(third, first) and not torch.equal(third, second), words)

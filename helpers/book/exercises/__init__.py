@@ -67,7 +67,7 @@ def difference(got, want, **tolerances: float) -> str:
     except AssertionError as error:
         return " ".join(str(error).split())
     except TypeError:
-        return f"expected a {type(want).__name__}, got a {type(got).__name__}"
+        return f"expected {type(want).__name__}, got {type(got).__name__}"
     return ""
 
 

@@ -66,7 +66,7 @@ def check_silu(function):
 
     norm = Recipe([source])
     norm.make = lambda z: z * 1
-    for made.parents in ([source], [norm]):  # z is kept, and z is recomputed
+    for made.parents in ([norm], [source]):  # z is recomputed, and z is kept
         compare_function(silu, F.silu, "dz", [z], mistakes)
         require(torch.equal(source.kept, z), "backward has overwritten z, which may be a kept tensor")
     again = made.make and torch.equal(call(made.make, z), silu(z))

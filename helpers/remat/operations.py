@@ -408,12 +408,12 @@ class Elementwise(Recipe):
 
 
 class Concatenate(Recipe):
-    """torch.cat along some dimension but the first."""
+    """torch.cat, of channels or of images."""
 
     name, joins = "cat", True
 
     def __init__(self, dim: int) -> None:
-        self.dim = dim
+        self.dim, self.whole = dim, dim == 0
 
     def run(self, out, *parts):
         return torch.cat(parts, self.dim, out=out)

@@ -76,7 +76,7 @@ class Held(TorchDispatchMode):
         out = as_real(func, args, func(*args, **(kwargs or {})))
         if func is torch.ops.aten.add.Tensor and called_by_engine() and not args[0]._is_view():
             # Two gradients of one tensor. The engine adds real ones in the memory of the first if nothing
-            # else holds it, as a view's base would, and fake ones never: count the sum after its summands had
+            # else (such as a view's base) holds it, fake ones never: count the sum after its summands had
             # the chance to go.
             self.waiting = out
         else:

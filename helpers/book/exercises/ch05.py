@@ -34,7 +34,7 @@ def check_lower_peak(network_class):
         with MemoryTrace() as trace:
             with remat(max_cost=0):
                 out = one_tensor(network(x))
-            require(len(out) == 128 and out.dim() == 2, f"a wrong shape, {tuple(out.shape)}")
+            require(out.dim() == 2 and len(out) == 128, f"a wrong shape, {tuple(out.shape)}")
             F.nll_loss(out, labels).backward()
         grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         return out, grads, trace.tensor_peak / (128 * 64 * 24 * 24 * 4)

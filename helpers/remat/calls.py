@@ -273,7 +273,7 @@ def concatenate(mode, function, tensors, dim=0):
     fit(isinstance(tensors, (tuple, list)) and len(tensors) > 0 and plain(*tensors) and type(dim) is int)
     first = tensors[0]
     dim = dim if dim >= 0 else dim + first.dim()
-    fit(0 <= dim < first.dim() and all(t.dim() == first.dim() and t.dtype == first.dtype for t in tensors))
+    fit(dim >= 0 and all(t.dim() == first.dim() and t.dtype == first.dtype for t in tensors))
     fit(any(t.requires_grad for t in tensors) and all(t.numel() for t in tensors))
     fit(mode.table.is_safe(*tensors))
 

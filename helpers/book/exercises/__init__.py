@@ -48,11 +48,11 @@ def attempted(got):
 
 
 def call(answer, *args, trace=None, **options):
-    """``answer(*args, **options)``, which must not overwrite a tensor in ``args``; within ``trace``."""
+    """``answer(*args, **options)``, not None, which must not overwrite a tensor in ``args``; in ``trace``."""
     tensors = [a for a in args if isinstance(a, Tensor)]
     before = [t.clone() for t in tensors]
     with trace or nullcontext():
-        got = answer(*args, **options)
+        got = attempted(answer(*args, **options))
     same = all(map(torch.equal, tensors, before))
     require(same, "a tensor that was given has been overwritten, and others may need it")
     return got

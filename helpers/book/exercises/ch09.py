@@ -30,8 +30,8 @@ def check_plan(answer):
         return peak(math.ceil(batch / parts), price) + (gradients if parts > 1 else 0)
 
     plans = list(itertools.product(range(1, batch + 1), sorted(prices)))
-    parts_of_two = gradients + peak(4, 12)
-    for memory in (peak(7, 0), parts_of_two, parts_of_two - 1, peak(4, 12), gradients + peak(3, 12) - 1):
+    two_parts = gradients + peak(4, 12)
+    for memory in (peak(7, 0), two_parts, two_parts - 1, peak(4, 12), gradients + peak(3, 12) - 1):
         want = next(plan for plan in plans if needed(*plan) <= memory)
         note = f"{batch} images, {memory:,} bytes, prices {prices}"
         compare("parts, price", answer(model, shape, batch, memory, prices), want, note=note)

@@ -1056,14 +1056,19 @@ def test_dead_channels(precision):
 # Memory ------------------------------------------------------------------------------------------
 
 
+def counted_forward(model, x, cost):
+    """What the model returns, and the count of the bytes that it adds."""
+    held = Held()
+    held.ignore(x, *model.parameters(), *model.buffers())
+    with held, under(cost):
+        return model(x), held
+
+
 def held_by(name, cost):
     """Bytes at the end of forward, by a model and a batch that need no memory."""
     with torch.device("meta"):
         model, x = getattr(torchvision.models, name)(weights=None), torch.empty(8, 3, 64, 64)
-    held = Held()
-    held.ignore(*model.parameters(), *model.buffers(), x)
-    with held, under(cost):
-        out = model(x)
+    out, held = counted_forward(model, x, cost)
     assert out.requires_grad
     return held.held
 
@@ -1135,10 +1140,7 @@ def test_leaky_relu_in_place_holds_its_result_alone():
     model = nn.Sequential(convs[0], nn.LeakyReLU(inplace=True), convs[1], nn.LeakyReLU(inplace=True))
     x, found = image(4, 3, 32, 32, dtype=torch.float32), []
     for cost in (None, 0):
-        held = Held()
-        held.ignore(x, *model.parameters())
-        with held, under(cost):
-            out = model(x)
+        out, held = counted_forward(model, x, cost)
         found.append((held.held, held.peak))
     assert found[1] == found[0] and out.grad_fn is not None
 
@@ -1162,10 +1164,7 @@ def test_a_small_part_does_not_hold_the_whole(cut):
         channels = CUTS[cut]([conv(x) for conv in convs]).shape[1]
         model, found = Net(run, convs=convs, last=nn.Conv2d(channels, 2, 1)), []
         for cost in (None, 0):
-            held = Held()
-            held.ignore(x, *model.parameters())
-            with held, under(cost):
-                out = model(x)
+            out, held = counted_forward(model, x, cost)
             found.append(held.held - out.nbytes)
     assert 0 < found[1] <= found[0]
 
@@ -1174,10 +1173,7 @@ def test_images_put_together_are_recomputed():
     with torch.device("meta"):
         model, x, found = network("norms of few images")().to("meta"), torch.empty(6, 3, 32, 32), []
     for cost in (None, 0):
-        held = Held()
-        held.ignore(x, *model.parameters(), *model.buffers())
-        with held, under(cost):
-            out = model(x)
+        out, held = counted_forward(model, x, cost)
         found.append(held.held - out.nbytes)
     # Of 8 channels plain has the 6 images of y, 6 behind ReLU and 12 put together; of 4 channels the 12 of y.
     image = x[:1, :1].nbytes

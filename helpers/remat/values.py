@@ -105,15 +105,15 @@ def span(shape, stride) -> int:
 
 
 class Part(Recipe):
-    """A view: some channels, or the same values in another shape."""
+    """A view: some channels, or the same values in another shape, which may be across images (``whole``)."""
 
     name, passes, gives = "view", 0.0, True
 
-    def __init__(self, shape, stride, offset: int) -> None:
-        self.shape, self.stride, self.offset = tuple(shape), stride, offset
+    def __init__(self, shape, stride, offset: int, whole: bool) -> None:
+        self.shape, self.stride, self.offset, self.whole = shape, stride, offset, whole
 
     def run(self, out, whole):
-        shape = (whole.shape[0], *self.shape)
+        shape = self.shape if self.whole else (whole.shape[0], *self.shape[1:])
         part = whole.as_strided(shape, self.stride, whole.storage_offset() + self.offset)
         return part if out is None else out.copy_(part)
 
@@ -230,7 +230,7 @@ class Table:
             self.find(t)
 
     def _part(self, t: Tensor) -> tuple[Recipe | None, tuple[Value, ...]]:
-        """The recipe of ``t``, and its parent, if it is a view, image by image, of a known value."""
+        """The recipe of ``t``, and its parent, if it is a view of a known value: by image, or of it all."""
         _, values = self._storages.get(id(t.untyped_storage())) or (None, {})
         for (start, shape, stride, dtype, version), ref in itertools.islice(values.items(), MOST_VALUES):
             whole, offset = ref(), t.storage_offset() - start
@@ -240,9 +240,10 @@ class Table:
                 continue
             outermost = t.stride(0) == stride[0] > span(shape[1:], stride[1:])
             per_image = t.shape[0] == shape[0] and (outermost or shape[0] == 1)
-            if per_image and offset >= 0 and 0 not in t.stride():
-                if offset + span(t.shape[1:], t.stride()[1:]) <= span(shape[1:], stride[1:]):
-                    return Part(t.shape[1:], t.stride(), offset), (whole,)
+            if (per_image or t.numel() == whole.size) and offset >= 0 and 0 not in t.stride():
+                first = 1 if per_image else 0
+                if offset + span(t.shape[first:], t.stride()[first:]) <= span(shape[first:], stride[first:]):
+                    return Part(t.shape, t.stride(), offset, not per_image), (whole,)
         return None, ()
 
     def note(self, t: Tensor, recipe: Recipe | None, parents: tuple[Value, ...], operation=None) -> Value:

@@ -515,6 +515,16 @@ def norms_of_few_images(self, x):
     return self.b(torch.cat([h, h]))
 
 
+def groups_as_images(self, x):
+    """A few channels at a time become an image, then all of them one (a filter for each image)."""
+    h = self.a(x)
+    n, c, height, width = h.shape
+    groups = F.silu(self.b(h.reshape(2 * n, c // 2, height, width)))
+    filters = self.c.weight.repeat(n, 1, 1, 1)
+    one = F.conv2d(groups.view(1, n * c, height, width), filters, groups=n)
+    return self.d(F.relu(one.view(n, -1, height, width)))
+
+
 def keyword_arguments(self, x):
     y = F.conv2d(weight=self.a[0].weight, input=x, stride=(1,), padding="same")
     z = F.batch_norm(input=y, running_mean=None, running_var=None, training=True)
@@ -571,6 +581,8 @@ NETWORKS = {
     "numbers": (arithmetic, {"a": block(), "b": block(8, 4)}),
     "a value with itself": (itself, {"a": block(), "b": block(8, 4)}),
     "norms of few images": (norms_of_few_images, {"a": block(), "b": block(8, 4)}),
+    "groups as images": (
+        groups_as_images, {"a": block(), "b": nn.BatchNorm2d(4), "c": nn.Conv2d(8, 4, 1), "d": block(4, 4)}),
     "keyword arguments": (keyword_arguments, {"a": block()}),
     "dicts and optional arguments": (options, {"a": block(), "b": block(8, 4)}),
     "a module three times": (shared, {"a": block(), "b": block(8, 8)}),
@@ -1178,6 +1190,16 @@ def test_images_put_together_are_recomputed():
     # Of 8 channels plain has the 6 images of y, 6 behind ReLU and 12 put together; of 4 channels the 12 of y.
     image = x[:1, :1].nbytes
     assert found[0] // image >= 8 * (6 + 6 + 12) + 4 * 12 and found[1] // image == 8 * 6 + 4 * 12
+
+
+def test_images_in_another_shape_are_recomputed():
+    with torch.device("meta"):
+        model, x, found = network("groups as images")().to("meta"), torch.empty(6, 3, 32, 32), []
+    for cost in (None, 0):
+        out, held = counted_forward(model, x, cost)
+        found.append((held.held - out.nbytes) // x[:, :1].nbytes)
+    # Plain has both norms' inputs, SiLU's and its result, of 8 channels, and behind that ReLU's result and y.
+    assert found[0] >= 4 * 8 + 2 * 4 and found[1] == 8 + 2 * 4
 
 
 def test_the_parts_of_a_concatenation_go_with_the_context():

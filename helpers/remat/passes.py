@@ -26,9 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 if TYPE_CHECKING:
     from helpers.remat.operations import Kind
 
-# What the kernel knows. It computes in float32.
-KINDS = "relu hardtanh leaky_relu elu silu hardsigmoid hardswish mish sigmoid tanh gelu gelu_tanh".split()
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels, which compute in float32
 PROGRAMS = 512  # of the sums: enough to fill a large card, four to each of its processors
 FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward can take a in place of z
 
@@ -54,7 +52,7 @@ def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
     mean, invstd, gamma, beta = norm
     if y.is_cuda:
         return torch.batch_norm_elemt(y, gamma, beta, mean, invstd, 0.0, out=out)
-    if one_pass("none", y, out):
+    if one_pass(y, out):
         return launch(None, y, None, norm, None, out)
     # With γ/σ for a weight, a variance of 1 and no ε, the CPU's kernel for constant statistics computes what
     # forward's did: y scale + (β - μ scale), with scale = γ · (1/σ).
@@ -75,7 +73,7 @@ def norm_act(
     Rounded to that dtype wherever PyTorch's own kernels, one after the other, would write: it is their result
     up to float32's last digits, and in general not to the bit. ``out`` may be ``added``.
     """
-    if one_pass(kind.name, y, added, out):
+    if one_pass(y, added, out):
         return launch(None, y, added, norm, kind, out)
     z = reference(y, norm, added)
     return kind.forward(z, z if out is None else out)
@@ -89,7 +87,7 @@ def act_backward(
     Where z is within rounding of a corner, such as ReLU's 0, the slope may be that of the other side. ``out``
     may be da or ``added``.
     """
-    if da.dtype == y.dtype and one_pass(kind.name, y, added, out):
+    if da.dtype == y.dtype and one_pass(y, added, out):
         da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
         return launch(da, y, added, norm, kind, out)
     z = reference(y, norm, added)
@@ -106,7 +104,7 @@ def norm_act_backward(
     dz is never written: the first pass reads da and y for the sums of chapter 3, in an order that is always
     the same, and the second reads them again and writes dy.
     """
-    if da.dtype != y.dtype or not one_pass(kind.name, y):
+    if da.dtype != y.dtype or not one_pass(y):
         return None
     da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
     sums = channel_sums(da, y, norm, kind)
@@ -119,9 +117,9 @@ def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
     return z if added is None else z.add_(added)
 
 
-def one_pass(name: str, y: Tensor, *others: Tensor | None) -> bool:
+def one_pass(y: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a kernel for these, all of one dtype and one dense layout."""
-    if not ((name in KINDS or name == "none") and y.dtype in DTYPES and has_kernel(y.device.type)):
+    if not (y.dtype in DTYPES and has_kernel(y.device.type)):
         return False
     rows = matrix(y)
     same = [t is None or (t.dtype, t.shape, matrix(t)) == (y.dtype, y.shape, rows) for t in others]

@@ -79,20 +79,17 @@ def norm_act(
     return kind.forward(z, z if out is None else out)
 
 
-def act_backward(
-    da: Tensor, y: Tensor, norm: Norm, kind: Kind, added: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
+def act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind, added: Tensor | None = None) -> Tensor:
     """dz = da act'(z), or da act'(z + added), with the z of `norm_act`: neither z nor a is made whole.
 
-    Where z is within rounding of a corner, such as ReLU's 0, the slope may be that of the other side. ``out``
-    may be da or ``added``.
+    Where z is within rounding of a corner, such as ReLU's 0, the slope may be that of the other side.
     """
-    if da.dtype == y.dtype and one_pass(y, added, out):
+    if da.dtype == y.dtype and one_pass(y, added):
         da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
-        return launch(da, y, added, norm, kind, out)
+        return launch(da, y, added, norm, kind, None)
     z = reference(y, norm, added)
     x = kind.forward(z, z) if takes_result(kind, z.dtype) else z
-    return kind.backward(da, x, x if out is None else out)
+    return kind.backward(da, x, x)
 
 
 def norm_act_backward(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -62,7 +61,8 @@ class Node(torch.autograd.Function):
         elif functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz):
             raise RuntimeError(BATCHED)
         elif task.twice or task.autocast:
-            with torch.no_grad(), without_autocast(dz.device.type):  # forward has chosen the dtypes
+            # Forward has chosen the dtypes; inside, a recipe may begin its autocast.
+            with torch.no_grad(), torch._C._DisableAutocast():
                 grads = operation.backward(task, dz, needs, saved)
         else:
             grads = operation.backward(task, dz, needs, saved)
@@ -73,12 +73,6 @@ class Node(torch.autograd.Function):
         if not task.retained:
             ctx.operation = None
         return None, *grads
-
-
-def without_autocast(device: str):
-    """A context without autocast, in which a recipe may begin forward's."""
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def once(ctx, dz: Tensor | None, grads: list) -> list:

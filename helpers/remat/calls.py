@@ -411,13 +411,6 @@ def leave(mode: Mode, function, args, kwargs):
     return out
 
 
-def expose(mode: Mode, function, args, kwargs):
-    """From now on, writes to a tensor may go unseen by autograd."""
-    for t in filter(ordinary, args):
-        mode.table.expose(t)
-    return function(*args, **kwargs)
-
-
 def functions(names: str) -> list[Callable]:
     """PyTorch's functions and methods with these names."""
     owners = torch, Tensor, F
@@ -450,8 +443,6 @@ OPERATIONS = {
 }
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
-EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
-            Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
@@ -461,7 +452,6 @@ HANDLERS: dict[Callable, Callable | None] = {
         (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), again("resize", node=False)
     ),
     F.pad: again("resize", node=False, fits=lambda x, pad, *_, **__: len(pad) < 2 * x.dim()),
-    **dict.fromkeys(EXPOSING, expose),
     F.batch_norm: handler(batch_norm),
     F.group_norm: again(
         "norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * x.shape[0], saves=1

@@ -12,6 +12,9 @@ from torch import Tensor
 from helpers.remat.values import Table
 
 OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
+# After these, writes to the tensor may go unseen by autograd.
+EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
+            Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__)  # fmt: skip
 IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
 
 
@@ -51,9 +54,10 @@ def writes(function) -> tuple[bool, int | None]:
 
 @functools.lru_cache(maxsize=4096)
 def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
-    """For a function that changes tensors without a new version: what to do with each before."""
-    if (getattr(function, "__module__", None) or "").startswith("torch.distributed."):
-        return Table.expose  # it may write after it has returned
+    """What to do with each tensor before a call after which it may change without a new version."""
+    module = getattr(function, "__module__", None) or ""
+    if function in EXPOSING or module.startswith("torch.distributed."):  # which may write later
+        return Table.expose
     name = name_of(function)
     if name.startswith("_fused_"):  # an optimizer's step
         return Table.before_write

@@ -301,16 +301,14 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
     def bind(mode: Mode, function, x, /, *args, **named):
         fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
         arguments = (*args, *named.values())
-        places = [i for i, v in enumerate(arguments) if isinstance(v, Tensor)]
-        parameters = [arguments[i] for i in places]
-        given = [None if isinstance(v, Tensor) else fixed(v) for v in arguments]
+        parameters = [v for v in arguments if isinstance(v, Tensor)]
+        given = [Tensor if isinstance(v, Tensor) else fixed(v) for v in arguments]  # Tensor: a parameter
         fit(plain(*parameters) and (fits is None or fits(x, *args, **named)))
         device, dtype = x.device.type, autocast_dtype(x)
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
-            values = given.copy()
-            for i, t in zip(places, tensors, strict=True):
-                values[i] = t
+            rest = iter(tensors)
+            values = [next(rest) if v is Tensor else v for v in given]
             with nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
                 return function(x, *values[: len(args)], **dict(zip(named, values[len(args) :], strict=True)))
 

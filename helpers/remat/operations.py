@@ -16,7 +16,7 @@ from torch import Tensor
 
 from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from helpers.remat import passes
-from helpers.remat.task import Task, slabs
+from helpers.remat.task import slabs
 from helpers.remat.values import Recipe, Value, View
 
 aten = torch.ops.aten
@@ -35,6 +35,8 @@ def fit(condition: bool) -> None:
 
 class Operation:
     """One call: ``forward(*inputs)``, and ``backward(task, dz, needs, saved)``, the inputs' gradients.
+
+    ``task`` is the `Task` that recomputes, ``needs`` which gradients count, ``saved`` what autograd saved.
 
     Attributes:
         saved: the inputs that autograd saves: parameters, whose versions it then checks.
@@ -55,12 +57,6 @@ class Operation:
     table = value = output = weight = source = recipe = None
     number = gradient = result = scratch = 0
     name = ""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def backward(self, task: Task, dz: Tensor, needs: list[bool], saved: tuple[Tensor, ...]) -> list:
-        raise NotImplementedError
 
     def to_save(self, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
         return [inputs[i] for i in self.saved]

@@ -30,7 +30,7 @@ from helpers.remat.convolutions import (
     setting_of,
 )
 from helpers.remat.operations import Unfit, fit
-from helpers.remat.values import SMALL, Row, Value, View, is_window
+from helpers.remat.values import SMALL, Row, Value, is_window
 from helpers.remat.writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
@@ -385,9 +385,8 @@ def max_pool(
         operation = ops.MaxPool((k, s, p, [1] * len(k), bool(ceil_mode)), x)
         y = mode.apply(operation, x)
         table.plain_bytes += 8 * y.numel()
-        offsets = Row("offsets", None, View.of(operation.offsets))
-        offsets.kept = True
-        table.rows.append(offsets)
+        offsets = operation.offsets
+        table.rows.append(Row("offsets", None, offsets.shape, offsets.nbytes, kept=True))
         return y.squeeze(2) if n == 1 else y
 
     return run

@@ -10,6 +10,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -80,10 +81,6 @@ class View(NamedTuple):
         return t if alike else self.empty(len(t)).copy_(t)
 
     @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    @property
     def dense(self) -> bool:
         """Whether its values fill their memory without gaps or overlaps."""
         return packed(self.shape, self.stride) == self.stride
@@ -118,14 +115,16 @@ class Part(Recipe):
         return part if out is None else out.copy_(part)
 
 
+@dataclass(eq=False)
 class Row:
     """What `print(record)` says about one value. Holds no tensor."""
 
-    __slots__ = ("cost", "kept", "nbytes", "origin", "recipe", "shape", "__weakref__")
-
-    def __init__(self, recipe: str, origin, view: View) -> None:
-        self.recipe, self.origin, self.shape, self.nbytes = recipe, origin, view.shape, view.nbytes
-        self.kept, self.cost = False, 0.0
+    recipe: str
+    origin: weakref.ref | None
+    shape: torch.Size
+    nbytes: int
+    kept: bool = False
+    cost: float = 0.0
 
 
 class Value:
@@ -292,7 +291,7 @@ class Table:
     def add_row(self, value: Value) -> None:
         """The value's line in the record."""
         name = value.name if value.recipe is None else value.recipe.name
-        value.row = Row(name, value.origin, value.view)
+        value.row = Row(name, value.origin, value.view.shape, value.nbytes)
         self.rows.append(value.row)
 
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:

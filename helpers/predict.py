@@ -15,6 +15,7 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import sys
@@ -281,13 +282,7 @@ def largest_batch(
     low, high = least, 16
     while needed(high) <= budget_bytes:
         low, high = high, 4 * high
-    while high - low > 1:
-        # Memory is nearly linear in the batch: try where a line meets the budget.
-        line = (budget_bytes - needed(low)) / (needed(high) - needed(low))
-        share = line if needed.cache_info().currsize < 12 else 0.5
-        n = min(max(low + int(share * (high - low)), low + 1), high - 1)
-        low, high = (n, high) if needed(n) <= budget_bytes else (low, n)
-    return low
+    return bisect.bisect(range(high), budget_bytes, low, key=needed) - 1
 
 
 def max_cost_for(

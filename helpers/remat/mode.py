@@ -26,10 +26,6 @@ BATCHED = (
     "remat's backward takes one gradient at a time: is_grads_batched, jacobian(vectorize=True) and vmap over "
     "a backward pass are not supported. Run that part of the model outside of remat"
 )
-GONE = (
-    "Trying to backward through the graph a second time (or directly access saved tensors after they have "
-    "already been freed). Specify retain_graph=True if you need to backward through the graph a second time."
-)
 
 
 class Node(torch.autograd.Function):
@@ -50,10 +46,8 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        operation = ctx.operation
-        if operation is None:
-            raise RuntimeError(GONE)
-        saved, task = ctx.saved_tensors if operation.saved else (), task_of(operation.table)
+        saved = ctx.saved_tensors  # an error if the graph is gone
+        operation, task = ctx.operation, task_of(ctx.operation.table)
         needs = wanted(ctx, operation)
         task.now = operation.number
         if dz is None or not any(needs):

@@ -149,16 +149,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
 
 
 def batch_norm(
-    mode,
-    function,
-    input,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
+    mode, _, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)

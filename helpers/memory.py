@@ -95,10 +95,6 @@ class MemoryTrace:
         if usable != self.device:
             raise ValueError(f"device must keep memory statistics, got {self.device} ({how})")
         self._records, self._profile = self.device.type == "cpu" or timeline, None
-        self._start_over()
-
-    def _start_over(self) -> None:
-        self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
 
     def mark(self, name: str) -> None:
         """Note the memory held at this moment."""
@@ -111,7 +107,7 @@ class MemoryTrace:
     def __enter__(self) -> MemoryTrace:
         if self._records and torch.autograd._profiler_enabled():
             raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
-        self._start_over()
+        self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
         gc.collect()  # garbage of an earlier trace, freed in this one, would count as negative
         if self._records:
             _silence_the_profilers_first_warning()

@@ -25,16 +25,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.module_tracker import ModuleTracker
 
-__all__ = [
-    "MemoryTrace",
-    "SavedTensor",
-    "describe_device",
-    "memory_device",
-    "saved_by",
-    "saved_tensors",
-    "storage_address",
-]
-
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr at every start otherwise
 
 

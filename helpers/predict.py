@@ -52,12 +52,7 @@ class Prediction(NamedTuple):
 
 
 class Held(TorchDispatchMode):
-    """Follows the bytes of all storages made while it is active.
-
-    Attributes:
-        held: bytes now.
-        peak: the most so far.
-    """
+    """Follows the bytes of all storages made while it is active: ``held`` now, ``peak`` the most so far."""
 
     def __init__(self, block: int = 1) -> None:
         super().__init__()

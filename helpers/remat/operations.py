@@ -426,15 +426,8 @@ class AvgPool(Operation):
 
     def backward(self, task, dz, needs, saved):
         dx = self.view.empty()
-        kernel = aten.avg_pool2d_backward if dx.dim() == 4 else aten.avg_pool3d_backward
+        kernel = getattr(aten, f"avg_pool{dx.dim() - 2}d_backward")
         return [kernel.grad_input(dz, dx, *self.how, grad_input=dx)]
-
-
-# By the dimensions of the input: forward, and backward.
-MAX_POOL_KERNELS = {
-    4: (torch._C._nn.max_pool2d_with_indices, aten.max_pool2d_with_indices_backward),
-    5: (torch._C._nn.max_pool3d_with_indices, aten.max_pool3d_with_indices_backward),
-}
 
 
 class MaxPool(Operation):
@@ -450,7 +443,7 @@ class MaxPool(Operation):
         self.gap = x.shape[-1] - how[0][-1]  # pixels between two rows of a window
 
     def forward(self, x):
-        pool = MAX_POOL_KERNELS[x.dim()][0]
+        pool = getattr(torch._C._nn, f"max_pool{x.dim() - 2}d_with_indices")
         if not self.in_window:
             y, index = pool(x, *self.how)
             self.offsets = index.to(torch.int16 if x.shape[2:].numel() <= 1 << 15 else torch.int32)
@@ -478,11 +471,12 @@ class MaxPool(Operation):
     def backward(self, task, dz, needs, saved):
         how = {"dtype": dz.dtype, "device": dz.device, "memory_format": layout_of(self.offsets)}
         dx = torch.empty(self.shape, **how)
+        kernel = getattr(aten, f"max_pool{dx.dim() - 2}d_with_indices_backward")
         starts = self.starts(self.offsets) if self.in_window else None
         for images in slabs(dx):
             index, dx_s = self.offsets[images].long(), dx[images]
             if self.in_window:
                 index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
             # Of the input the library reads the shape and the layout: those of its result.
-            MAX_POOL_KERNELS[dx.dim()][1].grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
+            kernel.grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
         return [dx]

@@ -129,7 +129,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
             w = w.to(dtype)  # a computed weight, of which PyTorch keeps this copy alone
         if dtype is not None and input.dtype != dtype:
             a = input.detach().to(dtype)
-            value = Value(a, ops.Cast(), (table.find(input),))
+            value = Value(a, ops.Again("cast", lambda x: x.to(dtype), 1.0), (table.find(input),))
         if w.requires_grad:
             value = mode.needed(a, value)
         elif value is None:

@@ -122,15 +122,6 @@ class Again(Recipe):
         return z.clone() if z.untyped_storage() is x.untyped_storage() else z
 
 
-class Cast(Recipe):
-    """The same values in another dtype."""
-
-    name = "cast"
-
-    def run(self, out, x):
-        return out.copy_(x)
-
-
 class BatchNorm(Operation):
     """PyTorch's forward and backward, by the kernel that it chose."""
 

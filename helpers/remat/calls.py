@@ -348,11 +348,10 @@ def avg_pool(
     how = *sizes, bool(ceil_mode), bool(count_include_pad), divisor_override
 
     def run() -> Tensor:
-        value, operation = mode.table.find(input), ops.AvgPool(function, how, input)
+        call = lambda x: function(x, *how)  # noqa: E731
+        value, operation = mode.table.find(input), ops.AvgPool(call, how, input)
         mode.table.count_plain(value)  # PyTorch saves it, but needs its shape alone
         y = mode.apply(operation, input)
-        # Not the operation's own method: it holds the operation, which holds the value.
-        call = lambda x: function(x, *how)  # noqa: E731
         recipe = ops.Again(function.__name__, call, max(1.0, input.numel() / y.numel()))
         mode.table.note(y, recipe, (value,), operation)
         return y

@@ -409,11 +409,8 @@ class Concatenate(Recipe):
 class AvgPool(Operation):
     """Of the input, its backward needs the shape and the layout: those of the gradient, which is at hand."""
 
-    def __init__(self, function, how: tuple, x: Tensor) -> None:
-        self.function, self.how, self.view = function, how, View.of(x)
-
-    def forward(self, x):
-        return self.function(x, *self.how)
+    def __init__(self, call: Callable[[Tensor], Tensor], how: tuple, x: Tensor) -> None:
+        self.forward, self.how, self.view = call, how, View.of(x)
 
     def backward(self, task, dz, needs, saved):
         dx = self.view.empty()

@@ -166,7 +166,7 @@ def batch_norm(
         statistics = running_mean, running_var, bool(training), momentum, eps
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
-        recipe, operation.recipe = operation.recipe, None
+        recipe = operation.recipe_of(weight, bias)
         mode.latest = mode.table.note(z, recipe, (value,), operation), operation, input, weight, bias
         return z
 

@@ -49,12 +49,11 @@ class Operation:
         source: a weak reference to the input's value, if there is one for the output.
         value: what its backward needs, if anything.
         output: the value that it made, unless that is kept.
-        recipe: of the result, if ``forward`` makes one, until the result's value has it.
     """
 
     saved: tuple[int, ...] = ()
     prunes = in_place = beside = False
-    table = value = output = weight = source = recipe = None
+    table = value = output = weight = source = None
     number = gradient = result = scratch = 0
     name = ""
 
@@ -139,10 +138,10 @@ class BatchNorm(Operation):
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         self.layout = layout_of(y)
-        self.recipe = self.recipe_of(gamma, beta)
         return z
 
     def recipe_of(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
+        """The result's, once there is one."""
         if self.training:
             self.running, mean, invstd = (None, None), self.mean, self.invstd
         else:

@@ -68,7 +68,7 @@ def fused_backward(
 
     with the κ of chapter 3. dy needs sums over the whole batch, so there are two sweeps over the slabs: the
     first computes y and the sums, the second turns y into dy and differentiates the convolution. In between,
-    each y is stored where its dx will be written.
+    each y is stored where its dx will be written, if it fits there.
     """
     need_x, need_w = needs
     slabs, dx, dw = settings.slabs(x, weight), None, None
@@ -81,7 +81,9 @@ def fused_backward(
         # gradient leaks through it. So subtract μ afterwards, not inside the convolution.
         y = F.conv2d(x[s], weight, None, *settings.geometry)
         sums.append(batch_norm_sums(dz[s], y, mean))
-        waiting.append(y if dx is None else moved_into(dx[s], y))
+        if dx is not None and y.numel() <= dx[s].numel():
+            y = dx[s].as_strided(y.shape, y.stride()).copy_(y)
+        waiting.append(y)
         del y
     sums, var_eps = add_up(sums), var + settings.eps
     kappas = grad_input_coefficients(scale_of(gamma, var_eps), var_eps, sums, dz.numel() // dz.shape[1])
@@ -97,11 +99,6 @@ def fused_backward(
     dw = None if dw is None else dw.to(weight.dtype)
     dgamma, dbeta = (t.to(mean.dtype) for t in (sums[1] * torch.rsqrt(var_eps), sums[0]))
     return dx_s if dx is None else dx, dw, torch.zeros_like(mean), dgamma, dbeta
-
-
-def moved_into(dx: Tensor, y: Tensor) -> Tensor:
-    """``y`` in the memory of ``dx``, or unchanged if it does not fit."""
-    return y if y.numel() > dx.numel() else torch.as_strided(dx, y.shape, y.stride()).copy_(y)
 
 
 class FusedConvBN2dFunction(torch.autograd.Function):

@@ -166,8 +166,7 @@ def batch_norm(
         statistics = running_mean, running_var, bool(training), momentum, eps
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
-        recipe = operation.recipe_of(weight, bias)
-        mode.latest = mode.table.note(z, recipe, (value,), operation), operation, input, weight, bias
+        mode.table.note(z, operation.recipe_of(weight, bias), (value,), operation)
         return z
 
     return run
@@ -181,18 +180,6 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
     def run() -> Tensor:
         source = mode.table.find(u)
         operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
-        before, mode.before = mode.before if in_place else None, None
-        if before is not None and before[0] is source:
-            _, norm, *inputs = before
-            if norm.can_activate(source):
-                mode.table.before_write(u)
-                both = ops.NormActivation(operation, norm, source.recipe.norm)
-                a = mode.apply(both, u, *inputs)
-                value = mode.table.note(a, ops.Activate(kind), (source,), both)
-                mode.table.count_plain(value)  # PyTorch saves it, or a copy of u
-                if operation.from_result:
-                    operation.value, value.watched, value.private = value, True, kind.name == "hardtanh"
-                return a
         if not operation.from_result:
             mode.needed(u, source)
         if in_place:

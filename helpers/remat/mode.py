@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
 
-from helpers.remat.calls import ACTIVATIONS, HANDLERS, leave
+from helpers.remat.calls import HANDLERS, leave
 from helpers.remat.operations import Operation, weak
 from helpers.remat.record import Record
 from helpers.remat.task import Task
@@ -116,9 +116,6 @@ class Mode(TorchFunctionMode):
         self.owner = owner
         self.price = str(max_cost)  # a string: the compiler would turn a number into an input
         self.table = Table(max_cost)
-        # Of the norm that was called just before this activation, and of the latest: its result's value, the
-        # operation and the inputs.
-        self.before = self.latest = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
@@ -128,8 +125,6 @@ class Mode(TorchFunctionMode):
             price = self.price  # noqa: F841  a graph for each price
             torch._dynamo.comptime.comptime(compile_by_price)
             return function(*args, **(kwargs or {}))
-        # Not during other calls: they may need the memory of the norm's input.
-        self.before, self.latest = self.latest if function in ACTIVATIONS else None, None
         if torch._C._are_functorch_transforms_active():
             return function(*args, **(kwargs or {}))
         return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
@@ -203,7 +198,6 @@ class remat:  # noqa: N801
         for other in reversed(others):
             _push_mode(other)
         mode.table.clear()
-        mode.before = mode.latest = None
 
     def __call__(self, function: Callable) -> Callable:
         return context_decorator(lambda: remat(self.max_cost), function)

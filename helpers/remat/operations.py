@@ -156,11 +156,6 @@ class BatchNorm(Operation):
         recipe.whole = self.training
         return recipe
 
-    def can_activate(self, z: Value) -> bool:
-        """Whether a kernel can do the backward of an activation of the result and the norm's in one."""
-        known = self.training and self.value is not None and isinstance(z.recipe, Normalise)
-        return known and z.view.dtype in passes.DTYPES and passes.has_kernel(z.view.device.type)
-
     def backward(self, task, dz, needs, saved):
         (gamma,) = saved
         need_y, need_gamma, need_beta = needs
@@ -172,9 +167,6 @@ class BatchNorm(Operation):
         if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
             grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return self.library_backward(y, dz, gamma, mask)
-
-    def library_backward(self, y: Tensor, dz: Tensor, gamma: Tensor | None, mask: list[bool]) -> list:
         how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
 
@@ -197,31 +189,6 @@ def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, in
         torch.sub(images[part], per_channel(mean), out=dy[part])
         grad_input_(dz[part], dy[part], *kappas)
     return [dy.view(y.shape), sum_dz_y * invstd, sum_dz]
-
-
-class NormActivation(Operation):
-    """An activation in place on a norm's result z: its node has edges to the norm's inputs, too.
-
-    For an accelerator: two passes give dy, dγ and dβ from da, and dz is never written. Then no gradient comes
-    to the norm's own node, unless something else has read z.
-    """
-
-    saved, in_place, beside = (2,), True, True
-
-    def __init__(self, activation: Activation, norm: BatchNorm, vectors: passes.Norm) -> None:
-        self.activation, self.norm, self.vectors, self.value = activation, norm, vectors, norm.value
-
-    def forward(self, u, *_):
-        return self.activation.forward(u)
-
-    def backward(self, task, dz, needs, saved):
-        (y, _), kind, grads = task.get(self.value), self.activation.kind, None
-        if not (self.value.exposed or self.activation.value.exposed):
-            grads = passes.norm_act_backward(dz, y, self.vectors, kind, *saved)
-        if grads is None:
-            (dz,) = self.activation.backward(task, dz, needs, saved)
-            grads = self.norm.library_backward(y, dz, *saved, needs[1:])
-        return [None, *(g if need else None for g, need in zip(grads, needs[1:], strict=True))]
 
 
 class Rerun(Operation):

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from helpers.remat.operations import Kind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels, which compute in float32
-PROGRAMS = 512  # of the sums: enough to fill a large card, four to each of its processors
 FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward can take a in place of z
 
 
@@ -92,22 +91,6 @@ def act_backward(da: Tensor, y: Tensor, norm: Norm, kind: Kind, added: Tensor | 
     return kind.backward(da, x, x)
 
 
-def norm_act_backward(
-    da: Tensor, y: Tensor, norm: Norm, kind: Kind, gamma: Tensor | None
-) -> tuple[Tensor, ...] | None:
-    """dy, dγ and dβ of a = act(z) from da, where ``norm`` has y's own statistics; None if there is no kernel.
-
-    ``gamma`` is the γ that backward takes, as PyTorch's takes the one that it saved; ``norm`` has forward's.
-    dz is never written: the first pass reads da and y for the sums of chapter 3, in an order that is always
-    the same, and the second reads them again and writes dy.
-    """
-    if da.dtype != y.dtype or not one_pass(y):
-        return None
-    da = da if matrix(da) == matrix(y) else torch.empty_like(y).copy_(da)
-    sums = channel_sums(da, y, norm, kind)
-    return launch(da, y, None, norm, kind, None, sums, gamma), sums[1] * norm.invstd, sums[0]
-
-
 def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
     """z, or z + added, by PyTorch's kernels."""
     z = normalise(y, norm)
@@ -149,28 +132,14 @@ def without_gaps(shape, stride) -> bool:
     return all(n == 1 or s == t for n, s, t in zip(shape[::-1], stride[::-1], steps, strict=False))
 
 
-def launch(da, y, added, norm: Norm, kind: Kind | None, out: Tensor | None, sums=None, gamma=None) -> Tensor:
+def launch(da, y, added, norm: Norm, kind: Kind | None, out: Tensor | None) -> Tensor:
     """What `kernels.one_pass` computes, in ``out`` if it is given."""
     out = torch.empty_like(y) if out is None else out
     if has_memory(y):
         from helpers.remat import kernels  # only now: it imports Triton
 
-        kernels.launch((da, y, added, *norm, sums, gamma, out), kind or ("none", ()), matrix(y))
+        kernels.launch((da, y, added, *norm, out), kind or ("none", ()), matrix(y))
     return out
-
-
-def channel_sums(da: Tensor, y: Tensor, norm: Norm, kind: Kind) -> Tensor:
-    """Σ dz and Σ dz (y - μ) of each channel, (2, C)."""
-    (rows, cols, last), c = matrix(y), y.shape[1]
-    br, bc, _ = block_of(cols, last)
-    of_channel, blocks = (rows, math.ceil(c / bc)) if last else (rows // c, c)
-    parts = max(1, min(math.ceil(of_channel / br), PROGRAMS // blocks))
-    partial = norm.mean.new_empty(2, parts, c)
-    if has_memory(y):
-        from helpers.remat import kernels
-
-        kernels.launch_sums((da, y, *norm, partial), kind, matrix(y))
-    return partial.sum(1)
 
 
 def block_of(cols: int, last: bool) -> tuple[int, int, int]:

@@ -138,9 +138,7 @@ class Value:
         needs: how many nodes of the graph need it; ``first`` is the number of the first one's operation.
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
-        watched: whether a node would see unseen writes to the tensor, though its backward does not need it.
-        exposed: whether there may have been such writes.
-        private: whether PyTorch's node would not see them, since it saves another tensor.
+        private: whether PyTorch's node would not see such writes, since it saves another tensor.
         when, start: how many operations there were when it was made; and the number of the one that made it,
             or of the first of those that made its parents.
     """
@@ -148,7 +146,7 @@ class Value:
     name = "given"
     kept = snapshot = row = origin = operation = None
     needs = first = 0
-    read = counted = watched = exposed = private = False
+    read = counted = private = False
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -388,8 +386,8 @@ class Table:
         key = id(storage)
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
-            whole, value.exposed, seen = value.live(), True, value.needs or value.watched
-            if value.kept is None and seen and whole is not None and whole._version == value.version:
+            whole = value.live()
+            if value.kept is None and value.needs and whole is not None and whole._version == value.version:
                 self.keep(value, whole)
             if value.kept is None:
                 value.version = NO_VERSION

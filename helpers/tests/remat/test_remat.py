@@ -4,7 +4,6 @@ import contextlib
 import copy
 import functools
 import math
-import weakref
 from collections import Counter
 from typing import NamedTuple
 
@@ -620,27 +619,9 @@ def test_networks(name):
 
 @pytest.fixture
 def accelerator(monkeypatch):
-    """The engine goes an accelerator's way, with PyTorch's kernels for the passes.
-
-    A list of the norms that share their backward with an activation.
-    """
+    """The engine goes an accelerator's way, with PyTorch's kernels for the passes."""
     monkeypatch.setattr(passes, "has_kernel", lambda device: True)
     monkeypatch.setattr(passes, "one_pass", lambda *given: False)
-    monkeypatch.setattr(passes, "DTYPES", (torch.float64,))
-
-    def both(da, y, norm, kind, gamma):
-        how = None, None, norm.mean, norm.invstd, True, 0.0, [True, True, True]
-        dz = passes.act_backward(da, y, norm, kind)
-        return torch.ops.aten.native_batch_norm_backward(dz, y, gamma, *how)
-
-    monkeypatch.setattr(passes, "norm_act_backward", both)
-    can_activate, norms = operations.BatchNorm.can_activate, []
-
-    def noting(norm, *given):
-        return can_activate(norm, *given) and not norms.append(norm)
-
-    monkeypatch.setattr(operations.BatchNorm, "can_activate", noting)
-    return norms
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -651,61 +632,6 @@ def test_networks_as_on_an_accelerator(accelerator, name):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_in_place_on_an_accelerator(accelerator, name):
     check(lambda: block(activation=lambda: ACTIVATIONS[name](inplace=True)), X, costs=(0, 1e9))
-
-
-class Doubled(torch.autograd.Function):
-    """The same tensor, whose gradient counts twice."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x
-
-    @staticmethod
-    def backward(ctx, dx):
-        return 2 * dx
-
-
-def unseen(z):
-    """As a scripted function or another thread does, it reads z without a call that remat sees."""
-    with torch._C.DisableTorchFunction():
-        return (z * torch.linspace(0, 1, z.numel(), dtype=z.dtype).view(z.shape)).sum()
-
-
-def failed(z):
-    with pytest.raises(ValueError):
-        F.hardtanh(z, 2.0, -2.0, inplace=True)
-    return 0
-
-
-READERS = {  # what happens to a norm's result before an activation in place
-    "nothing": lambda z: 0,
-    "a sum": lambda z: z.sum(),
-    "a sum without a graph": lambda z: z.detach().sum(),
-    "a view": lambda z: z[:, :2].sum(),
-    "a product": lambda z: (z * torch.tensor(3.0, dtype=z.dtype)).sum(),
-    "a hook": lambda z: z.register_hook(lambda dz: 2 * dz) and 0,
-    "a kept gradient": lambda z: z.retain_grad() or 0,
-    "a function of the user's": lambda z: Doubled.apply(z).sum(),
-    "a gradient": lambda z: torch.autograd.grad(z.sum(), z, retain_graph=True)[0].sum(),
-    "another activation": lambda z: F.silu(z, inplace=True) is z,
-    "a change": lambda z: z.mul_(0.5) is z,
-    "what remat does not see": unseen,
-    "an activation that fails": failed,
-}
-TAKEN = ("nothing", "another activation", "what remat does not see", "an activation that fails")
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_a_norm_and_an_activation_in_place_share_a_backward_if_nothing_came_between(accelerator, name):
-    def run(self, x):
-        z = self.norm(self.conv(x))
-        read = READERS[name](z)
-        a = F.relu(z, inplace=True)
-        return self.last(a), a * 1 + read
-
-    parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
-    check(lambda: Net(run, **copy.deepcopy(parts)), X)
-    assert len(accelerator) == 3 * (name in TAKEN)
 
 
 @pytest.mark.parametrize("what", ["gamma", "y", "a"])
@@ -721,50 +647,6 @@ def test_unseen_changes_after_an_activation_in_place(accelerator, act, what):
 
     parts = {"conv": nn.Conv2d(3, 8, 3), "norm": nn.BatchNorm2d(8), "last": nn.Conv2d(8, 4, 1)}
     check(lambda: Net(run, **copy.deepcopy(parts)), X)
-    assert len(accelerator) == 3
-
-
-def test_a_norms_input_does_not_live_on():
-    """The next call may need its memory, unless it is an activation in place."""
-    conv, norm, alive = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), []
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function in (F.relu, torch.conv2d) and len(args) and args[0].shape[1] == 8:
-                alive.append(ref() is not None)
-            return function(*args, **(kwargs or {}))
-
-    for after in (F.relu, nn.Conv2d(8, 4, 1)):
-        with Watch(), remat():
-            y = conv(X.float())
-            ref = weakref.ref(y)
-            z = norm(y)
-            del y
-            after(z)
-    assert alive == [False, False]
-
-
-def test_hooks_on_an_activation_that_shares_a_norms_backward(accelerator):
-    """They see da, as those of PyTorch's node do."""
-    found = []
-    for cost in (None, 0):
-        torch.manual_seed(0)
-        model, seen, x = block(activation=lambda: nn.ReLU(inplace=True)).double(), [], X.clone()
-        model[1].register_forward_hook(lambda module, given, z: None)
-        with under(cost):
-            a = model[:3](x)
-            a.register_hook(lambda da, seen=seen: seen.append(da.clone()))
-            a.retain_grad()
-            loss = a.square().sum()
-        (da,) = torch.autograd.grad(loss, a, retain_graph=True)
-        loss.backward(retain_graph=True)
-        loss.backward()
-        found.append([da, a.grad, *seen, *[p.grad for p in model.parameters()]])
-        with pytest.raises(RuntimeError, match="second time"):
-            loss.backward()
-    assert len(accelerator) == 1
-    for plain, ours in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
 
 
 def test_optional_input():

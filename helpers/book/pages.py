@@ -26,7 +26,6 @@ TEMPLATE = Path(__file__).resolve().parent / "template"
 MATHML = LatexToMathML(fancy_error=False)
 LOCAL = re.compile(r"^(?!\w+:|#)")  # a link's address within the collection
 SIGN_BEHIND = re.compile(r"(<math>(?:(?!</math>).)*</math>[.,:;?!)]+)", re.DOTALL)  # it must not begin a line
-SCROLL = "pre, .formula, .table, .figure"  # what may be wider than a screen
 
 
 class PageError(ValueError):
@@ -70,7 +69,7 @@ def finish(soup: BeautifulSoup) -> None:
         image.parent["class"] = "figure"
     for table in soup.main("table"):
         table.wrap(soup.new_tag("div", attrs={"class": "table"}))
-    for box in soup.main.select(SCROLL):
+    for box in soup.main.select("pre, .formula, .table, .figure"):
         box["tabindex"] = "0"
     for heading in soup.main(["h2", "h3"]):
         item = soup.new_tag("li", attrs={"class": heading.name})

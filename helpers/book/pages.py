@@ -47,9 +47,6 @@ class Renderer(IPythonRenderer):
     def block_math(self, body: str) -> str:
         return f'<span class="formula">{to_mathml(body, display=True)}</span>'
 
-    def latex_environment(self, name: str, body: str) -> str:
-        return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
-
 
 @pass_context
 def markdown2html(context, source: str) -> str:

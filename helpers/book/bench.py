@@ -288,8 +288,7 @@ def recorded(device: str, *only: str) -> str:
     if not path.is_file():
         return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
     record = read_json(path)
-    about = ", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")
-    found = [about]
+    found = [", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")]
     for title, rows in record["tables"].items():
         if title.startswith(only or ""):
             brief = [{k: v for k, v in row.items() if not k.endswith("range")} for row in rows]
@@ -299,7 +298,7 @@ def recorded(device: str, *only: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """NAME=VALUE arguments, checked before anything runs."""
-    values = {parameter.name: parameter.default for parameter in PARAMETERS.values()}
+    values = {name: parameter.default for name, parameter in PARAMETERS.items()}
     try:
         for argument in arguments:
             name, _, text = argument.partition("=")

@@ -121,11 +121,10 @@ def train(
 
 def test(model: nn.Module, split: Split, batch_size: int, device: Device = "cpu") -> tuple[float, float]:
     """(mean loss, accuracy from 0 to 1) of ``model`` on ``split``; it leaves the model in eval mode."""
-    found = batches(split, batch_size, device)
     model.to(device).eval()
     loss, correct = 0.0, 0
     with torch.inference_mode():
-        for x, labels in found:
+        for x, labels in batches(split, batch_size, device):
             log_p = model(x)
             loss += F.nll_loss(log_p, labels, reduction="sum").item()
             correct += (log_p.argmax(1) == labels).sum().item()

@@ -27,15 +27,14 @@ def check_held_bytes(answer):
 @exercise(2)
 def check_lower_peak(network_class):
     """``network_class``: the MNIST network with a forward whose peak under `remat` is lower."""
-    x, labels = torch.randn(128, 1, 28, 28), torch.randint(10, (128,))
+    x = torch.randn(128, 1, 28, 28)
 
     def step(network):
         torch.manual_seed(0)  # dropout's
         with MemoryTrace() as trace:
             with remat(max_cost=0):
                 out = one_tensor(network(x))
-            require(out.dim() == 2 and len(out) == 128, f"a wrong shape, {tuple(out.shape)}")
-            F.nll_loss(out, labels).backward()
+            out.square().mean().backward()
         grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
         return out, grads, trace.tensor_peak / (128 * 64 * 24 * 24 * 4)
 

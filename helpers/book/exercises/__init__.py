@@ -110,7 +110,7 @@ def one_tensor(got) -> Tensor:
 def held_after(function, *args):
     """``(function(*args), bytes of memory that are held then)``."""
     with MemoryTrace() as trace:
-        out = attempted(function(*args))
+        out = function(*args)
         trace.mark("end of forward")
     return out, trace.marks["end of forward"]
 

@@ -45,9 +45,7 @@ def check_frozen(answer):
     got, flops = convolution_flops(call, answer, dz, x, w, gamma, mean, var, eps, trace=trace)
     compare(NAMES, got, want, mistakes)
     times = flops / convolution_flops(conv2d_backward, dz, x, w, padding=1)[1]
-    require(
-        times <= 1, f"right gradients, but your convolutions take {times:.1f} times those of one backward"
-    )
+    require(times <= 1, f"right gradients, but convolutions take {times:.1f} times those of one backward")
     more = (trace.tensor_peak - x.nbytes) / dz.nbytes
     require(more <= 0.5, f"right gradients, but they needed {more:.1f} buffers of y's size")
 

@@ -83,7 +83,5 @@ def check_dropout(function):
     first, second = (function.apply(a.requires_grad_(), p) for _ in range(2))
     (first + second).sum().backward()
     third = function.apply(a, p)
-    words = (
-        "backward sets PyTorch's random numbers back: the next call drops the same places as an earlier one"
-    )
+    words = "backward sets PyTorch's random numbers back: the next call drops the same places as one before"
     require(not torch.equal(third, first) and not torch.equal(third, second), words)

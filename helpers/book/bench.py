@@ -188,8 +188,7 @@ def times(table: Table, rows: list[dict], repeats: int) -> None:
 
     With CUDA also those of steps captured in a CUDA graph: the device's own time, without the host's.
     """
-    made = [table.build(row["name"]) for row in rows]
-    steps = [partial(table.step, network, made[0][1]) for network, _ in made]
+    steps = [partial(table.step, *table.build(row["name"])) for row in rows]
 
     def seconds(step: Callable) -> float:
         begin = clock(table.device)

@@ -41,8 +41,8 @@ def check_frozen(answer):
         "z is γ/σ times y, and the factor is missing from dw": dw,
         "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,
     }
-    trace = MemoryTrace()
-    got, flops = convolution_flops(call, answer, dz, x, w, gamma, mean, var, eps, trace=trace)
+    with MemoryTrace() as trace:
+        got, flops = convolution_flops(call, answer, dz, x, w, gamma, mean, var, eps)
     compare(NAMES, got, want, mistakes)
     times = flops / convolution_flops(conv2d_backward, dz, x, w, padding=1)[1]
     require(times <= 1, f"right gradients, but convolutions take {times:.1f} times those of one backward")

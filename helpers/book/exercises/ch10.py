@@ -21,8 +21,8 @@ def check_forward(answer):
         "the mean is still in z: centre x, or put -W x_mean into the bias": not_centred,
         "R sums over the pixels; the variance is their mean: divide by m": summed,
     }
-    trace = MemoryTrace()
-    got, flops = convolution_flops(call, answer, x, w, gamma, beta, eps, trace=trace)
+    with MemoryTrace() as trace:
+        got, flops = convolution_flops(call, answer, x, w, gamma, beta, eps)
     compare("z", got, z, mistakes)
     require(flops == once, f"z is right, but call F.conv2d once; you call it {flops / once:.0f} times")
     alone = trace.tensor_peak < 1.8 * z.nbytes and got._version == 0
@@ -36,8 +36,8 @@ def check_slabs(answer):
     x = x + 3 * shift + 1000  # images whose means differ, far from 0, where float32 loses digits
     centred = x.double() - x.double().mean(CHANNELS, keepdim=True)
     G, R = (torch.einsum("nohw,nchw->oc", t.double(), centred).float() for t in (dz, centred))
-    trace = MemoryTrace()
-    got = call(answer, dz, x, 2, trace=trace)
+    with MemoryTrace() as trace:
+        got = call(answer, dz, x, 2)
     got = [t.float() if isinstance(t, Tensor) else t for t in got]  # float64 is right, too
     note = "subtract one value amid the data from every slab, and correct with δ"
     compare("sum_dz, G, R", got, (dz.sum(CHANNELS), G, R), note=note, rtol=1e-3, atol=0.5)
@@ -53,8 +53,8 @@ def check_instance_norm(answer):
         return F.instance_norm(F.conv2d(x, w), None, None, gamma, beta, eps=1e-5)
 
     want, var = grads(layer, (x, w, gamma, beta), dz), F.conv2d(x, w).var((2, 3), correction=0)
-    trace = MemoryTrace()
-    got = call(answer, dz, x, w, gamma, var, 1e-5, trace=trace)
+    with MemoryTrace() as trace:
+        got = call(answer, dz, x, w, gamma, var, 1e-5)
     note = "each image has its own mean of x, its own σ and κ, and m is its pixels; sum over the images last"
     compare("dx, dw, dgamma, dbeta", got, want, note=note)
     require(trace.tensor_peak < dz.nbytes, "right gradients, but a tensor of y's size was made on the way")

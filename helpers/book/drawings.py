@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 
 import matplotlib.pyplot as plt
@@ -13,13 +13,10 @@ from helpers.book.plots import FILLS, arrow, box, note
 HUES = ("#E69F00", "#882255", "#000000")  # safe for the colour-blind too, and of none of the methods
 
 
-def number_grid(
-    ax, grid: Tensor, title: str, corner: tuple[int, int] | None = None, factors: Tensor | None = None,
-    faint: Iterable[tuple[int, int]] = (),
-) -> None:  # fmt: skip
+def number_grid(ax, grid: Tensor, title: str, corner=None, factors: Tensor | None = None, faint=()) -> None:
     """A 2-d tensor of numbers. Where a window of ``factors`` lies at ``corner``, show the products instead.
 
-    The (row, column) of ``faint`` are shaded grey.
+    ``corner`` is a (row, column), and ``faint`` has those that are shaded grey.
     """
     for r, c in product(*map(range, grid.shape)):
         colour, text = ("#eeeeee" if (r, c) in faint else "white"), f"{grid[r, c]:g}"
@@ -92,9 +89,7 @@ def pair_diagram(ax, title: str, kept: str, steps: Sequence[str] = ("", "", "", 
     ax.axis("off")
 
 
-def tensor_row(
-    ax, title: str, boxes: Sequence[tuple[str, str, float]], kept: Iterable[str], colour: str
-) -> None:
+def tensor_row(ax, title: str, boxes: Sequence[tuple], kept: Sequence[str], colour: str) -> None:
     """Tensors of forward as boxes in their order: ``kept`` ones filled, x grey, others dashed.
 
     A box is (operation that makes it, name, channels: its width).

@@ -41,7 +41,7 @@ def wrong_files(raw: Path) -> list[str]:
     return [name for name, md5 in FILES.items() if not check_integrity(raw / name, md5)]
 
 
-def download(root: Path | str = DATA) -> Path:
+def download(root: Path | str) -> Path:
     """Put the whole set into ``root``/MNIST/raw, unless it is there, and return that folder.
 
     torchvision downloads, checks and unpacks in a temporary folder. So a download that fails changes nothing.

@@ -37,7 +37,7 @@ class Recipe:
         reuse: which input ``run`` may write its result over, if any.
         parameter: a weak reference to the weight that it applies, if any.
         whole: whether it must see all images at once.
-        joins: whether to prefer keeping the parents at equal bytes, since other nodes read them.
+        joins: whether its result has its parents' values in one tensor, which are often read again alone.
         gives: whether ``run`` needs no ``out``: it gives a tensor of its own, or a view.
     """
 
@@ -327,10 +327,15 @@ class Table:
         return 1.0 if value.recipe.price else 17 / 16
 
     def keep_least(self, value: Value, t: Tensor) -> None:
-        """Keep ``value``, or the values that it is computed from, if these are smaller and still alive."""
+        """Keep ``value``, or the values that it is computed from, if these are smaller and still alive.
+
+        Not at equal bytes: an operation that remat does not know may hold ``value`` anyway. But a tensor of
+        which ``value`` is a copy, as in the first layer of a dense block, will be read again.
+        """
         recipe = value.recipe
         parts = None if recipe is None else self.parts(value, {})
-        if parts and bytes_of(parts) < value.nbytes + recipe.joins and self.affordable(value, parts):
+        is_copy = recipe is not None and recipe.joins and len(parts or ()) == 1
+        if parts and bytes_of(parts) < value.nbytes + is_copy and self.affordable(value, parts):
             for part, tensor in parts.items():
                 self.keep(part, tensor)
         else:

@@ -1074,6 +1074,23 @@ def test_images_put_together_are_recomputed():
     assert found[0] // image >= 8 * (6 + 6 + 12) + 4 * 12 and found[1] // image == 8 * 6 + 4 * 12
 
 
+def test_a_concatenation_that_pytorch_holds_anyway():
+    """Neither are its parts held beside it, which plain PyTorch drops."""
+
+    def run(self, x):
+        z = torch.cat([conv(x) for conv in self.convs], 1)
+        weights = self.last(z).flatten(2).softmax(2)
+        return torch.bmm(z.flatten(2), weights.mT)
+
+    with torch.device("meta"):
+        convs, x = nn.ModuleList(nn.Conv2d(3, 8, 3) for _ in range(2)), torch.empty(4, 3, 32, 32)
+        model, found = Net(run, convs=convs, last=nn.Conv2d(16, 1, 1)), []
+    for cost in (None, 0):
+        out, held = counted_forward(model, x, cost)
+        found.append(held.held - out.nbytes)
+    assert 0 < found[1] <= found[0]
+
+
 def test_images_in_another_shape_are_recomputed():
     with torch.device("meta"):
         model, x, found = network("groups as images")().to("meta"), torch.empty(6, 3, 32, 32), []

@@ -188,7 +188,7 @@ def saved_by(function, *inputs: torch.Tensor):
 
 
 def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor):
-    """Run ``model(*inputs)`` and list what it saves for backward, in order, but for its parameters.
+    """Run ``model(*inputs)`` and list what it saves for backward, in order, except its parameters.
 
     Returns:
         ``(output, [SavedTensor, ...])``. A tensor that is saved twice is listed twice, with one

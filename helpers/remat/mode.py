@@ -159,7 +159,7 @@ class remat:  # noqa: N801
     activations, products and poolings get nodes that keep their inputs as *recipes*: backward recomputes a
     norm, an activation, a concatenation or a sum from what is kept. Everything else runs as always: other
     operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
-    threads. Nothing in the model changes. Under torch.compile the compiler gets the same price.
+    threads. Nothing in the model changes. Under torch.compile the compiler decides by the same price.
 
     remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
     context, in a backward inside it, through aliases taken before it, in TorchScript or a torch.func

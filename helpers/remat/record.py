@@ -13,7 +13,7 @@ class Record:
     """What backward needs from one forward under `remat`, and what is kept for it. ``print`` shows it.
 
     Attributes:
-        rows: one for each value that backward needs, in the order of forward: ``recipe`` (the operation
+        rows: one for each tensor that backward needs, in the order of forward: ``recipe`` (the operation
             that made it), ``shape``, ``nbytes``, ``kept``, and ``cost``, the multiplications per value that
             recomputing it takes.
     """
@@ -45,7 +45,7 @@ class Record:
         return f"weight of shape {tuple(parameter.shape)}" if name is None else name.removesuffix(".weight")
 
     def __str__(self) -> str:
-        cells = [("value", "of", "shape", "MiB", "", "multiplications per value")]
+        cells = [("tensor", "of", "shape", "MiB", "", "multiplications per value")]
         for row in self.rows:
             again = "kept" if row.kept else "recomputed"
             price = "" if row.kept else f"{row.cost:,.0f}"

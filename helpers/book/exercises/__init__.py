@@ -46,6 +46,14 @@ def attempted(got):
     return got
 
 
+def numbers(got) -> list[float]:
+    """``got`` as a list, if it is some numbers."""
+    try:
+        return [*map(float, attempted(got))]
+    except (TypeError, ValueError):
+        raise Wrong(f"return a list of numbers, got {got!r}") from None
+
+
 def call(answer, *args, **options):
     """``answer(*args, **options)``, not None, which must not overwrite a tensor in ``args``."""
     tensors = [a for a in args if isinstance(a, Tensor)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers import remat
-from helpers.book.exercises import attempted, compare, exercise, require
+from helpers.book.exercises import attempted, compare, exercise, numbers, require
 
 
 def kept_values(layers: list[nn.Conv2d], max_cost: float) -> list[str]:
@@ -31,7 +31,7 @@ def check_chain(answer):
             "blocks count from 1": [i - 1 for i in want],
             "what is not kept on the way must be paid for, too": alone,
         }
-        got = [*map(int, attempted(answer(prices, max_cost)))]
+        got = [*map(int, numbers(answer(prices, max_cost)))]
         note = f"prices {prices}, max_cost {max_cost}: remat keeps {want}, got {got}"
         compare("the list", got, want, mistakes, note)
 
@@ -54,7 +54,7 @@ def check_only_input(answer):
 def check_fooled(answer):
     """Peaks at the prices 0 to 7 for which bisection does not find the smallest that fits."""
     for memory in (10, 6400):
-        peaks = [*attempted(answer(memory))]
+        peaks = numbers(answer(memory))
         require(len(peaks) == 8, f"return eight peaks, got {len(peaks)}")
         require(min(peaks) <= memory, "no price fits, so bisection is right to find none")
         found = bisect_left(range(8), True, key=lambda price, peaks=peaks: peaks[price] <= memory)

@@ -211,6 +211,7 @@ WRONG = {
             ("[memory] + 7 *", "[2 * memory] + 7 *", "no price fits"),
             ("+ 7 * [2 * memory]", "+ 4 * [2 * memory] + 3 * [memory]", "find none although one fits"),
             ("[memory] + 7 *", "[memory] + 6 *", "eight peaks"),
+            ("[memory] + 7 * [2 * memory]", "memory", "list of numbers"),
         ],
     },
     "09": {

@@ -145,7 +145,7 @@ class BatchNorm(Operation):
         if self.training:
             self.running, mean, invstd = (None, None), self.mean, self.invstd
         else:
-            self.running = mean, var = tuple(t.clone() for t in self.running)
+            self.running = mean, var = tuple(map(copy_of, self.running))
             invstd = (var + self.eps).rsqrt()
         if invstd.dtype in WIDE and all(t is None or t.dtype == invstd.dtype for t in (gamma, beta)):
             return Normalise(gamma, beta, mean, invstd)

@@ -138,7 +138,7 @@ class Value:
         needs: how many nodes of the graph need it; ``first`` is the number of the first one's operation.
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
-        private: whether PyTorch's node would not see such writes, since it saves another tensor.
+        private: whether PyTorch's node would not see a write to the tensor, since it saves another.
         when, start: how many operations there were when it was made; and the number of the one that made it,
             or of the first of those that made its parents.
     """
@@ -334,12 +334,13 @@ class Table:
         """
         recipe = value.recipe
         parts = None if recipe is None else self.parts(value, {})
-        is_copy = recipe is not None and recipe.joins and len(parts or ()) == 1
-        if parts and bytes_of(parts) < value.nbytes + is_copy and self.affordable(value, parts):
-            for part, tensor in parts.items():
-                self.keep(part, tensor)
-        else:
-            self.keep(value, t)
+        if parts:
+            is_copy = recipe.joins and len(parts) == 1
+            if bytes_of(parts) < value.nbytes + is_copy and self.affordable(value, parts):
+                for part, tensor in parts.items():
+                    self.keep(part, tensor)
+                return
+        self.keep(value, t)
 
     def parts(self, value: Value, known: dict, depth: int = 8) -> dict[Value, Tensor] | None:
         """The smallest set of live values from which ``value`` can be computed; None if there is none.

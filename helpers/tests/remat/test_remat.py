@@ -958,6 +958,12 @@ def counted_forward(model, x, cost):
         return model(x), held
 
 
+def held_plainly_and_under_remat(model, x):
+    """Bytes at the end of forward, without what the model returns: of plain PyTorch, and at price 0."""
+    pairs = [counted_forward(model, x, cost) for cost in (None, 0)]
+    return [held.held - out.nbytes for out, held in pairs]
+
+
 def held_by(name, cost):
     """Bytes at the end of forward, by a model and a batch that need no memory."""
     with torch.device("meta"):
@@ -1056,26 +1062,21 @@ def test_a_small_part_does_not_hold_the_whole(cut):
     with torch.device("meta"):
         convs, x = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in range(4)), torch.empty(4, 3, 32, 32)
         channels = CUTS[cut]([conv(x) for conv in convs]).shape[1]
-        model, found = Net(run, convs=convs, last=nn.Conv2d(channels, 2, 1)), []
-        for cost in (None, 0):
-            out, held = counted_forward(model, x, cost)
-            found.append(held.held - out.nbytes)
+        found = held_plainly_and_under_remat(Net(run, convs=convs, last=nn.Conv2d(channels, 2, 1)), x)
     assert 0 < found[1] <= found[0]
 
 
 def test_images_put_together_are_recomputed():
     with torch.device("meta"):
-        model, x, found = network("norms of few images")().to("meta"), torch.empty(6, 3, 32, 32), []
-    for cost in (None, 0):
-        out, held = counted_forward(model, x, cost)
-        found.append(held.held - out.nbytes)
+        model, x = network("norms of few images")().to("meta"), torch.empty(6, 3, 32, 32)
+    found = held_plainly_and_under_remat(model, x)
     # Of 8 channels plain has the 6 images of y, 6 behind ReLU and 12 put together; of 4 channels the 12 of y.
     image = x[:1, :1].nbytes
     assert found[0] // image >= 8 * (6 + 6 + 12) + 4 * 12 and found[1] // image == 8 * 6 + 4 * 12
 
 
 def test_a_concatenation_that_pytorch_holds_anyway():
-    """Neither are its parts held beside it, which plain PyTorch drops."""
+    """Its parts, which plain PyTorch drops, are not held beside it."""
 
     def run(self, x):
         z = torch.cat([conv(x) for conv in self.convs], 1)
@@ -1084,19 +1085,15 @@ def test_a_concatenation_that_pytorch_holds_anyway():
 
     with torch.device("meta"):
         convs, x = nn.ModuleList(nn.Conv2d(3, 8, 3) for _ in range(2)), torch.empty(4, 3, 32, 32)
-        model, found = Net(run, convs=convs, last=nn.Conv2d(16, 1, 1)), []
-    for cost in (None, 0):
-        out, held = counted_forward(model, x, cost)
-        found.append(held.held - out.nbytes)
+        model = Net(run, convs=convs, last=nn.Conv2d(16, 1, 1))
+    found = held_plainly_and_under_remat(model, x)
     assert 0 < found[1] <= found[0]
 
 
 def test_images_in_another_shape_are_recomputed():
     with torch.device("meta"):
-        model, x, found = network("groups as images")().to("meta"), torch.empty(6, 3, 32, 32), []
-    for cost in (None, 0):
-        out, held = counted_forward(model, x, cost)
-        found.append((held.held - out.nbytes) // x[:, :1].nbytes)
+        model, x = network("groups as images")().to("meta"), torch.empty(6, 3, 32, 32)
+    found = [nbytes // x[:, :1].nbytes for nbytes in held_plainly_and_under_remat(model, x)]
     # Plain has both norms' inputs, SiLU's and its result, of 8 channels, and behind that ReLU's result and y.
     assert found[0] >= 4 * 8 + 2 * 4 and found[1] == 8 + 2 * 4
 

@@ -240,9 +240,17 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         aten.leaky_relu.out,
         lambda da, u, slope, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
     ),
+    "leaky_relu_": (  # in place: from a, an error for a negative slope, as PyTorch's own
+        aten.leaky_relu.out,
+        lambda da, a, slope, out: aten.leaky_relu_backward.grad_input(da, a, slope, True, grad_input=out),
+    ),
     "elu": (
         aten.elu.out,
         lambda da, u, *numbers, out: aten.elu_backward.grad_input(da, *numbers, False, u, grad_input=out),
+    ),
+    "elu_": (
+        aten.elu.out,
+        lambda da, a, *numbers, out: aten.elu_backward.grad_input(da, *numbers, True, a, grad_input=out),
     ),
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
@@ -305,9 +313,10 @@ class Activation(Operation):
 
     def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
-        # Then `value` is to be the result's. PyTorch's own leaky ReLU in place needs it, too.
-        leaky = in_place and kind.name == "leaky_relu" and kind.numbers[0] >= 0
-        self.from_result = leaky or passes.takes_result(kind, value.view.dtype)
+        if in_place and f"{kind.name}_" in ACTIVATIONS:
+            self.kind = kind._replace(name=f"{kind.name}_")
+        # Then `value` is to be the result's.
+        self.from_result = self.kind is not kind or passes.takes_result(kind, value.view.dtype)
 
     def backward(self, task, dz, needs, saved):
         if task.at_hand(self.value) is None:  # an accelerator can do without it
@@ -316,10 +325,10 @@ class Activation(Operation):
             if merged := recipe.merged(parents, lambda v: task.at_hand(v) is None):
                 recipe, parents = merged
                 y, *added = (task.start(v) for v in parents)
-                return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
+                return [passes.act_backward(dz, y, recipe.normalise.norm, recipe.kind, *added)]
         x, mine = task.get(self.value)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
-        like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
+        like = x if self.kind.name in ("relu", "leaky_relu", "leaky_relu_") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
         return [self.kind.backward(dz, x, x if mine and alike else torch.empty_like(like, dtype=x.dtype))]
 

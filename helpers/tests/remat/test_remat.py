@@ -818,8 +818,8 @@ def test_a_computed_weight_under_autocast(cost):
     assert held[1] <= held[0]
 
 
-KNOWN = ("relu", "relu6", "hardtanh", "leaky_relu", "elu", "silu_", "mish", "hardswish", "hardsigmoid",
-         "gelu", "gelu tanh", "sigmoid", "tanh", "prelu by channel")  # fmt: skip
+KNOWN = ("relu", "relu6", "hardtanh", "leaky_relu", "leaky_relu_", "elu", "elu_", "silu_", "mish",
+         "hardswish", "hardsigmoid", "gelu", "gelu tanh", "sigmoid", "tanh", "prelu by channel")  # fmt: skip
 
 
 class Seen(TorchFunctionMode):
@@ -1035,14 +1035,33 @@ def test_peak_of_an_operation_that_backward_calls_again(name):
     assert BLOCK < peaks[1] <= peaks[0] + VECTORS
 
 
-def test_leaky_relu_in_place_holds_its_result_alone():
+FROM_RESULT_IN_PLACE = {
+    "leaky_relu": nn.LeakyReLU(inplace=True),
+    "elu": nn.ELU(inplace=True),
+    "celu": nn.CELU(0.5, inplace=True),
+    "selu": nn.SELU(inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", FROM_RESULT_IN_PLACE)
+def test_an_activation_in_place_holds_its_result_alone(name):
+    activation = FROM_RESULT_IN_PLACE[name]
     convs = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-    model = nn.Sequential(convs[0], nn.LeakyReLU(inplace=True), convs[1], nn.LeakyReLU(inplace=True))
+    model = nn.Sequential(convs[0], activation, convs[1], activation)
     x, found = image(4, 3, 32, 32, dtype=torch.float32), []
     for cost in (None, 0):
         out, held = counted_forward(model, x, cost)
         found.append((held.held, held.peak))
     assert found[1] == found[0] and out.grad_fn is not None
+
+
+@pytest.mark.parametrize("activation", [nn.LeakyReLU(-0.1, inplace=True), nn.ELU(-0.5, inplace=True)])
+@pytest.mark.parametrize("cost", [None, 0])
+def test_a_negative_slope_in_place_is_pytorchs_error(activation, cost):
+    with under(cost):
+        out = activation(nn.BatchNorm2d(3)(image(2, 3, 5, 5).float()))
+    with pytest.raises(RuntimeError, match="In-place"):
+        out.sum().backward()
 
 
 CUTS = {  # what a convolution reads of eight channels' images

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from helpers.conv import check_images
+
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
@@ -47,7 +49,13 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``(mean, var)``, each (C,), float32 or, for float64 input, float64.
+
+    Raises:
+        ValueError: y is something else.
     """
+    check_images("y", y)
+    if not y.numel():
+        raise ValueError(f"y must have at least one value in a channel, got shape {tuple(y.shape)}")
     c, m = y[0].mean((1, 2), dtype=torch.promote_types(y.dtype, torch.float32)), y.numel() // y.shape[1]
     centred = (centre(piece, c) for piece in pieces(y))
     sums = add_up([batch_norm_sums(piece, piece, torch.zeros_like(c)) for piece in centred])
@@ -75,7 +83,7 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
-    if y.is_cpu and one_dtype and dense:
+    if y.is_cpu and one_dtype and dense and y.numel():
         # The library's backward for constant statistics returns dγ and dβ at σ = 1: one pass over dz and y,
         # and no tensor of y's size. In other layouts and dtypes its sums are less exact.
         _, sum_dz_y, sum_dz = torch.ops.aten.native_batch_norm_backward(
@@ -126,7 +134,11 @@ def batch_norm_forward(
 
     Returns:
         z, (N, C, H, W).
+
+    Raises:
+        ValueError: shapes that do not belong together, or a negative ε.
     """
+    check_norm(input, eps, weight=weight, bias=bias, mean=mean, var=var)
     z = centre(input, mean) * per_channel(scale_of(weight, var + eps))
     return (z if bias is None else z + per_channel(bias)).to(input.dtype)
 
@@ -160,16 +172,13 @@ def batch_norm_backward(
         ``mean``'s.
 
     Raises:
-        ValueError: shapes that do not belong together.
+        ValueError: shapes that do not belong together, or a negative ε.
     """
-    if grad_out.shape != input.shape or input.dim() != 4:
+    check_norm(input, eps, mean=mean, var=var, weight=weight)
+    if grad_out.shape != input.shape:
         raise ValueError(
-            "grad_out and input must have one shape (N, C, H, W), "
-            f"got {tuple(grad_out.shape)} and {tuple(input.shape)}"
+            f"grad_out must have input's shape {tuple(input.shape)}, got {tuple(grad_out.shape)}"
         )
-    for name, vector in (("mean", mean), ("var", var), ("weight", weight)):
-        if vector is not None and tuple(vector.shape) != (input.shape[1],):
-            raise ValueError(f"{name} must have shape ({input.shape[1]},), got {tuple(vector.shape)}")
     var_eps, m = var + eps, input.numel() // input.shape[1]
     scale = scale_of(weight, var_eps)
     sums = add_up([batch_norm_sums(grad_out, input, mean)])
@@ -180,6 +189,20 @@ def batch_norm_backward(
         dy = grad_out * per_channel(scale)
     dgamma, dbeta = sums[1] * torch.rsqrt(var_eps), sums[0]
     return dy.to(input.dtype), dgamma.to(mean.dtype), dbeta.to(mean.dtype)
+
+
+def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
+    """Raise a ValueError unless these fit: a batch of images, ε, and a value for each channel."""
+    check_images("input", input)
+    if not (isinstance(eps, (int, float)) and eps >= 0):
+        raise ValueError(f"eps must be a number from 0 on, got {eps!r}")
+    check_vectors(input.shape[1], **vectors)
+
+
+def check_vectors(channels: int, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None and tuple(vector.shape) != (channels,):
+            raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
 
 
 def update_running_stats(
@@ -195,6 +218,15 @@ def update_running_stats(
         mean, var: the batch's (``batch_stats``), (C,).
         m: values per channel; the variance of a single one is taken as it is.
         momentum: the batch's share, from 0 to 1.
+
+    Raises:
+        ValueError: an argument that does not fit, before anything is changed.
     """
+    vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "var": var}
+    check_vectors(len(mean), **vectors)
+    if m < 1:
+        raise ValueError(f"m must be a number of values from 1 on, got {m!r}")
+    if not isinstance(momentum, Tensor) and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+        raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
     running_mean.lerp_(mean.to(running_mean.dtype), momentum)
     running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)

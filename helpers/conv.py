@@ -47,7 +47,7 @@ def conv2d_backward(
         ValueError: ``input`` is no batch of images, or a tensor's shape, dtype or device does not fit it.
         RuntimeError: PyTorch's own, if there is no such convolution.
     """
-    check_images(input)
+    check_images("input", input)
     for name, t in (("grad_out", grad_out), ("weight", weight)):
         if t.dtype != input.dtype or t.device != input.device:
             raise ValueError(
@@ -62,10 +62,11 @@ def conv2d_backward(
     return torch.ops.aten.convolution_backward(grad_out, input, weight, [weight.shape[0]], *how)
 
 
-def check_images(input: Tensor) -> None:
-    """Raise a ValueError unless ``input`` is a batch of images."""
-    if input.dim() != 4 or not input.is_floating_point():
-        hint = "; an image alone is input[None]" if input.dim() == 3 else ""
-        raise ValueError(
-            f"input must be (N, C, H, W), floating point, got shape {tuple(input.shape)}, {input.dtype}{hint}"
-        )
+def check_images(name: str, images: Tensor) -> None:
+    """Raise a ValueError unless ``images`` is a batch of images."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{name} must be a tensor (N, C, H, W), floating point, got {type(images)}")
+    if images.dim() != 4 or not images.is_floating_point():
+        hint = f"; an image alone is {name}[None]" if images.dim() == 3 else ""
+        got = f"shape {tuple(images.shape)}, {images.dtype}{hint}"
+        raise ValueError(f"{name} must be (N, C, H, W), floating point, got {got}")

@@ -18,6 +18,7 @@ from helpers.batch_norm import (
     batch_norm_sums,
     batch_stats,
     centre,
+    check_norm,
     grad_input_,
     grad_input_coefficients,
     per_channel,
@@ -26,7 +27,7 @@ from helpers.batch_norm import (
     scale_of,
     update_running_stats,
 )
-from helpers.conv import check_images, conv2d_backward
+from helpers.conv import conv2d_backward
 
 __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction"]
 
@@ -223,18 +224,18 @@ class FusedConvBN2d(nn.Module):
             run = torch.compiler.disable(run)
         z, mean, var = run(x, weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
         if bn.training and bn.track_running_stats:
-            bn.num_batches_tracked.add_(1)
             momentum = bn.momentum
             if momentum is None:
-                momentum = bn.num_batches_tracked.to(bn.running_mean.dtype).reciprocal()
+                momentum = (bn.num_batches_tracked + 1).to(bn.running_mean.dtype).reciprocal()
             mean = mean if conv.bias is None else mean + conv.bias.detach()
             update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
+            bn.num_batches_tracked.add_(1)
         return z
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
         check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
-        check_images(input)
+        check_norm(input, self.bn.eps)
         y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}

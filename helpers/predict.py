@@ -192,8 +192,9 @@ def predict_memory(
     with fakes:
         with held, precision, recomputation:
             out = model(*args)
-        if not isinstance(out, Tensor):
-            raise ValueError(f"model must return a tensor to start backward from, got {type(out)}")
+        if not isinstance(out, Tensor) or not out.requires_grad:
+            got = f"got a {type(out).__name__} without one"
+            raise ValueError(f"model must return a tensor that requires a gradient, {got}")
         forward, grad = held.held, torch.empty_like(out)
         held.ignore(grad)
         with held:
@@ -220,7 +221,16 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
+    for t in inputs:
+        if not isinstance(t, Tensor):
+            check_shape("inputs (other than tensors)", t)
     return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
+
+
+def check_shape(name: str, shape) -> None:
+    """Raise a ValueError unless ``shape`` is one."""
+    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{name} must be a shape of whole numbers from 0 on, got {shape!r:.80}")
 
 
 def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> int:
@@ -257,6 +267,7 @@ def largest_batch(
     Raises:
         ValueError: ``budget_bytes`` is too little for one image, or an argument does not fit.
     """
+    check_shape("image_shape", image_shape)
     check_bytes("budget_bytes", budget_bytes)
     how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
 

@@ -138,7 +138,8 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
                 trace.mark("held")
             ends = [t for t in tensors_in(out) if t.requires_grad]
             if not ends:
-                raise ValueError(f"model must return a tensor that requires a gradient, got {type(out)}")
+                got = f"got a {type(out).__name__} without one"
+                raise ValueError(f"model must return a tensor that requires a gradient, {got}")
             if start is None:
                 noise = torch.Generator().manual_seed(0)
                 start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]

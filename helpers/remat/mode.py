@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import numbers
 import weakref
 from collections.abc import Callable
 
@@ -180,7 +182,7 @@ class remat:  # noqa: N801
     """
 
     def __init__(self, max_cost: float = 0) -> None:
-        if isinstance(max_cost, bool) or not isinstance(max_cost, (int, float)) or not max_cost >= 0:
+        if isinstance(max_cost, bool) or not isinstance(max_cost, numbers.Real) or not max_cost >= 0:
             raise ValueError(
                 f"max_cost must be a number from 0 on, multiplications per value; got {max_cost!r}"
             )
@@ -200,4 +202,6 @@ class remat:  # noqa: N801
         mode.table.clear()
 
     def __call__(self, function: Callable) -> Callable:
+        if not callable(function) or inspect.iscoroutinefunction(function):
+            raise TypeError(f"remat decorates a function that is not async, got {function!r}")
         return context_decorator(lambda: remat(self.max_cost), function)

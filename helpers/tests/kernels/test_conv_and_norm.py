@@ -1,6 +1,7 @@
 """helpers.conv and helpers.batch_norm against PyTorch's own operators and against finite differences."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -174,8 +175,55 @@ def test_batch_stats_of_half_precision_are_float32():
     assert mean.dtype == var.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["mean", "var", "weight"])
-def test_batch_norm_backward_names_the_bad_argument(name):
-    arguments = {"weight": None, "mean": torch.zeros(3), "var": torch.ones(3), name: torch.ones(4)}
-    with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\), got \(4,\)"):
-        batch_norm_backward(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), **arguments)
+def test_batch_norm_of_no_images():
+    y, dz = torch.randn(2, 0, 3, 4, 4)
+    dy, dgamma, dbeta = batch_norm_backward(dz, y, None, torch.zeros(3), torch.ones(3))
+    assert dy.shape == y.shape and not dgamma.any() and not dbeta.any()
+
+
+Y, THREE, FOUR = torch.zeros(2, 3, 4, 4), torch.ones(3), torch.ones(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": FOUR}, r"mean must have shape \(3,\), got \(4,\)"),
+        ({"var": FOUR}, r"var must have shape \(3,\), got \(4,\)"),
+        ({"weight": FOUR}, r"weight must have shape \(3,\), got \(4,\)"),
+        ({"mean": torch.ones(())}, r"mean must have shape \(3,\), got \(\)"),
+        ({"input": Y[0]}, r"input must be \(N, C, H, W\), floating point, got shape \(3, 4, 4\)"),
+        ({"input": Y.long()}, r"input must be .* floating point, got .* torch.int64"),
+        ({"eps": -1e-5}, "eps must be a number from 0 on, got -1e-05"),
+        ({"eps": math.nan}, "eps must be a number from 0 on, got nan"),
+    ],
+)
+def test_batch_norm_names_the_bad_argument(change, message):
+    arguments = {"input": Y, "weight": None, "mean": THREE, "var": THREE, **change}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        batch_norm_forward(bias=None, **arguments)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        batch_norm_backward(grad_out=Y, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"var": THREE[:1]}, r"var must have shape \(3,\), got \(1,\)"),
+        ({"running_var": FOUR}, r"running_var must have shape \(3,\), got \(4,\)"),
+        ({"m": 0}, "m must be a number of values from 1 on, got 0"),
+        ({"momentum": 2.0}, "momentum must be a number from 0 to 1, got 2.0"),
+        ({"momentum": "a"}, "momentum must be a number from 0 to 1, got 'a'"),
+    ],
+)
+def test_update_running_stats_names_the_bad_argument_and_changes_nothing(change, message):
+    arguments = {"running_mean": THREE.clone(), "running_var": THREE, "mean": 2 * THREE, "var": THREE}
+    arguments |= {"m": 8, "momentum": 0.1, **change}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        update_running_stats(**arguments)
+    assert torch.equal(arguments["running_mean"], THREE)
+
+
+@pytest.mark.parametrize("y", [Y[0], Y[:0], Y.long(), [1.0]])
+def test_batch_stats_names_the_bad_argument(y):
+    with pytest.raises(ValueError, match="^y must "):
+        batch_stats(y)

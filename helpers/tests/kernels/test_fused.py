@@ -488,6 +488,7 @@ def test_compile_is_right_and_keeps_the_saving(backend, tmp_path, monkeypatch):
 
 BAD_INPUTS = [
     (torch.zeros(2, 5, 5), r"input must be \(N, C, H, W\), .* got shape \(2, 5, 5\).*input\[None\]"),
+    ([1.0], r"input must be a tensor \(N, C, H, W\), floating point, got <class 'list'>"),
     (torch.zeros(2, 5), r"input must be \(N, C, H, W\), floating point, got shape \(2, 5\)"),
     (torch.zeros(2, 3, 5, 5), r"expected input\[0, 3, 5, 5\] to have 2 channels, but got 3 channels"),
     (torch.zeros(2, 2, 5, 5).double(), "conv.weight must be torch.float64 on cpu .* got torch.float32"),
@@ -515,6 +516,15 @@ def test_a_norm_in_another_dtype_is_named_and_nothing_changes(name):
     with pytest.raises(ValueError, match=f"^bn.{name} must be torch.float32 on cpu .* got torch.float64"):
         fused(torch.zeros(2, 2, 5, 5))
     assert fused.bn.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("setting", [{"momentum": 2}, {"momentum": "a"}, {"eps": -1.0}, {"eps": None}])
+def test_a_bad_setting_of_the_norm_is_named_and_nothing_changes(setting):
+    fused, (name,) = FusedConvBN2d(2, 4, 3, **setting), setting
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises(ValueError, match=f"^{name} must be a number from 0 "):
+        fused(torch.randn(2, 2, 5, 5))
+    assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
 
 @pytest.mark.parametrize("slab_size", [0, -1, 1.5, True, "all"])

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1292,6 +1293,16 @@ def test_price_that_is_none(max_cost):
         remat(max_cost=max_cost)
 
 
-@pytest.mark.parametrize("max_cost", [0, 0.5, 64, 1e9, float("inf")])
+async def a_coroutine():
+    pass
+
+
+@pytest.mark.parametrize("function", [a_coroutine, 5, None])
+def test_what_it_cannot_decorate(function):
+    with pytest.raises(TypeError, match="^remat decorates a function that is not async, got "):
+        remat()(function)
+
+
+@pytest.mark.parametrize("max_cost", [0, 0.5, 64, np.int64(64), 1e9, float("inf")])
 def test_prices(max_cost):
     check(network("residual"), X, costs=[max_cost])

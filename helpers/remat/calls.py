@@ -140,7 +140,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         small = price * a.nbytes > BOTTLENECK * y.nbytes
         if table.max_cost and not small and may_run_again(weight) and table.is_safe(weight, bias):
             recipe = Convolve(function, w, bias, arguments, price, dtype)
-            for t in (w,) if bias is None else (w, bias):
+            for t in recipe.parameters:
                 table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
         table.note(y, recipe, (value,), operation)
         return y

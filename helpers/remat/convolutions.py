@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, fit, layout_of, to
+from helpers.remat.operations import WIDE, Operation, copy_of, fit, layout_of, to
 from helpers.remat.values import Recipe, Value
 
 aten = torch.ops.aten
@@ -82,34 +82,9 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
     return arguments, geometry, geometry.price(shape)
 
 
-class Held(NamedTuple):
-    """A weight or bias that forward used, and what it was then: sharded training frees a tensor's storage."""
-
-    tensor: Tensor
-    version: int
-    nbytes: int
-
-    @classmethod
-    def of(cls, t: Tensor | None) -> Held | None:
-        if t is None:
-            return None
-        return cls(t if t.is_leaf else t.detach(), t._version, t.untyped_storage().nbytes())
-
-    def copy(self) -> Held:
-        """A copy's, unless the tensor has changed already."""
-        return Held.of(self.tensor.detach().clone()) if self.tensor._version == self.version else self
-
-    def get(self, who: str, name: str) -> Tensor:
-        """The tensor; a RuntimeError if it is not what it was."""
-        t = self.tensor
-        if t._version == self.version and t.untyped_storage().nbytes() == self.nbytes:
-            return t
-        what = "changed" if t._version != self.version else "freed"
-        raise RuntimeError(
-            f"{who} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} was {what} "
-            "after forward. Run backward before that, or use remat(max_cost=0), which recomputes no "
-            "convolution"
-        )
+def state_of(t: Tensor) -> tuple[int, int]:
+    """What is different once ``t`` has been changed, or freed as in sharded training."""
+    return t._version, t.untyped_storage().nbytes()
 
 
 class Convolve(Recipe):
@@ -120,16 +95,27 @@ class Convolve(Recipe):
     def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
         self.name, self.price, self.parameter = function.__name__, price, weakref.ref(weight)
-        self.weight, self.bias = Held.of(weight), Held.of(bias)
+        parameters = (weight,) if bias is None else (weight, bias)
+        self.parameters = [t if t.is_leaf else t.detach() for t in parameters]
+        self.states = [state_of(t) for t in parameters]
 
     def copy_parameters(self) -> None:
-        """Before one of them changes."""
-        held = self.weight, self.bias
-        self.weight, self.bias = (h and h.copy() for h in held)
+        """Before one of them changes; not what has changed already."""
+        for i, (t, state) in enumerate(zip(self.parameters, self.states, strict=True)):
+            if state_of(t) == state:
+                self.parameters[i] = copy_of(t)
+                self.states[i] = state_of(self.parameters[i])
 
     def run(self, out, a):
-        weight, bias = self.weight.get(self.name, "weight"), self.bias and self.bias.get(self.name, "bias")
-        return self.function(a, to(weight, self.dtype), to(bias, self.dtype), **self.arguments)
+        for name, t, state in zip(("weight", "bias"), self.parameters, self.states, strict=False):
+            if state_of(t) != state:
+                what = "freed" if t._version == state[0] else "changed"
+                raise RuntimeError(
+                    f"{self.name} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} "
+                    f"was {what} after forward. Run backward before that, or use remat(max_cost=0), which "
+                    "recomputes no convolution"
+                )
+        return self.function(a, *(to(t, self.dtype) for t in self.parameters), **self.arguments)
 
 
 def may_run_again(weight: Tensor) -> bool:

@@ -98,24 +98,13 @@ class Task:
 
     def recompute(self, value: Value) -> Tensor:
         """Recompute ``value``, and before it the convolutions on its way, each once."""
-        stack = [value]
-        while True:
-            v = stack[-1]
-            program = Program(self, v)
-            if program.missing:
-                stack.extend(program.missing)
-                continue
-            if v.recipe.price:
-                t = v.recipe.run(None, *[self.start(p) for p in v.parents])
-                t = v.view.like(t)  # its views have forward's strides
-            else:
-                t = program.run()
-            stack.pop()
-            if not stack:
-                return t
-            self.hold(v, t)
-            while self.at_hand(stack[-1]) is not None:  # two paths led there
-                stack.pop()
+        while (program := Program(self, value)).missing:
+            first = program.missing[-1]
+            self.hold(first, self.recompute(first))
+        if not value.recipe.price:
+            return program.run()
+        t = value.recipe.run(None, *[self.start(p) for p in value.parents])
+        return value.view.like(t)  # its views have forward's strides
 
 
 class Program:

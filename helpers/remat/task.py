@@ -31,7 +31,6 @@ class Task:
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.uses: dict[Value, int] = {}
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
         self.retained = torch._C._autograd._get_current_graph_task_keep_graph()
         self.twice, self.autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
@@ -49,11 +48,9 @@ class Task:
     def end(self) -> None:
         """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
-        self.uses.clear()
 
     def drop(self, value: Value) -> None:
         """``value`` is not needed any more."""
-        self.uses.pop(value, None)
         self.holding.pop(value, None)
 
     def hold(self, value: Value, t: Tensor) -> None:
@@ -67,14 +64,9 @@ class Task:
         t = value.held()
         if t is not None:
             return t, False
-        used = self.uses[value] = self.uses.get(value, 0) + 1
-        t = self.at_hand(value)
-        if t is None:
-            t = self.recompute(value)
-        if used >= value.needs:
+        t = self.start(value)
+        if self.now == value.first:  # backward runs from the last operation to the first
             self.drop(value)
-        elif value not in self.holding and self.fits(value):
-            self.hold(value, t)
         return t, value not in self.holding
 
     def start(self, value: Value) -> Tensor:
@@ -82,7 +74,7 @@ class Task:
         t = self.at_hand(value)
         if t is None:
             t = self.recompute(value)
-            if value.recipe.price or (value.needs and self.fits(value)):
+            if value.recipe.price or (value.first is not None and self.fits(value)):
                 self.hold(value, t)
         return t
 
@@ -148,7 +140,7 @@ class Program:
         memory, places = {last: result}, {}  # for whole results; a step's only reader, whose memory it takes
         self.last_reader = {p: v for v, (_, parents) in steps.items() for p in parents}
         for v in steps:
-            if v.needs and v is not last and not isinstance(v.recipe, Part) and task.fits(v):
+            if v.first is not None and v is not last and not isinstance(v.recipe, Part) and task.fits(v):
                 memory[v] = v.view.empty()
                 task.hold(v, memory[v])
         for v, (recipe, parents) in reversed(steps.items()):

@@ -135,7 +135,7 @@ class Value:
         name: of what made it, if there is no recipe.
         kept: the tensor, if it is held from forward to backward; ``version`` is its version then.
         snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
-        needs: how many nodes of the graph need it; ``first`` is the number of the first one's operation.
+        first: the number of the first operation whose node needs it, if one does.
         operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
         origin: a weak reference to the parameter of the last convolution or norm on the way here.
         private: whether PyTorch's node would not see a write to the tensor, since it saves another.
@@ -144,8 +144,7 @@ class Value:
     """
 
     name = "given"
-    kept = snapshot = row = origin = operation = None
-    needs = first = 0
+    kept = snapshot = row = origin = operation = first = None
     read = counted = private = False
 
     def __init__(
@@ -268,8 +267,7 @@ class Table:
 
     def need(self, value: Value, t: Tensor) -> Value:
         """A node needs ``value``, whose tensor is ``t``: decide what to keep for it."""
-        value.needs += 1
-        if value.needs > 1:
+        if value.first is not None:
             return value
         value.first = len(self.operations)
         if value.row is None:
@@ -393,7 +391,8 @@ class Table:
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
             whole = value.live()
-            if value.kept is None and value.needs and whole is not None and whole._version == value.version:
+            needed = value.first is not None and value.kept is None
+            if needed and whole is not None and whole._version == value.version:
                 self.keep(value, whole)
             if value.kept is None:
                 value.version = NO_VERSION

@@ -23,9 +23,7 @@ def tanh(x):
 @triton.jit
 def activation(u, p, q, r, ACT: tl.constexpr, DTYPE: tl.constexpr):
     """act(u) and act'(u). Comparisons are ATen's: a corner belongs to the same side, and NaN stays NaN."""
-    if ACT == "none":
-        a, slope = u, 1.0
-    elif ACT == "relu":
+    if ACT == "relu":
         a, slope = tl.where(u <= 0, 0.0, u), tl.where(u <= 0, 0.0, 1.0)
     elif ACT == "hardtanh":
         a, slope = tl.where(u < p, p, tl.where(u > q, q, u)), tl.where((u <= p) | (u >= q), 0.0, 1.0)

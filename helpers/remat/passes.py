@@ -133,7 +133,7 @@ def without_gaps(shape, stride) -> bool:
 def launch(da, y, added, norm: Norm, kind: Kind, out: Tensor | None) -> Tensor:
     """What `kernels.one_pass` computes, in ``out`` if it is given."""
     out = torch.empty_like(y) if out is None else out
-    if has_memory(y):
+    if not (y.is_meta or isinstance(y, FakeTensor)):  # these have no memory
         from helpers.remat import kernels  # only now: it imports Triton
 
         kernels.launch((da, y, added, *norm, out), kind, matrix(y))
@@ -149,7 +149,3 @@ def block_of(cols: int, last: bool) -> tuple[int, int, int]:
         columns = min(columns, 4096 if cols <= 4096 else 1024)
         values = max(columns, 1024)
     return values // columns, columns, 8 if values > 1024 else 4
-
-
-def has_memory(t: Tensor) -> bool:
-    return not (t.is_meta or isinstance(t, FakeTensor))

@@ -187,8 +187,8 @@ class Table:
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations = []  # weak references, in forward's order
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
-        # Of concatenations: their parts, held until it is decided whether to keep these or the whole.
-        self.waiting: weakref.WeakKeyDictionary[Value, list[Tensor]] = weakref.WeakKeyDictionary()
+        # The last concatenation's parts, until it is decided whether to keep these or the whole.
+        self.waiting: list[Tensor] = []
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
         self._exposed: dict[int, weakref.ref] = {}  # storages
@@ -273,15 +273,9 @@ class Table:
         if value.row is None:
             self.add_row(value)
         if value.kept is None:
-            parents = value.parents
             if not self.affordable(value):
                 self.keep_least(value, t)
-            self.waiting.pop(value, None)
-            above = [*parents] if self.waiting else []
-            for p in above:  # it grows
-                self.waiting.pop(p, None)
-                if len(above) < MOST_PASSES:
-                    above.extend(p.parents)
+            self.waiting.clear()
         return value
 
     def add_row(self, value: Value) -> None:

@@ -62,8 +62,7 @@ class Node(torch.autograd.Function):
                 grads = operation.backward(task, dz, needs, saved)
         else:
             grads = operation.backward(task, dz, needs, saved)
-        if operation.output is not None:
-            task.drop(operation.output)
+        task.holding.pop(operation.output, None)  # the value is not needed any more
         if task.twice:
             grads = once(ctx, dz, grads)
         if not task.retained:

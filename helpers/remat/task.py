@@ -49,10 +49,6 @@ class Task:
         """The backward pass is over; some of its nodes may not have run."""
         self.holding.clear()
 
-    def drop(self, value: Value) -> None:
-        """``value`` is not needed any more."""
-        self.holding.pop(value, None)
-
     def hold(self, value: Value, t: Tensor) -> None:
         self.holding[value] = t, stream_of(t)
         if not value.recipe.price:  # a convolution's output is held in any case
@@ -66,7 +62,7 @@ class Task:
             return t, False
         t = self.start(value)
         if self.now == value.first:  # backward runs from the last operation to the first
-            self.drop(value)
+            self.holding.pop(value, None)
         return t, value not in self.holding
 
     def start(self, value: Value) -> Tensor:

@@ -240,20 +240,19 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         aten.leaky_relu.out,
         lambda da, u, slope, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
     ),
-    "leaky_relu_": (  # in place: from a, an error for a negative slope, as PyTorch's own
-        aten.leaky_relu.out,
-        lambda da, a, slope, out: aten.leaky_relu_backward.grad_input(da, a, slope, True, grad_input=out),
-    ),
     "elu": (
         aten.elu.out,
         lambda da, u, *numbers, out: aten.elu_backward.grad_input(da, *numbers, False, u, grad_input=out),
     ),
-    "elu_": (
-        aten.elu.out,
-        lambda da, a, *numbers, out: aten.elu_backward.grad_input(da, *numbers, True, a, grad_input=out),
-    ),
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
+}
+# Of those that PyTorch differentiates from a when they were in place: an error for a negative slope.
+IN_PLACE: dict[str, Callable] = {
+    "leaky_relu_": lambda da, a, slope, out: aten.leaky_relu_backward.grad_input(
+        da, a, slope, True, grad_input=out
+    ),
+    "elu_": lambda da, a, *numbers, out: aten.elu_backward.grad_input(da, *numbers, True, a, grad_input=out),
 }
 EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 
@@ -268,7 +267,8 @@ class Kind(NamedTuple):
         return ACTIVATIONS[self.name][0](u, *self.numbers, out=out)
 
     def backward(self, da: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        return ACTIVATIONS[self.name][1](da, x, *self.numbers, out=out)
+        backward = IN_PLACE.get(self.name) or ACTIVATIONS[self.name][1]
+        return backward(da, x, *self.numbers, out=out)
 
 
 class Activate(Recipe):
@@ -313,7 +313,7 @@ class Activation(Operation):
 
     def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
-        if in_place and f"{kind.name}_" in ACTIVATIONS:
+        if in_place and f"{kind.name}_" in IN_PLACE:
             self.kind = kind._replace(name=f"{kind.name}_")
         # Then `value` is to be the result's.
         self.from_result = self.kind is not kind or passes.takes_result(kind, value.view.dtype)

@@ -42,8 +42,8 @@ class Task:
         return min(self.slack[first : self.now + 1], default=0)
 
     def fits(self, value: Value) -> bool:
-        """Whether ``value`` may be held from now to its last use."""
-        return self.room(value) >= value.nbytes
+        """Whether ``value`` has a use to come, and may be held until then."""
+        return value.first is not None and value.first < self.now and self.room(value) >= value.nbytes
 
     def end(self) -> None:
         """The backward pass is over; some of its nodes may not have run."""
@@ -70,7 +70,7 @@ class Task:
         t = self.at_hand(value)
         if t is None:
             t = self.recompute(value)
-            if value.recipe.price or (value.first is not None and self.fits(value)):
+            if value.recipe.price or self.fits(value):
                 self.hold(value, t)
         return t
 
@@ -86,13 +86,18 @@ class Task:
 
     def recompute(self, value: Value) -> Tensor:
         """Recompute ``value``, and before it the convolutions on its way, each once."""
-        while (program := Program(self, value)).missing:
-            first = program.missing[-1]
-            self.hold(first, self.recompute(first))
-        if not value.recipe.price:
-            return program.run()
-        t = value.recipe.run(None, *[self.start(p) for p in value.parents])
-        return value.view.like(t)  # its views have forward's strides
+        while True:
+            v = value
+            while (program := Program(self, v)).missing:
+                v = program.missing[-1]
+            if v.recipe.price:
+                t = v.recipe.run(None, *[self.start(p) for p in v.parents])
+                t = v.view.like(t)  # its views have forward's strides
+            else:
+                t = program.run()
+            if v is value:
+                return t
+            self.hold(v, t)
 
 
 class Program:
@@ -136,7 +141,7 @@ class Program:
         memory, places = {last: result}, {}  # for whole results; a step's only reader, whose memory it takes
         self.last_reader = {p: v for v, (_, parents) in steps.items() for p in parents}
         for v in steps:
-            if v.first is not None and v is not last and not isinstance(v.recipe, Part) and task.fits(v):
+            if v is not last and not isinstance(v.recipe, Part) and task.fits(v):
                 memory[v] = v.view.empty()
                 task.hold(v, memory[v])
         for v, (recipe, parents) in reversed(steps.items()):

@@ -196,7 +196,7 @@ def test_convolutions(data):
         last = getattr(family, f"Conv{n}d")(c_out, 2, 1)
         return nn.Sequential(convolve, norm(c_out), EVERY_ACTIVATION[activation](), last).train(training)
 
-    check(make, image(draw(st.integers(1, 3)), c_in, *(draw(st.integers(6, 7)) for _ in range(n))))
+    check(make, image(draw(st.integers(1, 3)), c_in, *(draw(st.integers(8, 9)) for _ in range(n))))
 
 
 def frozen(module):

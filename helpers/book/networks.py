@@ -19,7 +19,7 @@ from helpers.remat import remat
 
 
 class TutorialConvBN2dFunction(torch.autograd.Function):
-    """The kernel of PyTorch's tutorial as it stands there, but for ``padding``: what ours is measured by.
+    """The function of PyTorch's tutorial as it stands there, but for ``padding``: what ours is measured by.
 
     Unbiased variance, ε outside the root, no γ and β; the weight gradient as a convolution of transposed
     inputs. Chapter 4 explains it.

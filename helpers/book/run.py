@@ -1,12 +1,8 @@
-"""Run, refresh and export the notebooks: what `make` calls.
-
-    python -m helpers.book.run run     [NAME=VALUE ...]   run the notebooks into build/notebooks/
-    python -m helpers.book.run refresh [NOTEBOOK ...]     run the committed notebooks, in place
-    python -m helpers.book.run html    [--executed]       export them to build/html/, or those of the last run
-"""
+"""Run, refresh and export the notebooks: what `make` calls. See `python -m helpers.book.run --help`."""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import datetime
 import hashlib
@@ -152,13 +148,13 @@ def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECU
     return "\n".join(errors) or None
 
 
-def refresh(arguments: Sequence[str], figures: Path = MEASUREMENTS) -> None:
-    """Run the notebooks named by path, or all of them, with their defaults, and write the outputs back.
+def refresh(notebooks: Sequence[Path], figures: Path = MEASUREMENTS) -> None:
+    """Run these notebooks, or all of them, with their defaults, and write the outputs back.
 
     All else in the files stays, and the whole file if a cell fails. PNGs of cells tagged readme-figure go to
     ``figures``, under the notebook's name.
     """
-    for path in map(Path, arguments or find_notebooks()):
+    for path in notebooks or find_notebooks():
         notebook = nbformat.read(path, as_version=4)
         executed = nbformat.read(run_notebook(path, BUILD / "refreshed"), as_version=4)
         notebook.metadata["collection"] = executed.metadata["collection"]
@@ -171,21 +167,39 @@ def refresh(arguments: Sequence[str], figures: Path = MEASUREMENTS) -> None:
         print(f"{path.stem} is refreshed", flush=True)
 
 
-def html(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = BUILD / "html") -> None:
+def html(executed: bool, source: Path = NOTEBOOKS, folder: Path = BUILD / "html") -> None:
     """Export the notebooks of ``source``, or those of the last run, as pages in ``folder``."""
-    names = export(find_notebooks(EXECUTED if "--executed" in arguments else source), folder)
+    names = export(find_notebooks(EXECUTED if executed else source), folder)
     print(f"{len(names)} pages are in {os.path.relpath(folder)}: open {os.path.relpath(folder / names[0])}")
 
 
 COMMANDS = {"run": run, "refresh": refresh, "html": html}
 
 
+def parse(argv: Sequence[str]) -> dict[str, Any]:
+    """The command and its arguments, by name; --help, and what there is not, end the program."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.book.run")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("run", help="run the notebooks into build/notebooks/")
+    command.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="parameters, as of make run")
+    command = commands.add_parser("refresh", help="run committed notebooks, in place")
+    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", type=existing, help="all by default")
+    command = commands.add_parser("html", help="export the notebooks as pages to build/html/")
+    command.add_argument("--executed", action="store_true", help="those of the last run")
+    return vars(parser.parse_args(argv))
+
+
+def existing(name: str) -> Path:
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {name}")
+    return Path(name)
+
+
 def main(argv: Sequence[str]) -> str | None:
     """What went wrong, or None."""
-    if not argv or argv[0] not in COMMANDS:
-        return __doc__
+    given = parse(argv)
     try:
-        return COMMANDS[argv[0]](argv[1:])
+        return COMMANDS[given.pop("command")](**given)
     except ParameterError as error:
         return explain(error)
     except (NotebookFailure, PageError) as error:

@@ -22,17 +22,17 @@ def kept_values(layers: list[nn.Conv2d], max_cost: float) -> list[str]:
 
 @exercise(1)
 def check_chain(answer):
-    """The blocks of a chain whose convolution's output is kept, from (prices, max_cost)."""
+    """The blocks of a chain whose convolution's output is kept, from (work, max_cost)."""
     for kernels, max_cost in (([3, 1, 1, 5, 1], 150), ([1, 1, 3, 1, 1], 16), ([3, 3, 3, 3], 144)):
-        prices = [16 * k * k for k in kernels]
+        work = [16 * k * k for k in kernels]
         kept = kept_values([nn.Conv2d(16, 16, k, padding=k // 2) for k in kernels], max_cost)
-        want, alone = [int(name[1:]) for name in kept], [i for i, p in enumerate(prices, 1) if p > max_cost]
+        want, alone = [int(name[1:]) for name in kept], [i for i, p in enumerate(work, 1) if p > max_cost]
         mistakes = {
             "blocks count from 1": [i - 1 for i in want],
             "what is not kept on the way must be paid for, too": alone,
         }
-        got = [*map(int, numbers(answer(prices, max_cost)))]
-        note = f"prices {prices}, max_cost {max_cost}: remat keeps {want}, got {got}"
+        got = [*map(int, numbers(answer(work, max_cost)))]
+        note = f"work {work}, max_cost {max_cost}: remat keeps {want}, got {got}"
         compare("the list", got, want, mistakes, note)
 
 

@@ -446,13 +446,29 @@ def test_refresh_that_fails_leaves_the_file(write_pages, tmp_path, monkeypatch):
     assert bad.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ("--help", 0, "refresh"),
+        ("", 2, "required: command"),
+        ("walk", 2, "invalid choice: 'walk'"),
+        ("html --all", 2, "unrecognized arguments: --all"),
+        ("refresh nothere.ipynb", 2, "there is no file nothere.ipynb"),
+    ],
+)
+def test_the_command_line(arguments, status, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        runner.main(arguments.split())
+    assert ended.value.code == status and said in "".join(capsys.readouterr())
+
+
 def test_html(write_pages, tmp_path, capsys):
     path = write_pages("01_a")
-    runner.html([], path.parent, tmp_path / "html")
+    runner.html(False, path.parent, tmp_path / "html")
     assert "2 pages are in" in capsys.readouterr().out
     assert "01_a" in (tmp_path / "html" / "01_a.html").read_text()
     with pytest.raises(PageError, match="`make run` comes first"):
-        runner.html([], tmp_path / "empty", tmp_path / "html")
+        runner.html(False, tmp_path / "empty", tmp_path / "html")
 
 
 @pytest.mark.notebooks

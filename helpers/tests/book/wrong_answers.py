@@ -198,7 +198,7 @@ WRONG = {
             ("since, kept = 0, kept + [i]", "kept = kept + [i]", "remat keeps [2, 4], got [2, 3, 4, 5]"),
             ("since += price", "since = price", "must be paid for, too"),
             ("since > max_cost", "since >= max_cost", "remat keeps [2, 3, 5], got [1, 2, 3, 4, 5]"),
-            ("enumerate(prices, 1)", "enumerate(prices)", "count from 1"),
+            ("enumerate(work, 1)", "enumerate(work)", "count from 1"),
         ],
         "check_only_input": [
             ("stride**2 * y1", "y1", "at 52 y2 is still kept"),

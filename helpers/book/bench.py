@@ -98,19 +98,6 @@ def memory(table: Table, method: str) -> dict:
     return found if trace.tensor_peak is None else {**found, "tensor_peak": trace.tensor_peak}
 
 
-def passes(table: Table, method: str) -> dict:
-    """The kernels of a step (on a CPU, its operators): number, seconds, and which of them take longest."""
-    network, x = table.build(method)
-    table.step(network, x)
-    with torch.profiler.profile() as profile:
-        table.step(network, x)
-    found = [e for e in profile.key_averages() if e.device_type.name.lower() == table.device.type]
-    seconds = {e.key: (e.self_device_time_total or e.self_cpu_time_total) / 1e6 for e in found}
-    most = sorted(seconds, key=seconds.get, reverse=True)[:8]
-    longest = ", ".join(f"{name[:40]} {seconds[name]:.4f}" for name in most)
-    return {"calls": sum(e.count for e in found), "seconds": sum(seconds.values()), "longest": longest}
-
-
 def errors(table: Table, method: str) -> dict:
     """How far gradients under `remat` are from plain's, next to how far plain's are from float64's."""
     model, x = table.build("unfused")
@@ -163,7 +150,6 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
     wanted = [
         ("", memory, [*LAYERS, *REMATS], ["MNIST"], (64 if quick else 2048, 1, 28, 28), [False]),
         ("", memory, USUAL, NETWORKS, shapes[0], amps),
-        ("passes, ", passes, FEW, NETWORKS[:1], shapes[0], amps),
         (fits, partial(largest, budget), FEW, to_fit, shapes[0][1:], [False]),
         ("errors, ", errors, REMATS, NETWORKS, small, [False, True]),
         *[("", memory, USUAL, NETWORKS, shape, amps) for shape in shapes[1:]],

@@ -268,11 +268,8 @@ def shown(rows: list[dict]) -> str:
 
 
 def recorded(device: str, *only: str) -> str:
-    """The tables of a device's record whose title starts with one of ``only``, or that there is no record."""
-    path = MEASUREMENTS / f"bench_{device}.json"
-    if not path.is_file():
-        return f"There is no record of {device} yet: `make bench DEVICE={device}` makes one."
-    record = read_json(path)
+    """The tables of a device's record whose title starts with one of ``only``."""
+    record = read_json(MEASUREMENTS / f"bench_{device}.json")
     found = [", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")]
     for title, rows in record["tables"].items():
         if title.startswith(only or ""):

@@ -15,7 +15,6 @@ depends on the algorithm that it chooses and is not counted; nor is the allocato
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 import sys
@@ -288,7 +287,11 @@ def largest_batch(
     low, high = least, 16
     while needed(high) <= budget_bytes:
         low, high = high, 4 * high
-    return bisect.bisect(range(high), budget_bytes, low, key=needed) - 1
+    while high - low > 1:  # nearly on a line, which finds the last batch that fits in a few steps
+        share = (budget_bytes - needed(low)) / (needed(high) - needed(low))
+        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
+        low, high = (middle, high) if needed(middle) <= budget_bytes else (low, middle)
+    return low
 
 
 def max_cost_for(

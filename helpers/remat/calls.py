@@ -258,8 +258,8 @@ def concatenate(mode, function, tensors, dim=0):
     def run() -> Tensor:
         values = [mode.table.find(t) for t in tensors]
         out = function(tensors, dim)
-        mode.table.note(out, ops.Concatenate(dim), tuple(values))
-        mode.table.waiting = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
+        made = mode.table.note(out, ops.Concatenate(dim), tuple(values))
+        mode.table.waiting[made] = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
         return out
 
     return run

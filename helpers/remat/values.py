@@ -187,8 +187,8 @@ class Table:
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations = []  # weak references, in forward's order
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
-        # The last concatenation's parts, until it is decided whether to keep these or the whole.
-        self.waiting: list[Tensor] = []
+        # Of concatenations: their parts, held until it is decided whether to keep these or the whole.
+        self.waiting: weakref.WeakKeyDictionary[Value, list[Tensor]] = weakref.WeakKeyDictionary()
         self._storages: dict[int, tuple[weakref.ref, dict]] = {}  # with weak references to values
         self._living: dict[int, Value] = {}  # those that no node holds, until their tensor is gone
         self._exposed: dict[int, weakref.ref] = {}  # storages

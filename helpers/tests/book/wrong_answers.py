@@ -196,7 +196,7 @@ WRONG = {
     "08": {
         "check_chain": [
             ("since, kept = 0, kept + [i]", "kept = kept + [i]", "remat keeps [2, 4], got [2, 3, 4, 5]"),
-            ("since += price", "since = price", "must be paid for, too"),
+            ("since += multiplications", "since = multiplications", "must be paid for, too"),
             ("since > max_cost", "since >= max_cost", "remat keeps [2, 3, 5], got [1, 2, 3, 4, 5]"),
             ("enumerate(work, 1)", "enumerate(work)", "count from 1"),
         ],

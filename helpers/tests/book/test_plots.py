@@ -126,7 +126,7 @@ def test_memory_by_stage():
         "less": {"late": 2 * mib, "backward": mib},
     }
     assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylabel() == "MiB"
-    legend = axes[0].get_legend()
+    legend = axes[1].get_legend()
     names = [text.get_text() for text in legend.get_texts()]
     assert names == ["backward", "weight gradients", "vectors", "late", "early"]  # as they are stacked
     colours = {c.get_label(): tuple(c.get_facecolor()[0]) for c in axes[1].collections}

@@ -200,6 +200,7 @@ def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
 
 
 def check_vectors(channels: int, **vectors: Tensor | None) -> None:
+    """Raise a ValueError unless each has a value for each channel."""
     for name, vector in vectors.items():
         if vector is not None and tuple(vector.shape) != (channels,):
             raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
@@ -223,7 +224,7 @@ def update_running_stats(
         ValueError: an argument that does not fit, before anything is changed.
     """
     vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "var": var}
-    check_vectors(len(mean), **vectors)
+    check_vectors(running_mean.numel(), **vectors)
     if m < 1:
         raise ValueError(f"m must be a number of values from 1 on, got {m!r}")
     if not isinstance(momentum, Tensor) and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):

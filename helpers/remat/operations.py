@@ -247,12 +247,12 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
 }
-# Of those that PyTorch differentiates from a when they were in place: an error for a negative slope.
+# Those that PyTorch differentiates from a if they were in place: du, or an error for a negative slope.
 IN_PLACE: dict[str, Callable] = {
-    "leaky_relu_": lambda da, a, slope, out: aten.leaky_relu_backward.grad_input(
+    "leaky_relu": lambda da, a, slope, out: aten.leaky_relu_backward.grad_input(
         da, a, slope, True, grad_input=out
     ),
-    "elu_": lambda da, a, *numbers, out: aten.elu_backward.grad_input(da, *numbers, True, a, grad_input=out),
+    "elu": lambda da, a, *numbers, out: aten.elu_backward.grad_input(da, *numbers, True, a, grad_input=out),
 }
 EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 
@@ -267,8 +267,7 @@ class Kind(NamedTuple):
         return ACTIVATIONS[self.name][0](u, *self.numbers, out=out)
 
     def backward(self, da: Tensor, x: Tensor, out: Tensor) -> Tensor:
-        backward = IN_PLACE.get(self.name) or ACTIVATIONS[self.name][1]
-        return backward(da, x, *self.numbers, out=out)
+        return ACTIVATIONS[self.name][1](da, x, *self.numbers, out=out)
 
 
 class Activate(Recipe):
@@ -313,10 +312,9 @@ class Activation(Operation):
 
     def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
         self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
-        if in_place and f"{kind.name}_" in IN_PLACE:
-            self.kind = kind._replace(name=f"{kind.name}_")
+        self.backward_in_place = IN_PLACE.get(kind.name) if in_place else None
         # Then `value` is to be the result's.
-        self.from_result = self.kind is not kind or passes.takes_result(kind, value.view.dtype)
+        self.from_result = self.backward_in_place is not None or passes.takes_result(kind, value.view.dtype)
 
     def backward(self, task, dz, needs, saved):
         if task.at_hand(self.value) is None:  # an accelerator can do without it
@@ -325,12 +323,15 @@ class Activation(Operation):
             if merged := recipe.merged(parents, lambda v: task.at_hand(v) is None):
                 recipe, parents = merged
                 y, *added = (task.start(v) for v in parents)
-                return [passes.act_backward(dz, y, recipe.normalise.norm, recipe.kind, *added)]
+                return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
-        like = x if self.kind.name in ("relu", "leaky_relu", "leaky_relu_") or 0 in dz.stride() else dz
+        like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
-        return [self.kind.backward(dz, x, x if mine and alike else torch.empty_like(like, dtype=x.dtype))]
+        out = x if mine and alike else torch.empty_like(like, dtype=x.dtype)
+        if self.backward_in_place:
+            return [self.backward_in_place(dz, x, *self.kind.numbers, out=out)]
+        return [self.kind.backward(dz, x, out)]
 
 
 # Products, pooling, and what PyTorch's own nodes do ---------------------------------------------------------

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.remat import remat
-from helpers.remat.compare import check_outside, deep_copy
+from helpers.remat.compare import check_outside, deep_copy, without_gradient
 from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
@@ -192,8 +192,7 @@ def predict_memory(
         with held, precision, recomputation:
             out = model(*args)
         if not isinstance(out, Tensor) or not out.requires_grad:
-            got = f"got a {type(out).__name__} without one"
-            raise ValueError(f"model must return a tensor that requires a gradient, {got}")
+            raise without_gradient(out)
         forward, grad = held.held, torch.empty_like(out)
         held.ignore(grad)
         with held:

@@ -138,8 +138,7 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
                 trace.mark("held")
             ends = [t for t in tensors_in(out) if t.requires_grad]
             if not ends:
-                got = f"got a {type(out).__name__} without one"
-                raise ValueError(f"model must return a tensor that requires a gradient, {got}")
+                raise without_gradient(out)
             if start is None:
                 noise = torch.Generator().manual_seed(0)
                 start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
@@ -148,6 +147,12 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     return Step(values, grads, start, fixed, seconds)
+
+
+def without_gradient(out) -> ValueError:
+    """The error for what a model returned and no backward can start from."""
+    got = f"got a {type(out).__name__} without one"
+    return ValueError(f"model must return a tensor that requires a gradient, {got}")
 
 
 def deep_copy(name: str, original, copies: dict | None = None):

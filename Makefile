@@ -11,6 +11,12 @@ NAMES := $(filter-out $(OWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(f
 quote = '$(subst ','\'',$1)'
 PARAMETERS = $(foreach v,$(sort $(NAMES)),$(call quote,$v=$(value $v)))
 
+ifneq ($(NAMES),)
+ifeq ($(filter run bench,$(MAKECMDGOALS)),)
+$(error $(sort $(NAMES)): only make run and make bench take parameters)
+endif
+endif
+
 BUILD := $(CURDIR)/build
 PY := .venv/bin/python
 LOCK := $(filter-out 0,$(LOCKED))

@@ -49,10 +49,10 @@ def conv2d_backward(
     """
     check_images("input", input)
     for name, t in (("grad_out", grad_out), ("weight", weight)):
-        if t.dtype != input.dtype or t.device != input.device:
-            raise ValueError(
-                f"{name} must be {input.dtype} on {input.device} like input, got {t.dtype} on {t.device}"
-            )
+        got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else f"{type(t)}"
+        wanted = f"{input.dtype} on {input.device}"
+        if got != wanted:
+            raise ValueError(f"{name} must be a tensor, {wanted} like input, got {got}")
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     no_images = F.conv2d(input[:0].detach(), weight.detach(), None, stride, padding, dilation, groups)
     expected = (len(input), *no_images.shape[1:])  # PyTorch has checked the other arguments

@@ -178,10 +178,7 @@ class FusedConvBN2d(nn.Module):
         **conv_by_name,
     ) -> None:
         super().__init__()
-        if slab_size not in (None, "batch") and (type(slab_size) is not int or slab_size < 1):
-            raise ValueError(
-                f'slab_size must be None, "batch" or a number of images from 1 on, got {slab_size!r}'
-            )
+        check_slab_size(slab_size)
         self.slab_size = slab_size
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, *conv, **conv_by_name)
         to = {"device": self.conv.weight.device, "dtype": self.conv.weight.dtype}
@@ -236,6 +233,7 @@ class FusedConvBN2d(nn.Module):
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
         check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
         check_norm(input, self.bn.eps)
+        check_slab_size(self.slab_size)
         y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}
@@ -249,6 +247,12 @@ class FusedConvBN2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slab_size={self.slab_size!r}"
+
+
+def check_slab_size(slab_size) -> None:
+    if slab_size not in (None, "batch") and (type(slab_size) is not int or slab_size < 1):
+        allowed = 'None, "batch" or a number of images from 1 on'
+        raise ValueError(f"slab_size must be {allowed}, got {slab_size!r}")
 
 
 def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:

@@ -6,6 +6,7 @@ The whole set is used once it is in data/MNIST/raw/, where `torchvision.datasets
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
@@ -101,4 +102,5 @@ def main() -> str | None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m helpers.book.data", description=__doc__).parse_args()
     sys.exit(main())  # words go to stderr, with the status 1

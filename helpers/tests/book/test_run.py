@@ -244,6 +244,12 @@ def test_make_checks_parameters_before_it_installs(clone):
     assert "\n\nBLOCKS must be a whole number, at least 3, got 2\n" in done.stderr
 
 
+def test_make_refuses_parameters_where_none_is_read(clone):
+    done, calls = clone("html", "EPOCHS=3")
+    assert done.returncode == 2 and calls == []
+    assert "EPOCHS: only make run and make bench take parameters" in done.stderr
+
+
 def test_make_refuses_an_old_python(clone, tmp_path):
     old = tmp_path / "old"
     old.write_text('#!/bin/sh\ncase "$1 $2" in "-c ") ;; -V*) echo Python 3.9.1 ;; *) exit 1 ;; esac\n')

@@ -84,8 +84,9 @@ def test_depthwise_gradients_of_an_empty_batch():
         ({"input": randn(2, 5, 5)}, r"input must be \(N, C, H, W\), floating point, got shape \(2, 5, 5\)"),
         (
             {"weight": randn(3, 2, 3, 3).float()},
-            "weight must be torch.float64 on cpu like input, got torch.float32",
+            "weight must be a tensor, torch.float64 on cpu like input, got torch.float32",
         ),
+        ({"grad_out": None}, "grad_out must be a tensor, .* got <class 'NoneType'>"),
     ],
 )
 def test_conv2d_backward_names_the_bad_argument(change, message):

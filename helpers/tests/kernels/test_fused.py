@@ -531,6 +531,11 @@ def test_a_bad_setting_of_the_norm_is_named_and_nothing_changes(setting):
 def test_bad_slab_sizes_are_named(slab_size):
     with pytest.raises(ValueError, match="slab_size must be None, .* got"):
         FusedConvBN2d(2, 4, 3, slab_size=slab_size)
+    fused = FusedConvBN2d(2, 4, 3)
+    fused.slab_size = slab_size
+    with pytest.raises(ValueError, match="slab_size must be None, .* got"):
+        fused(torch.randn(2, 2, 5, 5))
+    assert fused.bn.num_batches_tracked == 0
 
 
 def test_from_pair_names_what_does_not_fit():

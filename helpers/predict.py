@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import sys
 import weakref
 from collections.abc import Callable
@@ -40,6 +41,10 @@ __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 DEVICES = {"cpu": ("cpu", 1), "cuda": ("meta", 512)}
 # Losses that write a value for each of the input's, and return their mean in the same memory.
 RESIZED = ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_loss")
+# What PyTorch's formulas of backward do in place to a temporary tensor of their own, unless it is fake: these
+# operators in all of them, and all operators in some.
+ON_TEMPORARIES = ("index_add", "index_put", "masked_scatter", "scatter", "scatter_add")
+IN_PLACE_FORMULAS = ("BinaryCrossEntropyWithLogits", "Maximum", "Minimum")
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 
@@ -56,7 +61,7 @@ class Held(TorchDispatchMode):
     def __init__(self, block: int = 1) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self.block, self.known, self.waiting = block, set(), None
+        self.block, self.known, self.ignored, self.waiting = block, set(), set(), None
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
@@ -69,11 +74,8 @@ class Held(TorchDispatchMode):
         self.held += number
         self.peak = max(self.peak, self.held)
         out = as_real(func, args, func(*args, **(kwargs or {})))
-        if func is torch.ops.aten.add.Tensor and called_by_engine() and not args[0]._is_view():
-            # Two gradients of one tensor. The engine adds real ones in the memory of the first if nothing
-            # else (such as a view's base) holds it, fake ones never: count the sum after its summands had
-            # the chance to go.
-            self.waiting = out
+        if isinstance(out, Tensor) and called_by_engine() and self.in_place_if_real(func, args[0]):
+            self.waiting = out  # to be counted once the first argument has had the chance to go
         else:
             for t in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(t, Tensor):
@@ -81,11 +83,20 @@ class Held(TorchDispatchMode):
         self.held -= number
         return out
 
+    def in_place_if_real(self, func, first) -> bool:
+        """Whether autograd, which called ``func`` on ``first``, would write over a real one."""
+        if func is torch.ops.aten.add.Tensor:
+            # Two gradients of one tensor, if nothing else holds the first, such as the base of a view.
+            return not first._is_view() and first.untyped_storage()._cdata not in self.ignored
+        node = torch._C._current_autograd_node()
+        in_place = func.overloadpacket.__name__ in ON_TEMPORARIES
+        return in_place or (node is not None and node.name().startswith(IN_PLACE_FORMULAS))
+
     def count(self, t: Tensor) -> None:
         """Count the storage of ``t`` from now on, unless it counts already (``t`` is a view)."""
         storage = t.untyped_storage()
         key = storage._cdata
-        if key not in self.known:
+        if key not in self.known and key not in self.ignored:
             self.known.add(key)
             nbytes = math.ceil(storage.nbytes() / self.block) * self.block
             self.held += nbytes
@@ -98,7 +109,7 @@ class Held(TorchDispatchMode):
 
     def ignore(self, *tensors: Tensor) -> None:
         """These exist before the step. They must outlive the counting."""
-        self.known.update(t.untyped_storage()._cdata for t in tensors)
+        self.ignored.update(t.untyped_storage()._cdata for t in tensors)
 
 
 def takes_number(func, args: tuple) -> bool:
@@ -125,6 +136,8 @@ def as_real(func, args: tuple, out):
         x, weight = args[1], args[4 if "group" in name else 5]
         pairs = zip(out, (x, weight, weight), strict=True)
         return tuple(t if t is None or like is None else t.to(like.dtype) for t, like in pairs)
+    elif name == "col2im":  # its memory is made for the columns
+        return torch.empty_like(args[0]).resize_(out.shape)
     elif name in RESIZED and out.dim() < args[0].dim():
         return torch.empty_like(torch.broadcast_tensors(*args[:2])[0]).resize_(())
     return out
@@ -219,16 +232,15 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
-    for t in inputs:
-        if not isinstance(t, Tensor):
-            check_shape("inputs (other than tensors)", t)
-    return [t if isinstance(t, Tensor) else torch.empty(t, **how) for t in inputs]
+    other = "inputs (other than tensors)"
+    return [t if isinstance(t, Tensor) else torch.empty(checked(other, t), **how) for t in inputs]
 
 
-def check_shape(name: str, shape) -> None:
-    """Raise a ValueError unless ``shape`` is one."""
+def checked(name: str, shape):
+    """``shape``, or a ValueError if it is none."""
     if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"{name} must be a shape of whole numbers from 0 on, got {shape!r:.80}")
+    return shape
 
 
 def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> int:
@@ -265,7 +277,7 @@ def largest_batch(
     Raises:
         ValueError: ``budget_bytes`` is too little for one image, or an argument does not fit.
     """
-    check_shape("image_shape", image_shape)
+    image_shape = checked("image_shape", image_shape)
     check_bytes("budget_bytes", budget_bytes)
     how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
 
@@ -357,5 +369,5 @@ def next_price(cost: int):
 
 def check_bytes(name: str, value) -> None:
     """Raise a ValueError unless ``value`` is a number of bytes."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number of bytes above 0, got {value!r}")

@@ -158,6 +158,10 @@ class SumInBackward(torch.autograd.Function):
         return dz.repeat(1000) + dz.repeat(1000)
 
 
+def with_context(y):
+    return y + y @ y[:, :1].softmax(-1).mT
+
+
 EXACT = {
     "saved and in place": lambda h: (h.sigmoid() + h.tanh()).relu_()[::2].exp(),
     "gradients added in place": lambda h: h.neg().sum() + h.neg().sum(),
@@ -167,6 +171,15 @@ EXACT = {
     "ends with a view": lambda h: h.exp().unflatten(0, (2, 500)),
     "a sum of its own in backward": SumInBackward.apply,
     "a number is a tensor meanwhile": lambda h: h.neg() + 2,
+    "gradients added, the first given": lambda h: with_context(h.exp().view(2, 5, 100)),
+    "a maximum": lambda h: h.unflatten(0, (20, 50)).max(1)[0],
+    "sorted": lambda h: h.sort()[0],
+    "the largest": lambda h: h.topk(100)[0],
+    "gathered": lambda h: h.gather(0, torch.arange(0, 1000, 3)),
+    "by an index": lambda h: h[torch.arange(0, 1000, 3)],
+    "selected": lambda h: h.index_select(0, torch.arange(0, 1000, 3)),
+    "the larger of two": lambda h: torch.maximum(h.sin(), h.cos()),
+    "patches": lambda h: F.unfold(h.view(1, 10, 10, 10), 3),
 }
 
 
@@ -190,7 +203,13 @@ IMAGES = {
     "layer norm": lambda: nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)),
     **{
         name: lambda name=name: Images(GROUPS, getattr(F, name))
-        for name in ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_loss")
+        for name in (
+            "mse_loss",
+            "smooth_l1_loss",
+            "binary_cross_entropy",
+            "binary_cross_entropy_with_logits",
+            "soft_margin_loss",
+        )
     },
 }
 

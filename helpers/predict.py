@@ -96,7 +96,7 @@ class Held(TorchDispatchMode):
         """Count the storage of ``t`` from now on, unless it counts already (``t`` is a view)."""
         storage = t.untyped_storage()
         key = storage._cdata
-        if key not in self.known and key not in self.ignored:
+        if key not in self.known:
             self.known.add(key)
             nbytes = math.ceil(storage.nbytes() / self.block) * self.block
             self.held += nbytes
@@ -110,6 +110,7 @@ class Held(TorchDispatchMode):
     def ignore(self, *tensors: Tensor) -> None:
         """These exist before the step. They must outlive the counting."""
         self.ignored.update(t.untyped_storage()._cdata for t in tensors)
+        self.known |= self.ignored
 
 
 def takes_number(func, args: tuple) -> bool:

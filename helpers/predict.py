@@ -197,8 +197,9 @@ def predict_memory(
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def fake(t: Tensor) -> Tensor:
+        how = {"dtype": t.dtype, "device": device, "requires_grad": t.requires_grad}
         with fakes:
-            return torch.empty_like(t, device=device, requires_grad=t.requires_grad)
+            return torch.empty_strided(t.shape, t.stride(), **how)
 
     model, args = fake_copy(model, fake), [fake(t) for t in inputs]
     held.ignore(*model.parameters(), *model.buffers(), *args)

@@ -145,7 +145,7 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
     cpu, amps, found = device.type == "cpu", [False, True] if device.type == "cuda" else [False], {}
     shape, small = ((4, 3, 64, 64), (2, 3, 32, 32)) if quick else ((16, 3, 160, 160), (8, 3, 96, 96))
     shapes = [shape] if cpu or quick else [(n, 3, 224, 224) for n in (184, 272)]
-    budget = 100 * MIB if quick else 2**30 if cpu else 2**34
+    budget = 64 * MIB if quick else 2**30 if cpu else 2**34
     fits, to_fit = f"largest batch in {budget / MIB:,.0f} MiB, ", NETWORKS[1:2] if quick else NETWORKS[:2]
     wanted = [
         ("", memory, [*LAYERS, *REMATS], ["MNIST"], (64 if quick else 2048, 1, 28, 28), [False]),

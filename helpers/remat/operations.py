@@ -163,9 +163,9 @@ class BatchNorm(Operation):
             y = dz if self.layout is None else dz.contiguous(memory_format=self.layout)
             mask = [need_y, False, need_beta]
         else:
-            y, mask = task.get(self.value)[0], [need_y, need_gamma, need_beta]
+            (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
         if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
-            grads = grads_in_slabs(dz, y, gamma, self.mean, self.invstd)
+            grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
@@ -176,15 +176,17 @@ def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
     return y.is_cpu and dz.dtype == y.dtype == mean.dtype and dz.is_contiguous() and y.is_contiguous()
 
 
-def grads_in_slabs(dz: Tensor, y: Tensor, gamma: Tensor | None, mean: Tensor, invstd: Tensor) -> list:
+def grads_in_slabs(dz: Tensor, y: Tensor, mine: bool, gamma: Tensor | None, mean, invstd) -> list:
     """dy, dγ and dβ of a norm with batch statistics (chapter 3), with no temporary tensor of dy's size.
 
-    The CPU library's backward allocates dy twice. Here dy is computed some images at a time.
+    The CPU library's backward allocates dy twice. Here dy is computed some images at a time, over y if that
+    is ``mine``.
     """
     dz, images = (t.view(*t.shape[:2], -1, 1) for t in (dz, y))
     scale, m = invstd if gamma is None else invstd * gamma, y.numel() // y.shape[1]
     sum_dz, sum_dz_y = sums = batch_norm_sums(dz, images, mean)
-    kappas, dy = grad_input_coefficients(scale, invstd**-2, sums, m), torch.empty_like(images)
+    kappas = grad_input_coefficients(scale, invstd**-2, sums, m)
+    dy = images if mine else torch.empty_like(images)
     for part in slabs(y):
         torch.sub(images[part], per_channel(mean), out=dy[part])
         grad_input_(dz[part], dy[part], *kappas)

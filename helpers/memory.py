@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.module_tracker import ModuleTracker
 
@@ -98,13 +99,13 @@ class MemoryTrace:
         if self._records and torch.autograd._profiler_enabled():
             raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
         self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
-        gc.collect()  # garbage of an earlier trace, freed in this one, would count as negative
         if self._records:
             _silence_the_profilers_first_warning()
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.__enter__()
         if self.device.type != "cpu":
+            gc.collect()  # what is freed from now on would count as negative
             torch.accelerator.synchronize(self.device)
             torch.accelerator.reset_peak_memory_stats(self.device)
             self._start = torch.accelerator.memory_allocated(self.device)
@@ -120,21 +121,28 @@ class MemoryTrace:
             self._profile = None  # it holds every event
 
     def _read_events(self) -> None:
-        # The profiler reports a block's release only if it saw its allocation, so the running sum starts
-        # at 0 and blocks made before the trace never enter it.
         results = self._profile.profiler.kineto_results
+        events, blocks = results.experimental_event_tree(), set()  # those made in this trace, by address
+        for event in events:  # it grows
+            events.extend(event.children)
         held, kind = 0, self.device.type
         between, until = 0, 0  # the most between operations, and when the one that runs will return
-        for event in sorted(results.events(), key=lambda event: event.start_ns()):
-            name, start = event.name(), event.start_ns()
+        for event in sorted(events, key=lambda event: event.start_time_ns):
+            name, start = event.name, event.start_time_ns
             ms = (start - results.trace_start_ns()) / 1e6
             if start > until:
                 between = max(between, held)
-            if name == "[memory]" and event.device_type().name.lower() == kind:
-                held += event.nbytes()
-                self.timeline.append((ms, held))
+            if event.tag == _EventType.Allocation and event.extra_fields.device.type == kind:
+                block, change = event.extra_fields.ptr, event.extra_fields.alloc_size
+                if change > 0:
+                    blocks.add(block)
+                if block in blocks:  # the release of a block made before the trace counts for nothing
+                    held += change
+                    self.timeline.append((ms, held))
+                if change < 0:
+                    blocks.discard(block)
             elif name.startswith("aten::"):
-                until = max(until, start + event.duration_ns())
+                until = max(until, start + event.duration_time_ns)
             elif name.startswith("mark:"):
                 self.mark_times[name[5:]] = ms
                 if kind == "cpu":

@@ -61,6 +61,17 @@ def test_garbage_of_an_earlier_trace_is_not_subtracted():
     assert all(held == 0 for _, held in trace.timeline)
 
 
+def test_a_block_of_an_earlier_trace_is_not_subtracted():
+    with MemoryTrace():
+        block = torch.empty(1000)
+    with MemoryTrace() as trace:
+        del block
+        trace.mark("without it")
+        again = torch.empty(1000)  # perhaps in the same place
+        del again
+    assert trace.marks == {"without it": 0} and trace.peak == 4000 and trace.timeline[-1][1] == 0
+
+
 def test_an_accelerator_is_asked_only_after_it_allocated(monkeypatch):
     """Before that its allocator has no statistics, and the CPU would be measured in its place."""
     made = []

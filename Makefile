@@ -11,6 +11,10 @@ NAMES := $(filter-out $(OWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(f
 quote = '$(subst ','\'',$1)'
 PARAMETERS = $(foreach v,$(sort $(NAMES)),$(call quote,$v=$(value $v)))
 
+TARGETS := help run test data notebooks html lab bench clean check python
+ifneq ($(filter-out $(TARGETS) .venv/.installed .venv/.installed-locked,$(MAKECMDGOALS)),)
+$(error $(filter-out $(TARGETS),$(MAKECMDGOALS)): there is no such target; a parameter is NAME=VALUE)
+endif
 ifneq ($(NAMES),)
 ifeq ($(filter run bench,$(MAKECMDGOALS)),)
 $(error $(sort $(NAMES)): only make run and make bench take parameters)
@@ -47,7 +51,7 @@ ifeq ($(TMP),short)
 export TMPDIR := $(BUILD)/tmp
 endif
 
-.PHONY: help run test data notebooks html lab bench clean check python
+.PHONY: $(TARGETS)
 .NOTPARALLEL:
 
 help:

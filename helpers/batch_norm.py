@@ -6,6 +6,9 @@ per-channel vectors have shape (C,). Statistics and sums are float32 at least, w
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -83,9 +86,10 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
-    if y.is_cpu and one_dtype and dense and y.numel():
+    graph = torch.is_grad_enabled() and (grad_out.requires_grad or y.requires_grad)
+    if y.is_cpu and one_dtype and dense and y.numel() and not graph:
         # The library's backward for constant statistics returns dγ and dβ at σ = 1: one pass over dz and y,
-        # and no tensor of y's size. In other layouts and dtypes its sums are less exact.
+        # and no tensor of y's size, but no graph either. In other layouts and dtypes its sums are less exact.
         _, sum_dz_y, sum_dz = torch.ops.aten.native_batch_norm_backward(
             grad_out, y, None, mean, torch.ones_like(mean), None, None, False, 0.0, (False, True, True)
         )
@@ -175,6 +179,7 @@ def batch_norm_backward(
         ValueError: shapes that do not belong together, or a negative ε.
     """
     check_norm(input, eps, mean=mean, var=var, weight=weight)
+    check_images("grad_out", grad_out)
     if grad_out.shape != input.shape:
         raise ValueError(
             f"grad_out must have input's shape {tuple(input.shape)}, got {tuple(grad_out.shape)}"
@@ -194,16 +199,25 @@ def batch_norm_backward(
 def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
     """Raise a ValueError unless these fit: a batch of images, ε, and a value for each channel."""
     check_images("input", input)
-    if not (isinstance(eps, (int, float)) and eps >= 0):
+    if isinstance(eps, bool) or not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a number from 0 on, got {eps!r}")
     check_vectors(input.shape[1], **vectors)
 
 
 def check_vectors(channels: int, **vectors: Tensor | None) -> None:
-    """Raise a ValueError unless each has a value for each channel."""
+    """Raise a ValueError unless each has a value for each channel; γ and β may be None."""
     for name, vector in vectors.items():
-        if vector is not None and tuple(vector.shape) != (channels,):
-            raise ValueError(f"{name} must have shape ({channels},), got {tuple(vector.shape)}")
+        got = f"{type(vector)}"
+        if isinstance(vector, Tensor):
+            got = f"{tuple(vector.shape)}" if vector.is_floating_point() else f"{vector.dtype}"
+        if got != f"{(channels,)}" and not (vector is None and name in ("weight", "bias")):
+            raise ValueError(f"{name} must have shape ({channels},), floating point, got {got}")
+
+
+def check_momentum(momentum: float | Tensor) -> None:
+    number = isinstance(momentum, numbers.Real) and 0 <= momentum <= 1
+    if not number and not (isinstance(momentum, Tensor) and momentum.dim() == 0):
+        raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
 
 
 def update_running_stats(
@@ -224,10 +238,10 @@ def update_running_stats(
         ValueError: an argument that does not fit, before anything is changed.
     """
     vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "var": var}
-    check_vectors(running_mean.numel(), **vectors)
-    if m < 1:
-        raise ValueError(f"m must be a number of values from 1 on, got {m!r}")
-    if not isinstance(momentum, Tensor) and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
-        raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)
+    check_vectors(len(mean) if isinstance(mean, Tensor) and mean.dim() else 0, **vectors)
+    if not isinstance(m, numbers.Integral) or m < 1:
+        raise ValueError(f"m must be a whole number of values from 1 on, got {m!r}")
+    check_momentum(momentum)
+    with torch.no_grad():
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)

@@ -18,7 +18,9 @@ from helpers.batch_norm import (
     batch_norm_sums,
     batch_stats,
     centre,
+    check_momentum,
     check_norm,
+    check_vectors,
     grad_input_,
     grad_input_coefficients,
     per_channel,
@@ -35,6 +37,7 @@ TWICE = (
     b"FusedConvBN2d has first derivatives only; where you need second ones, call its two modules instead, "
     b"first conv and then bn"
 )
+VECTORS = ("conv.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that a module may have
 
 
@@ -192,8 +195,6 @@ class FusedConvBN2d(nn.Module):
         """
         for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
             check_plain(name, module, kind)
-            if any(getattr(module, f"_{when}_hooks") for when in HOOKS):
-                raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn must have conv's {conv.out_channels} channels, got {bn.num_features}")
         layer = cls(1, 1, 1, slab_size=slab_size, device="meta")
@@ -226,14 +227,18 @@ class FusedConvBN2d(nn.Module):
                 momentum = (bn.num_batches_tracked + 1).to(bn.running_mean.dtype).reciprocal()
             mean = mean if conv.bias is None else mean + conv.bias.detach()
             update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
-            bn.num_batches_tracked.add_(1)
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.add_(1)
         return z
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
+        check_plain("conv", self.conv, nn.Conv2d)
         check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
         check_norm(input, self.bn.eps)
         check_slab_size(self.slab_size)
+        if self.bn.momentum is not None:
+            check_momentum(self.bn.momentum)
         y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}
@@ -243,6 +248,8 @@ class FusedConvBN2d(nn.Module):
             if elsewhere or (t.is_floating_point() and t.dtype not in allowed):
                 must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
+            if name in VECTORS:
+                check_vectors(y.shape[1], **{name: t})
         return y
 
     def extra_repr(self) -> str:
@@ -262,6 +269,8 @@ def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     if not (isinstance(module, kind) and same) or "forward" in module.__dict__:
         got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
         raise ValueError(f"{name} {got}; helpers.remat works with any module")
+    if any(getattr(module, f"_{when}_hooks") for when in HOOKS):  # as those of torch.nn.utils.prune
+        raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
 
 
 def padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:

@@ -27,7 +27,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.remat import remat
@@ -43,8 +50,8 @@ DEVICES = {"cpu": ("cpu", 1), "cuda": ("meta", 512)}
 RESIZED = ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_loss")
 # What PyTorch's formulas of backward do in place to a temporary tensor of their own, unless it is fake: these
 # operators in all of them, and all operators in some.
-ON_TEMPORARIES = ("index_add", "index_put", "masked_scatter", "scatter", "scatter_add")
-IN_PLACE_FORMULAS = ("BinaryCrossEntropyWithLogits", "Maximum", "Minimum")
+ON_TEMPORARIES = ("index_add", "index_put", "masked_scatter", "put", "scatter", "scatter_add")
+IN_PLACE_FORMULAS = "BinaryCrossEntropyWithLogits", "ClampBackward0", "Fmax", "Fmin", "Maximum", "Minimum"
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 
@@ -62,19 +69,23 @@ class Held(TorchDispatchMode):
         super().__init__()
         self.held = self.peak = 0
         self.block, self.known, self.ignored, self.waiting = block, set(), set(), None
+        self.in_linear = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
             with unset_fake_temporarily():  # a counter, which PyTorch 2.9 would not read in fake mode
                 return func(*args)
-        if self.waiting is not None:
-            self.count(self.waiting)
-            self.waiting = None
+        if not self.in_linear:
+            self.settle()
         number = 8 * takes_number(func, args) * (self.block == 1)  # a CPU's tensor
         self.held += number
         self.peak = max(self.peak, self.held)
         out = as_real(func, args, func(*args, **(kwargs or {})))
-        if isinstance(out, Tensor) and called_by_engine() and self.in_place_if_real(func, args[0]):
+        if func.is_view and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
+            self.ignore(
+                *(out if isinstance(out, (tuple, list)) else (out,))
+            )  # the model's own, or a closure's
+        if isinstance(out, Tensor) and self.in_place_if_real(func, args[0]):
             self.waiting = out  # to be counted once the first argument has had the chance to go
         else:
             for t in out if isinstance(out, (tuple, list)) else (out,):
@@ -83,9 +94,18 @@ class Held(TorchDispatchMode):
         self.held -= number
         return out
 
+    def settle(self) -> None:
+        """Count what waits."""
+        if self.waiting is not None:
+            self.count(self.waiting)
+            self.waiting = None
+
     def in_place_if_real(self, func, first) -> bool:
-        """Whether autograd, which called ``func`` on ``first``, would write over a real one."""
-        if func is torch.ops.aten.add.Tensor:
+        """Whether PyTorch, which called ``func`` on ``first``, would write over a real one."""
+        adds = func is torch.ops.aten.add.Tensor
+        if not called_by_engine():
+            return adds and self.in_linear  # a bias
+        if adds:
             # Two gradients of one tensor, if nothing else holds the first, such as the base of a view.
             return not first._is_view() and first.untyped_storage()._cdata not in self.ignored
         node = torch._C._current_autograd_node()
@@ -111,6 +131,21 @@ class Held(TorchDispatchMode):
         """These exist before the step. They must outlive the counting."""
         self.ignored.update(t.untyped_storage()._cdata for t in tensors)
         self.known |= self.ignored
+
+
+class Linears(TorchFunctionMode):
+    """Tells ``held`` when ``F.linear`` runs."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__()
+        self.held = held
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.held.in_linear = function is torch.nn.functional.linear
+        out = function(*args, **(kwargs or {}))
+        self.held.in_linear = False
+        self.held.settle()
+        return out
 
 
 def takes_number(func, args: tuple) -> bool:
@@ -176,8 +211,8 @@ def predict_memory(
         device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
 
     Raises:
-        ValueError: an argument that does not fit, or a model that cannot be copied; what PyTorch or the model
-            raise for these shapes.
+        ValueError: an argument that does not fit, or a model that cannot be copied or asks for values, as in
+            ``if x.sum() > 0``; what PyTorch or the model raise for these shapes.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
     check_outside("predict_memory")
@@ -191,7 +226,7 @@ def predict_memory(
             f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
             f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
         )
-    precision = nullcontext() if autocast is None else torch.autocast(device_type, autocast)
+    precision = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
     inputs, held = as_tensors(model, inputs), Held(block)
     fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -204,8 +239,11 @@ def predict_memory(
     model, args = fake_copy(model, fake), [fake(t) for t in inputs]
     held.ignore(*model.parameters(), *model.buffers(), *args)
     with fakes:
-        with held, precision, recomputation:
-            out = model(*args)
+        try:
+            with held, precision, Linears(held), recomputation:
+                out = model(*args)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
         if not isinstance(out, Tensor) or not out.requires_grad:
             raise without_gradient(out)
         forward, grad = held.held, torch.empty_like(out)

@@ -283,9 +283,10 @@ def main(arguments: list[str]) -> int:
     values = {name: parameter.default for name, parameter in PARAMETERS.items()}
     try:
         for argument in arguments:
-            name, _, text = argument.partition("=")
-            if name not in PARAMETERS:
-                raise ParameterError(f"{name} is no parameter of bench; there are {', '.join(PARAMETERS)}")
+            name, equals, text = argument.partition("=")
+            if name not in PARAMETERS or not equals:
+                given = f"{argument} is no parameter of bench"
+                raise ParameterError(f"{given}; there are {'=..., '.join(PARAMETERS)}=...")
             values[name] = PARAMETERS[name].parse(text)
         device, how = memory_device(pick_device(values["DEVICE"]))
         found, only = tables(device, values["QUICK"], values["FRONT"]), values["ONLY"]

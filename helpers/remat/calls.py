@@ -152,6 +152,7 @@ def batch_norm(
     mode, _, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
+    fit(isinstance(training, bool) and (eps > 0 or not training))  # else PyTorch's own error
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
@@ -163,7 +164,7 @@ def batch_norm(
         if training and running_mean is not None:  # they will change without a new version
             mode.table.before_write(running_mean)
             mode.table.before_write(running_var)
-        statistics = running_mean, running_var, bool(training), momentum, eps
+        statistics = running_mean, running_var, training, momentum, eps
         operation = ops.BatchNorm(value if need else None, *statistics)
         z = mode.apply(operation, input, weight, bias)
         mode.table.note(z, operation.recipe_of(weight, bias), (value,), operation)
@@ -298,7 +299,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
             copies = [ops.copy_of(t) if small or i >= saves else None for i, t in enumerate(parameters)]
             if node:
                 operation = ops.Rerun(call, table.need(value, x), len(parameters[:saves]), copies[saves:])
-            out = mode.apply(operation, x, *parameters) if node else call(x)
+            out = mode.apply(operation, x, *parameters) if node else call(x, *parameters)
             if node and out.dtype == x.dtype:
                 table.count_plain(value)
             elif node:  # PyTorch saves what autocast casts

@@ -151,8 +151,8 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
 
 def without_gradient(out) -> ValueError:
     """The error for what a model returned and no backward can start from."""
-    got = f"got a {type(out).__name__} without one"
-    return ValueError(f"model must return a tensor that requires a gradient, {got}")
+    got = "one without a gradient" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+    return ValueError(f"model must return a tensor that requires a gradient, got {got}")
 
 
 def deep_copy(name: str, original, copies: dict | None = None):

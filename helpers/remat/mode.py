@@ -163,8 +163,8 @@ class remat:  # noqa: N801
     threads. Nothing in the model changes. Under torch.compile the compiler decides by the same price.
 
     remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
-    context, in a backward inside it, through aliases taken before it, in TorchScript or a torch.func
-    transform, through the older ``torch.utils.dlpack.to_dlpack`` or, in PyTorch 2.9, by
+    context, in a backward inside it, through aliases taken before it or by ``Tensor.set_``, in TorchScript or
+    a torch.func transform, through the older ``torch.utils.dlpack.to_dlpack`` or, in PyTorch 2.9, by
     ``torch.distributed.broadcast``: a recomputed value then takes the new values. A hook on a node of the
     graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``) is called for remat's
     node, which may have other inputs.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from helpers.remat import passes
@@ -147,9 +148,10 @@ class BatchNorm(Operation):
         else:
             self.running = mean, var = tuple(map(copy_of, self.running))
             invstd = (var + self.eps).rsqrt()
-        if invstd.dtype in WIDE and all(t is None or t.dtype == invstd.dtype for t in (gamma, beta)):
+        alike = all(t is None or t.dtype == invstd.dtype for t in (gamma, beta))
+        if invstd.dtype in WIDE and alike and self.layout is not None:
             return Normalise(gamma, beta, mean, invstd)
-        # A norm entirely in half precision: only the kernel knows how its scale is rounded.
+        # Entirely in half precision, or with gaps in its input: only the kernel knows how it rounds.
         values = copy_of(gamma), copy_of(beta)
         how = (*self.running, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)
         recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
@@ -355,7 +357,8 @@ class Product(Operation):
         for i in (0, 1):
             if needs[i]:
                 t, mine = task.get(self.values[1 - i])
-                mine = mine and t.shape == dz.shape and t.dtype == dz.dtype
+                # Only in PyTorch's layout: some norms' backward takes another one for the wrong values.
+                mine = mine and View.of(t) == View.of(dz)
                 grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
 
@@ -389,9 +392,11 @@ class AvgPool(Operation):
 
     def __init__(self, call: Callable[[Tensor], Tensor], how: tuple, x: Tensor) -> None:
         self.forward, self.how, self.view = call, how, View.of(x)
+        self.layout = suggest_memory_format(x)
 
     def backward(self, task, dz, needs, saved):
-        dx = self.view.empty()
+        shape, _, dtype, device = self.view
+        dx = torch.empty(shape, dtype=dtype, device=device, memory_format=self.layout)
         kernel = getattr(aten, f"avg_pool{dx.dim() - 2}d_backward")
         return [kernel.grad_input(dz, dx, *self.how, grad_input=dx)]
 

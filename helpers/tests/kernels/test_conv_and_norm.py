@@ -171,6 +171,21 @@ def test_batch_stats_of_a_batch_of_many_bytes(offset, layout):
     check_stats(y)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_statistics_and_gradients_can_be_differentiated(layout):
+    """Where a graph is wanted, the library's sums, which have none, are not taken."""
+    y, dz = (torch.randn(3, 2, 4, 5, dtype=torch.float64) for _ in range(2))
+    gamma = torch.rand(2, dtype=torch.float64) + 0.5
+
+    def function(y, dz):
+        y = y.contiguous(memory_format=layout)
+        mean, var = batch_stats(y)
+        z = batch_norm_forward(y, gamma, None, mean, var)
+        return z, *batch_norm_backward(dz, y, gamma, mean, var)
+
+    assert torch.autograd.gradcheck(function, (y.requires_grad_(), dz.requires_grad_()))
+
+
 def test_batch_stats_of_half_precision_are_float32():
     mean, var = batch_stats(torch.randn(4, 3, 5, 5).bfloat16())
     assert mean.dtype == var.dtype == torch.float32
@@ -188,10 +203,12 @@ Y, THREE, FOUR = torch.zeros(2, 3, 4, 4), torch.ones(3), torch.ones(4)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mean": FOUR}, r"mean must have shape \(3,\), got \(4,\)"),
-        ({"var": FOUR}, r"var must have shape \(3,\), got \(4,\)"),
-        ({"weight": FOUR}, r"weight must have shape \(3,\), got \(4,\)"),
-        ({"mean": torch.ones(())}, r"mean must have shape \(3,\), got \(\)"),
+        ({"mean": FOUR}, r"mean must have shape \(3,\), floating point, got \(4,\)"),
+        ({"var": FOUR}, r"var must have shape \(3,\), floating point, got \(4,\)"),
+        ({"weight": FOUR}, r"weight must have shape \(3,\), floating point, got \(4,\)"),
+        ({"var": None}, r"var must have shape \(3,\), floating point, got <class 'NoneType'>"),
+        ({"mean": THREE.long()}, r"mean must have shape \(3,\), floating point, got torch.int64"),
+        ({"mean": torch.ones(())}, r"mean must have shape \(3,\), floating point, got \(\)"),
         ({"input": Y[0]}, r"input must be \(N, C, H, W\), floating point, got shape \(3, 4, 4\)"),
         ({"input": Y.long()}, r"input must be .* floating point, got .* torch.int64"),
         ({"eps": -1e-5}, "eps must be a number from 0 on, got -1e-05"),
@@ -209,9 +226,12 @@ def test_batch_norm_names_the_bad_argument(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"var": THREE[:1]}, r"var must have shape \(3,\), got \(1,\)"),
-        ({"running_var": FOUR}, r"running_var must have shape \(3,\), got \(4,\)"),
-        ({"m": 0}, "m must be a number of values from 1 on, got 0"),
+        ({"var": THREE[:1]}, r"var must have shape \(3,\), floating point, got \(1,\)"),
+        ({"running_var": FOUR}, r"running_var must have shape \(3,\), floating point, got \(4,\)"),
+        ({"running_var": THREE.long()}, "running_var must have .* floating point, got torch.int64"),
+        ({"m": math.inf}, "m must be a whole number of values from 1 on, got inf"),
+        ({"momentum": THREE}, "momentum must be a number from 0 to 1, got tensor"),
+        ({"m": 0}, "m must be a whole number of values from 1 on, got 0"),
         ({"momentum": 2.0}, "momentum must be a number from 0 to 1, got 2.0"),
         ({"momentum": "a"}, "momentum must be a number from 0 to 1, got 'a'"),
     ],

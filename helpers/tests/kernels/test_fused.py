@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -516,6 +517,30 @@ def test_a_norm_in_another_dtype_is_named_and_nothing_changes(name):
     with pytest.raises(ValueError, match=f"^bn.{name} must be torch.float32 on cpu .* got torch.float64"):
         fused(torch.zeros(2, 2, 5, 5))
     assert fused.bn.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", ["conv.bias", "bn.weight", "bn.running_var"])
+def test_a_vector_of_another_length_is_named_and_nothing_changes(name):
+    fused = FusedConvBN2d(2, 4, 3)
+    module, _, leaf = name.partition(".")
+    getattr(getattr(fused, module), leaf).data = torch.ones(1)
+    with pytest.raises(ValueError, match=rf"^{name} must have shape \(4,\), floating point, got \(1,\)"):
+        fused(torch.zeros(2, 2, 5, 5))
+    assert fused.bn.num_batches_tracked == 0
+
+
+def test_hooks_that_come_later_are_named():
+    fused = FusedConvBN2d(2, 4, 3)
+    nn.utils.prune.l1_unstructured(fused.conv, "weight", 0.5)
+    with pytest.raises(ValueError, match="^conv has hooks, which the fused layer would not call"):
+        fused(torch.zeros(2, 2, 5, 5))
+
+
+def test_a_norm_that_counts_no_batches():
+    fused = FusedConvBN2d(2, 4, 3)
+    fused.bn.num_batches_tracked = None
+    fused(torch.randn(2, 2, 5, 5))
+    assert fused.bn.running_mean.any()
 
 
 @pytest.mark.parametrize("setting", [{"momentum": 2}, {"momentum": "a"}, {"eps": -1.0}, {"eps": None}])

@@ -146,6 +146,11 @@ class Elementwise(nn.Module):
         return self.function(x * self.scale)
 
 
+class Permute(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
 class SumInBackward(torch.autograd.Function):
     """Its gradient is a sum in a third tensor's memory."""
 
@@ -156,6 +161,9 @@ class SumInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dz):
         return dz.repeat(1000) + dz.repeat(1000)
+
+
+CONSTANT = torch.ones(2, 250)
 
 
 def with_context(y):
@@ -179,6 +187,9 @@ EXACT = {
     "by an index": lambda h: h[torch.arange(0, 1000, 3)],
     "selected": lambda h: h.index_select(0, torch.arange(0, 1000, 3)),
     "the larger of two": lambda h: torch.maximum(h.sin(), h.cos()),
+    "clamped by a tensor": lambda h: h.clamp(max=h.detach().roll(1)),
+    "taken": lambda h: h.take(torch.arange(0, 1000, 3)),
+    "with a part of a constant": lambda h: h.view(4, 250) + CONSTANT[0],
     "patches": lambda h: F.unfold(h.view(1, 10, 10, 10), 3),
 }
 
@@ -221,6 +232,16 @@ def test_to_the_byte_on_other_norms_and_losses(name, autocast):
         pytest.skip("PyTorch forbids it")
     model, x = IMAGES[name](), torch.randn(4, 3, 16, 16)
     assert predict_memory(model, x, autocast=autocast) == measure(model, x, autocast=autocast)
+
+
+@pytest.mark.parametrize("max_cost", [None, 0])
+@pytest.mark.parametrize("last", [nn.Identity, nn.ReLU])
+def test_to_the_byte_on_a_linear_layer_of_channels(last, max_cost):
+    """Its bias is added in place; the input is not contiguous."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Permute(), nn.Linear(8, 64), last())
+    assert predict_memory(model, (2, 3, 9, 9), max_cost=max_cost) == measure(
+        model, torch.randn(2, 3, 9, 9), max_cost
+    )
 
 
 @pytest.mark.parametrize("function", EXACT)

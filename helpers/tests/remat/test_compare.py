@@ -237,7 +237,7 @@ def test_inside_of_inference_mode():
         (lambda: compare(network(), IMAGES, max_cost=-1), "max_cost must be a number from 0 on"),
         (
             lambda: compare(nn.ReLU(), IMAGES),
-            "model must return a tensor that requires a gradient, got a Tensor without one",
+            "model must return a tensor that requires a gradient, got one without a gradient",
         ),
         (
             lambda: compare(Model(lambda net, x, lock: net(x)), IMAGES, threading.Lock()),

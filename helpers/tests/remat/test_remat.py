@@ -1205,6 +1205,97 @@ def test_what_is_held_does_not_raise_the_peak(monkeypatch, name):
     assert all(held <= 1.05 * least for held, least in peaks.values()), peaks
 
 
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True)
+
+    def forward(self, x):
+        h = self.conv(x)
+        return (self.norm(h) * h.sigmoid()).flatten(1)
+
+
+class PooledRow(nn.Module):
+    """A row of pixels in a layout that is PyTorch's for channels first and last at once, but for the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        z = self.norm(x.unflatten(1, (4, -1)).flatten(2, 3)[:, :, :1] * 1).transpose(2, 3)
+        return F.avg_pool2d(z.contiguous(memory_format=torch.channels_last).transpose(2, 3), 2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "layout"),
+    [(Gated, (1, 3, 8, 8), torch.channels_last), (PooledRow, (2, 4, 1, 6), torch.contiguous_format)],
+)
+def test_gradients_have_pytorchs_layout(make, shape, layout):
+    """PyTorch's own norms take a gradient in another layout for the wrong values."""
+    model, grads = make().double(), []
+    for cost in (None, 0):
+        x = image(*shape).contiguous(memory_format=layout).requires_grad_()
+        with under(cost):
+            out = model(x)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, *model.norm.parameters()]))
+    for p, q in zip(*grads, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_with_gaps_in_its_input_is_recomputed_to_the_bit(training):
+    """Then PyTorch's kernel computes the norm in another order."""
+    conv, norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(4).train(training)
+    for t in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(t)
+    x, grads = image(4, 3, 16, 16, dtype=torch.float32), []
+    for cost in (None, 0):
+        with under(cost):
+            z = norm(conv(x)[:, 2:6])
+            out = F.silu(z)
+        grads += torch.autograd.grad(out.sum(), z)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("alias", [lambda y: y.unsafe_chunk(2, 1)[0], lambda y: torch.unsafe_split(y, 2)[0]])
+def test_an_alias_with_a_version_of_its_own(alias):
+    conv, last, grads = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), []
+    x = image(2, 3, 8, 8, dtype=torch.float32).requires_grad_()
+    for cost in (None, 0):
+        with under(cost):
+            y = conv(x)
+            out, other = last(F.interpolate(y, scale_factor=2).relu()), alias(y.detach())
+        other.add_(1)
+        grads.append(torch.autograd.grad(out.sum(), x)[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("call", [
+    lambda y: F.pad(y, (1, 1), "constant", torch.tensor(0.5)),
+    lambda y: F.interpolate(y, scale_factor=torch.tensor(2.0), recompute_scale_factor=True),
+])  # fmt: skip
+def test_a_number_as_a_tensor(call):
+    y = image(2, 3, 4, 4, dtype=torch.float32).requires_grad_()
+    with remat():
+        out = call(y * 1)
+    assert torch.equal(out, call(y * 1)) and out.requires_grad
+
+
+@pytest.mark.parametrize("setting", [{"eps": -1.0}, {"eps": 0.0}, {"training": 2}, {"training": "no"}])
+def test_a_norm_that_pytorch_refuses_is_refused(setting):
+    y, outcomes = image(2, 3, 5, 5, dtype=torch.float32).requires_grad_(), []
+    for cost in (None, 0):
+        running = torch.zeros(3), torch.ones(3)
+        with under(cost):
+            try:
+                outcome = F.batch_norm(y, *running, **{"training": True, **setting}).isnan().any().item()
+            except (TypeError, ValueError) as error:
+                outcome = f"{type(error).__name__}: {error}"
+        outcomes.append((outcome, running[0].tolist(), running[1].tolist()))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_a_norms_gradient_is_written_over_its_recomputed_input(monkeypatch):
     """Where there is no room: no kept tensor is overwritten, so that the graph can be used again."""
     monkeypatch.setattr(task.Task, "room", lambda self, value=None: -1)

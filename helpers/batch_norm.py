@@ -237,8 +237,8 @@ def update_running_stats(
     Raises:
         ValueError: an argument that does not fit, before anything is changed.
     """
-    vectors = {"running_mean": running_mean, "running_var": running_var, "mean": mean, "var": var}
-    check_vectors(len(mean) if isinstance(mean, Tensor) and mean.dim() else 0, **vectors)
+    channels = mean.numel() if isinstance(mean, Tensor) else 0
+    check_vectors(channels, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
     if not isinstance(m, numbers.Integral) or m < 1:
         raise ValueError(f"m must be a whole number of values from 1 on, got {m!r}")
     check_momentum(momentum)

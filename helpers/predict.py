@@ -81,16 +81,14 @@ class Held(TorchDispatchMode):
         self.held += number
         self.peak = max(self.peak, self.held)
         out = as_real(func, args, func(*args, **(kwargs or {})))
+        made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         if func.is_view and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
-            self.ignore(
-                *(out if isinstance(out, (tuple, list)) else (out,))
-            )  # the model's own, or a closure's
+            self.known.update(t.untyped_storage()._cdata for t in made)  # of a constant that was there before
         if isinstance(out, Tensor) and self.in_place_if_real(func, args[0]):
             self.waiting = out  # to be counted once the first argument has had the chance to go
         else:
-            for t in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(t, Tensor):
-                    self.count(t)
+            for t in made:
+                self.count(t)
         self.held -= number
         return out
 

@@ -51,7 +51,7 @@ RESIZED = ("mse_loss", "smooth_l1_loss", "binary_cross_entropy", "soft_margin_lo
 # What PyTorch's formulas of backward do in place to a temporary tensor of their own, unless it is fake: these
 # operators in all of them, and all operators in some.
 ON_TEMPORARIES = ("index_add", "index_put", "masked_scatter", "put", "scatter", "scatter_add")
-IN_PLACE_FORMULAS = "BinaryCrossEntropyWithLogits", "ClampBackward0", "Fmax", "Fmin", "Maximum", "Minimum"
+IN_PLACE_FORMULAS = "BinaryCrossEntropyWithLogits", "Fmax", "Fmin", "Maximum", "Minimum"
 ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 
 

@@ -187,7 +187,6 @@ EXACT = {
     "by an index": lambda h: h[torch.arange(0, 1000, 3)],
     "selected": lambda h: h.index_select(0, torch.arange(0, 1000, 3)),
     "the larger of two": lambda h: torch.maximum(h.sin(), h.cos()),
-    "clamped by a tensor": lambda h: h.clamp(max=h.detach().roll(1)),
     "taken": lambda h: h.take(torch.arange(0, 1000, 3)),
     "with a part of a constant": lambda h: h.view(4, 250) + CONSTANT[0],
     "patches": lambda h: F.unfold(h.view(1, 10, 10, 10), 3),

@@ -195,6 +195,7 @@ class FusedConvBN2d(nn.Module):
         """
         for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
             check_plain(name, module, kind)
+            check_hooks(name, module, HOOKS)
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn must have conv's {conv.out_channels} channels, got {bn.num_features}")
         layer = cls(1, 1, 1, slab_size=slab_size, device="meta")
@@ -233,8 +234,8 @@ class FusedConvBN2d(nn.Module):
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
-        check_plain("conv", self.conv, nn.Conv2d)
         check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
+        check_hooks("conv", self.conv, ("forward_pre",))  # torch.nn.utils.prune computes the weight in one
         check_norm(input, self.bn.eps)
         check_slab_size(self.slab_size)
         if self.bn.momentum is not None:
@@ -269,7 +270,11 @@ def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     if not (isinstance(module, kind) and same) or "forward" in module.__dict__:
         got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
         raise ValueError(f"{name} {got}; helpers.remat works with any module")
-    if any(getattr(module, f"_{when}_hooks") for when in HOOKS):  # as those of torch.nn.utils.prune
+
+
+def check_hooks(name: str, module: nn.Module, kinds: tuple[str, ...]) -> None:
+    """Raise a ValueError if ``module`` has hooks of these kinds."""
+    if any(getattr(module, f"_{when}_hooks") for when in kinds):
         raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
 
 

@@ -62,7 +62,8 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
         "REPEATS=0": "REPEATS must be a whole number, at least 1, got 0",
         "ONLY=vgg99": "ONLY must be part of a title, got 'vgg99'; there are: MNIST",
         "DEVICE=abacus": "DEVICE must be one of",
-        "SPEED=1": "SPEED is no parameter",
+        "SPEED=1": "SPEED=1 is no parameter",
+        "ONLY": "ONLY is no parameter",
     }.items():
         assert bench.main([wrong, *([] if "DEVICE" in wrong else ["DEVICE=cpu"])]) == 2
         assert said in capsys.readouterr().err

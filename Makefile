@@ -12,8 +12,9 @@ quote = '$(subst ','\'',$1)'
 PARAMETERS = $(foreach v,$(sort $(NAMES)),$(call quote,$v=$(value $v)))
 
 TARGETS := help run test data notebooks html lab bench clean check python
-ifneq ($(filter-out $(TARGETS) .venv/.installed .venv/.installed-locked,$(MAKECMDGOALS)),)
-$(error $(filter-out $(TARGETS),$(MAKECMDGOALS)): there is no such target; a parameter is NAME=VALUE)
+UNKNOWN := $(filter-out $(TARGETS) .venv/.installed .venv/.installed-locked,$(MAKECMDGOALS))
+ifneq ($(UNKNOWN),)
+$(error $(UNKNOWN): there is no such target; a parameter is NAME=VALUE)
 endif
 ifneq ($(NAMES),)
 ifeq ($(filter run bench,$(MAKECMDGOALS)),)

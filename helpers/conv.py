@@ -48,9 +48,9 @@ def conv2d_backward(
         RuntimeError: PyTorch's own, if there is no such convolution.
     """
     check_images("input", input)
+    wanted = f"{input.dtype} on {input.device}"
     for name, t in (("grad_out", grad_out), ("weight", weight)):
         got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else f"{type(t)}"
-        wanted = f"{input.dtype} on {input.device}"
         if got != wanted:
             raise ValueError(f"{name} must be a tensor, {wanted} like input, got {got}")
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)

@@ -391,12 +391,10 @@ class AvgPool(Operation):
     """Of the input, its backward needs the shape and the layout: those of the gradient, which is at hand."""
 
     def __init__(self, call: Callable[[Tensor], Tensor], how: tuple, x: Tensor) -> None:
-        self.forward, self.how, self.view = call, how, View.of(x)
-        self.layout = suggest_memory_format(x)
+        self.forward, self.how, self.shape, self.layout = call, how, x.shape, suggest_memory_format(x)
 
     def backward(self, task, dz, needs, saved):
-        shape, _, dtype, device = self.view
-        dx = torch.empty(shape, dtype=dtype, device=device, memory_format=self.layout)
+        dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=self.layout)
         kernel = getattr(aten, f"avg_pool{dx.dim() - 2}d_backward")
         return [kernel.grad_input(dz, dx, *self.how, grad_input=dx)]
 

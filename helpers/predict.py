@@ -161,9 +161,14 @@ def as_real(func, args: tuple, out):
     """``out`` with the dtypes, the storage and the number of tensors that the real operator returns."""
     name = func.overloadpacket.__name__
     if name in ("native_batch_norm", "native_group_norm", "native_layer_norm"):
-        z, *stats = out
+        (z, *stats), x = out, args[0]
+        if z.is_cpu and "batch" in name and x.is_contiguous():
+            z = torch.empty(x.shape, dtype=z.dtype)  # also where one pixel makes it channels_last, too
+        elif z.is_cpu and "group" in name:
+            z = torch.empty_like(x, dtype=z.dtype)
         if z.is_cpu and any(isinstance(t, Tensor) and t.dtype == torch.float32 for t in args):
-            return z, *(t.float() for t in stats)  # of half-precision values
+            stats = [t.float() for t in stats]  # of half-precision values
+        return z, *stats
     elif name == "native_batch_norm_backward":
         return tuple(t if wanted else None for t, wanted in zip(out, args[-1], strict=True))
     elif name in ("native_group_norm_backward", "native_layer_norm_backward"):
@@ -254,13 +259,14 @@ def predict_memory(
 def fake_copy(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of ``model`` with fake parameters and buffers: what forward changes or stores, it does there.
 
-    Counters stay real, since a batch norm without momentum divides by its own.
+    Single whole numbers stay real: a batch norm without momentum divides by its counter.
     """
     attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
     computed = (t for t in attributes if not t.is_leaf)  # by an older weight_norm: it could not be copied
     copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers(), *computed)}
-    counters = [t for t in model.buffers() if t.dim() == 0 and not t.is_floating_point()]
-    copies.update((id(t), torch.ones_like(t, device="cpu")) for t in counters)
+    for t in model.buffers():
+        if t.dim() == 0 and not t.is_floating_point():
+            copies[id(t)] = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().cpu().clone()
     return deep_copy("model", model, copies)
 
 

@@ -334,13 +334,30 @@ def avg_pool(
     # CUDA's backward knows these layouts alone.
     fit(ops.layout_of(input) in (torch.contiguous_format, torch.channels_last))
     how = *sizes, bool(ceil_mode), bool(count_include_pad), divisor_override
+    return from_shape(mode, f"avg_pool{n}d", how, input, lambda x: function(x, *how))
+
+
+def pad(mode, function, x, /, pad, *args, **named):
+    """With zeros, or with what is in the image."""
+    kind = args[0] if args else named.get("mode", "constant")
+    how, n = fixed(pad), x.dim() - 2
+    fit(len(how) < 2 * x.dim())  # not across images
+    known = kind in PADDINGS and (x.is_cpu or x.is_contiguous())  # CUDA's kernels know no other layout
+    if not known or torch.are_deterministic_algorithms_enabled():
+        return lambda: RESIZE(mode, function, (x, pad, *args), named)
+    fit(plain(x) and x.requires_grad and x.numel() > 0 and n in (1, 2, 3) and len(how) == 2 * n)
+    fit(mode.table.is_safe(x))
+    return from_shape(mode, f"{PADDINGS[kind]}_pad{n}d", (how,), x, lambda x: function(x, how, kind))
+
+
+def from_shape(mode: Mode, name: str, how: tuple, x: Tensor, call: Callable[[Tensor], Tensor]) -> Callable:
+    """Runs ``call(x)``, of which PyTorch keeps the input and needs its shape."""
 
     def run() -> Tensor:
-        call = lambda x: function(x, *how)  # noqa: E731
-        value, operation = mode.table.find(input), ops.AvgPool(call, how, input)
-        mode.table.count_plain(value)  # PyTorch saves it, but needs its shape alone
-        y = mode.apply(operation, input)
-        recipe = ops.Again(function.__name__, call, max(1.0, input.numel() / y.numel()))
+        value, operation = mode.table.find(x), ops.FromShape(call, name, how, x)
+        mode.table.count_plain(value)
+        y = mode.apply(operation, x)
+        recipe = ops.Again(name, call, max(1.0, x.numel() / y.numel()))
         mode.table.note(y, recipe, (value,), operation)
         return y
 
@@ -417,16 +434,16 @@ OPERATIONS = {
     torch.div: "div div_ __truediv__ __itruediv__",
 }
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
+PADDINGS = {"reflect": "reflection", "replicate": "replication"}
+RESIZE = again("resize", node=False)
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
 HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
-    **dict.fromkeys(
-        (F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), again("resize", node=False)
-    ),
-    F.pad: again("resize", node=False, fits=lambda x, pad, *_, **__: len(pad) < 2 * x.dim()),
+    **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), RESIZE),
+    F.pad: handler(pad),
     F.batch_norm: handler(batch_norm),
     F.group_norm: again(
         "norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * x.shape[0], saves=1
@@ -436,6 +453,8 @@ HANDLERS: dict[Callable, Callable | None] = {
         "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0
     ),
     torch.prelu: again("prelu"),
+    F.softplus: again("softplus"),
+    F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),
     **dict.fromkeys(MAX_POOLS, handler(max_pool)),
 }

@@ -123,7 +123,8 @@ def may_run_again(weight: Tensor) -> bool:
 
     FSDP1's weights are parts of a larger storage; where FSDP2 shards a module, no convolution runs again.
     """
-    if weight._is_view() or weight.untyped_storage().nbytes() != weight.nbytes or hasattr(weight, "ds_id"):
+    part = weight.untyped_storage().nbytes() != weight.nbytes
+    if part or (weight._is_view() and weight._base.is_leaf) or hasattr(weight, "ds_id"):
         return False
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():

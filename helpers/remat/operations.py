@@ -387,16 +387,19 @@ class Concatenate(Recipe):
         return torch.cat(parts, self.dim, out=out)
 
 
-class AvgPool(Operation):
-    """Of the input, its backward needs the shape and the layout: those of the gradient, which is at hand."""
+class FromShape(Operation):
+    """An average pooling, or a padding by the image's own pixels; ``name`` is that of PyTorch's operator.
 
-    def __init__(self, call: Callable[[Tensor], Tensor], how: tuple, x: Tensor) -> None:
-        self.forward, self.how, self.shape, self.layout = call, how, x.shape, suggest_memory_format(x)
+    Of the input, backward needs the shape and the layout: those of the gradient, which is at hand.
+    """
+
+    def __init__(self, call: Callable[[Tensor], Tensor], name: str, how: tuple, x: Tensor) -> None:
+        self.forward, self.name, self.how = call, name, how
+        self.shape, self.layout = x.shape, suggest_memory_format(x)
 
     def backward(self, task, dz, needs, saved):
         dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=self.layout)
-        kernel = getattr(aten, f"avg_pool{dx.dim() - 2}d_backward")
-        return [kernel.grad_input(dz, dx, *self.how, grad_input=dx)]
+        return [getattr(aten, f"{self.name}_backward").grad_input(dz, dx, *self.how, grad_input=dx)]
 
 
 class MaxPool(Operation):

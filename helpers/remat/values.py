@@ -325,6 +325,10 @@ class Table:
         which ``value`` is a copy, as in the first layer of a dense block, will be read again.
         """
         recipe = value.recipe
+        if isinstance(recipe, Part):  # ``t`` holds the memory of the whole in any case
+            (whole,), at = value.parents, t.storage_offset() - recipe.offset
+            self.keep(whole, t.detach().as_strided(whole.view.shape, whole.view.stride, at))
+            return
         parts = None if recipe is None else self.parts(value, {})
         if parts:
             is_copy = recipe.joins and len(parts) == 1

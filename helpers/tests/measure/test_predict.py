@@ -233,6 +233,31 @@ def test_to_the_byte_on_other_norms_and_losses(name, autocast):
     assert predict_memory(model, x, autocast=autocast) == measure(model, x, autocast=autocast)
 
 
+class Pyramid(nn.Module):
+    """One branch has a single pixel; a buffer says how far the other is made smaller."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(32, 64, 1)]
+        )
+        self.norm = nn.BatchNorm2d(16)
+        self.register_buffer("factor", torch.tensor(2))
+
+    def forward(self, x):
+        y = F.avg_pool2d(self.convs[0](x), int(self.factor))
+        z = self.norm(self.convs[1](F.adaptive_avg_pool2d(y, 1)))
+        return self.convs[2](torch.cat([F.interpolate(z, size=y.shape[2:]), y], 1))
+
+
+@pytest.mark.parametrize("max_cost", [None, 0, 64])
+@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid])
+def test_to_the_byte_with_channels_last(make, max_cost):
+    model, x = make(), torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
+    model = model.to(memory_format=torch.channels_last)
+    assert predict_memory(model, x, max_cost=max_cost) == measure(model, x, max_cost)
+
+
 @pytest.mark.parametrize("max_cost", [None, 0])
 @pytest.mark.parametrize("last", [nn.Identity, nn.ReLU])
 def test_to_the_byte_on_a_linear_layer_of_channels(last, max_cost):

@@ -7,7 +7,7 @@ quick run, into build/), each row as soon as it is there. What fails costs its o
 error. FRONT=1 measures what chapter 8 draws. Torch, torchvision and matplotlib are enough to run all of it.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
-and the median of the ratios is shown with their range. Each table has a process of its own, as a training
+and the median of the ratios is shown with their quartiles. Each table has a process of its own, as a training
 has: memory that an earlier one left to the process would speed up those that use the most. On Linux a tensor
 of over 32 MiB is fresh pages at each allocation, which punishes those that use the most, too: there each
 table with times is measured again (and of the front, only so), in a process whose allocator keeps its memory.
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -188,7 +189,7 @@ def times(table: Table, rows: list[dict], repeats: int) -> None:
             if rows[0]["name"] == "unfused":  # it may have failed
                 ratios = [a / first for a, (first, *_) in zip(mine, rounds, strict=True)]
                 row[f"{name}time_ratio"] = statistics.median(ratios)
-                row[f"{name}time_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+                row[f"{name}time_quartiles"] = np.percentile(ratios, (25, 75)).round(3).tolist()
 
     add("", steps)
     if table.device.type == "cuda":
@@ -258,24 +259,21 @@ def shown(rows: list[dict]) -> str:
         value, first = row.get(key, ""), rows[0].get(key)
         if type(value) is int:
             return f"{value:,}" + (f" {value / first:.3f}" if first else "")
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+        how = ".3f" if key.endswith("ratio") else ".3g"
+        return format(value, how) if isinstance(value, float) else str(value)
 
     keys = sorted(dict.fromkeys(key for row in rows for key in row), key="error".__eq__)  # the error last
     lines = [keys, *[[cell(row, key) for key in keys] for row in rows]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    sides = ["<" if key in ("name", "error") else ">" for key in keys]
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return "\n".join(line.format(*cells).rstrip() for cells in lines)
 
 
-def recorded(device: str, *only: str) -> str:
-    """The tables of a device's record whose title starts with one of ``only``."""
-    record = read_json(MEASUREMENTS / f"bench_{device}.json")
-    found = [", ".join(f"{k} {v}" for k, v in record.items() if k != "tables")]
-    for title, rows in record["tables"].items():
-        if title.startswith(only or ""):
-            brief = [{k: v for k, v in row.items() if not k.endswith("range")} for row in rows]
-            found.append(f"{title}\n{shown(brief)}")
-    return "\n\n".join(found)
+def recorded(name: str) -> tuple[str, dict[str, list[dict]]]:
+    """When, where and with what the record of this name was made; and its rows, by title."""
+    record = read_json(MEASUREMENTS / f"{name}.json")
+    return "{date}, {device}, torch {torch}".format_map(record), record["tables"]
 
 
 def main(arguments: list[str]) -> int:

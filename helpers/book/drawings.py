@@ -42,7 +42,8 @@ def taps(ax, title: str, size: int, kernel: int, stride: int, padding: int, dila
         if a >= reached - padding:
             ax.axvspan(a - 0.5, a + 0.5, facecolor="none", edgecolor="#888888", hatch="///", linewidth=0)
     ax.set(title=title, xlim=(-padding - 0.6, size + padding - 0.4), ylim=(out - 0.4, -0.6 - out / 8))
-    ax.set(xlabel="input position a", ylabel="output position i", xticks=range(size), yticks=range(out))
+    ax.set(xlabel="input position a", xticks=range(-padding, size + padding))
+    ax.set(ylabel="output position i", yticks=range(out))
 
 
 def norm_geometry(ax) -> None:
@@ -57,7 +58,7 @@ def norm_geometry(ax) -> None:
     origin, foot, tip = at(0, 0), at(1.5, 1.4), at(1.5, 1.4, 1.2)
     for start, end, colour, label, offset in (
         (origin, at(1.1, 0), "#555555", "1", (2, -12)),
-        (origin, at(0, 1.1), "#555555", "ŷ", (-11, 5)),
+        (origin, at(0, 1.1), "#555555", "ŷ", (2, 4)),
         (origin, tip, HUES[0], "dz", (3, 2)),
         (foot, tip, HUES[1], "σ/γ · dy", (5, -36)),
     ):

@@ -25,7 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "template"
 MATHML = LatexToMathML(fancy_error=False)
 LOCAL = re.compile(r"^(?!\w+:|#)")  # a link's address within the collection
-SIGN_BEHIND = re.compile(r"(<math>(?:(?!</math>).)*</math>[.,:;?!)]+)", re.DOTALL)  # it must not begin a line
+# What must not begin a line: a sign or an 's behind a formula, and a unit behind its number.
+SIGN_BEHIND = re.compile(r"(<math>(?:(?!</math>).)*</math>(?:[.,:;?!)]+|['’]s\b))", re.DOTALL)
+UNIT_BEHIND = re.compile(r"(?<=\d) (?=%|(?:[KMG]i?B|bits?|bytes?|images)\b)")
 
 
 class PageError(ValueError):
@@ -55,6 +57,7 @@ def markdown2html(context, source: str) -> str:
     renderer = Renderer(escape=False, attachments=cell.get("attachments", {}))
     try:
         page = MarkdownWithMath(renderer=renderer).render(source)
+        page = re.sub(r"(?<=</math>)(</(?:strong|em|a)>)([.,:;?!)]+)", r"\2\1", page)
         return SIGN_BEHIND.sub(r'<span class="together">\1</span>', page)
     except LatexError as error:
         raise PageError(f"{name}, cell {cell['id']}: a formula does not convert: {error}") from error
@@ -62,6 +65,9 @@ def markdown2html(context, source: str) -> str:
 
 def finish(soup: BeautifulSoup) -> None:
     """List the headings in the navigation, and let what is too wide scroll, by keyboard too."""
+    for text in soup.main(string=UNIT_BEHIND):
+        if not text.find_parent(["pre", "code", "math"]):
+            text.replace_with(UNIT_BEHIND.sub("\u00a0", text))
     for image in soup.main("img"):
         image.parent["class"] = "figure"
     for table in soup.main("table"):

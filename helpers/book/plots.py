@@ -14,14 +14,15 @@ import PIL.Image
 from IPython.display import Image, display
 from matplotlib.colors import to_hex, to_rgb
 
-# Okabe & Ito's colour-blind-safe palette; a method keeps its colour on every page.
+# Okabe & Ito's colour-blind-safe palette, with one of Tol's; a method keeps its colour on every page.
 COLOURS = {
     "unfused": "#D55E00",
     "tutorial": "#CC79A7",
-    "checkpoint": "#999999",
+    "checkpoint": "#888888",
     "whole batch": "#56B4E9",
     "fused": "#0072B2",
     "remat": "#009E73",
+    "compile": "#882255",
     "algebra": "#000000",
     "other": "#666666",
 }
@@ -34,7 +35,7 @@ plt.rcParams.update({
     "figure.figsize": (7.2, 3.2), "figure.dpi": 100, "figure.facecolor": "white", "savefig.bbox": "tight",
     "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555",
-    "xtick.color": "#555555", "ytick.color": "#555555",
+    "xtick.color": "#555555", "ytick.color": "#555555", "mathtext.default": "regular",
     "xtick.labelcolor": "#222222", "ytick.labelcolor": "#222222",
 })  # fmt: skip
 
@@ -79,7 +80,7 @@ def label_lines(ax) -> None:
     ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line in lines]
     at = [72 / ax.figure.dpi * ax.transData.transform(end)[1] for end in ends]  # in points
     for line, end, was, is_now in zip(lines, ends, at, spread(at, 11), strict=True):
-        note(ax, line.get_label(), end, (6, is_now - was), line.get_color(), va="center")
+        note(ax, line.get_label(), end, (8, is_now - was), line.get_color(), va="center")
 
 
 def note(ax, text: str, at, offset, colour: str = LINE, **look):
@@ -124,7 +125,8 @@ def memory_over_time(axes, traces: dict, colours: dict, reference: tuple[str, fl
         ax.step(times, held, where="post", color=colours[title], linewidth=1.4)
         begins(ax, at, "backward")
         ax.plot(at, forward, "o", color="#222222", markersize=4)
-        ax.plot(times[held.argmax()], peak, "^", color="#222222", markersize=5)
+        first = (held > held.max() - 0.01).argmax()  # a later moment may be higher by a vector
+        ax.plot(times[first], peak, "^", color="#222222", markersize=5)
         ax.axhline(level, color="#666666", linestyle="--", linewidth=1)
         note(ax, label, (1, level), (4, 0), xycoords=ax.get_yaxis_transform(), va="center")
         ax.set_title(title, color=ink(colours[title]), fontweight="bold")
@@ -186,6 +188,8 @@ def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -
         look = {"fontweight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
         note(ax, f"peak {peak:,.0f} MiB", (moment, peak), (0, 8), ha="center", **look)
         ax.set(title=title, ylabel="MiB", xlim=(0, len(log)))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:,.0f}")
         top = max(top, 1.45 * peak)
     plt.setp(axes, ylim=(0, top))
     axes[1].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)

@@ -72,7 +72,7 @@ def difference(got, want, **tolerances: float) -> str:
         assert_close(got, want, check_dtype=isinstance(want, Tensor), **tolerances)
     except AssertionError as error:
         return " ".join(str(error).split())
-    except TypeError:
+    except (TypeError, RuntimeError):  # the latter for a bool
         return f"expected {type(want).__name__}, got {type(got).__name__}"
     return ""
 
@@ -121,7 +121,26 @@ def held_after(function, *args):
     return out, trace.marks["end of forward"]
 
 
-def convolution_flops(function, *args, **options):
+def compare_nets(base, network, x, contexts, atol: float) -> list[MemoryTrace]:
+    """Check that ``network`` computes what ``base`` does; the memory of a step of each, in its context."""
+    steps = []
+    network.load_state_dict(base.state_dict())
+    for model, context in zip((base, network), contexts, strict=True):
+        torch.manual_seed(0)  # dropout's
+        with MemoryTrace() as trace:
+            with context():
+                out = one_tensor(model(x))
+            trace.mark("end of forward")
+            out.square().sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        steps.append((out, grads, trace))
+    (want, right, before), (got, mine, after) = steps
+    compare("the output", got, want, rtol=0, atol=atol)
+    compare("a gradient", mine, right, note="is something detached?", rtol=1e-3, atol=1e-4)
+    return [before, after]
+
+
+def conv_flops(function, *args, **options):
     """``(function(*args, **options), operations of its convolutions)``."""
     with FlopCounterMode(display=False) as counter:
         out = function(*args, **options)
@@ -129,13 +148,21 @@ def convolution_flops(function, *args, **options):
     return out, sum(count for operation, count in flops.items() if "convolution" in str(operation))
 
 
-def compare_function(function, reference, names, inputs, mistakes=lambda dout: {}, kept=0, note="") -> None:
+def compare_function(
+    function, reference, names, inputs, mistakes=lambda dout: {}, kept=0, note="", copies=False
+) -> None:
     """Check that a differentiable ``function`` is ``reference``: output, memory and gradients.
 
-    It may keep ``kept`` bytes a value for backward. ``mistakes(dout)`` and ``note`` are as in `compare`.
+    It may keep ``kept`` bytes a value for backward, and its inputs unless it gets ``copies`` of them.
+    ``mistakes(dout)`` and ``note`` are as in `compare`.
     """
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out, held = held_after(lambda: one_tensor(function(*leaves)) + 0)  # a copy: a kept output counts, too
+
+    def run():
+        given = [t + 0 for t in leaves] if copies else leaves
+        return one_tensor(call(function, *given)) + 0  # a copy: a kept output counts, too
+
+    out, held = held_after(run)
     compare("the output", out, reference(*inputs), note=note)
     more = (held - out.nbytes) / out.numel()
     require(more < kept + 0.5, f"the output is right, but {more:.1f} bytes a value are kept for backward")

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from helpers.book.exercises import call, compare, convolution_flops, exercise, grads, new, require
+from helpers.book.exercises import call, compare, conv_flops, exercise, grads, new, require
 
 
 @exercise(1)
@@ -41,7 +41,7 @@ def check_grads_by_patches(answer):
         (dy,) = new(F.conv2d(x, w, **options).shape)
         want = grads(F.conv2d, (x, w), dy, **options)
         _, of_one = grads(F.conv2d, (x[:1], w), dy[:1], **options)
-        got, flops = convolution_flops(call, answer, dy, x, w, **options)
+        got, flops = conv_flops(call, answer, dy, x, w, **options)
         mistakes = {"dw takes the images for one: every image has its own patches": of_one}
         compare("dx, dw", got, want, mistakes, note=f"{options}")
         require(not flops, "that calls a convolution; F.unfold, F.fold and torch.einsum are enough")

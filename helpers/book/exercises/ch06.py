@@ -8,16 +8,7 @@ import torch.nn.functional as F
 
 from helpers import conv2d_backward
 from helpers.batch_norm import CHANNELS
-from helpers.book.exercises import (
-    call,
-    compare,
-    compare_function,
-    convolution_flops,
-    exercise,
-    grads,
-    new,
-    require,
-)
+from helpers.book.exercises import call, compare, compare_function, conv_flops, exercise, grads, new, require
 from helpers.memory import MemoryTrace
 
 NAMES = "dx, dw, dgamma, dbeta"
@@ -42,9 +33,9 @@ def check_frozen(answer):
         "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,
     }
     with MemoryTrace() as trace:
-        got, flops = convolution_flops(call, answer, dz, x, w, gamma, mean, var, eps)
+        got, flops = conv_flops(call, answer, dz, x, w, gamma, mean, var, eps)
     compare(NAMES, got, want, mistakes)
-    times = flops / convolution_flops(conv2d_backward, dz, x, w, padding=1)[1]
+    times = flops / conv_flops(conv2d_backward, dz, x, w, padding=1)[1]
     require(times <= 1, f"right gradients, but convolutions take {times:.1f} times those of one backward")
     more = (trace.tensor_peak - x.nbytes) / dz.nbytes
     require(more <= 0.5, f"right gradients, but they needed {more:.1f} buffers of y's size")

@@ -165,14 +165,11 @@ def test_a_table_that_takes_too_long_is_stopped(monkeypatch, record):
     assert rows[-1] == {"name": "all", "error": "stopped at the time limit"}
 
 
-def test_what_is_recorded_is_shown(monkeypatch, tmp_path):
+def test_what_is_recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "MEASUREMENTS", tmp_path)
-    rows = [{"name": "plain", "peak": 2**20, "forward": 2**20}]
-    record = {"date": "2020-01-02", "device": "a card", "tables": {"MNIST, x": rows, "other": rows}}
-    (tmp_path / "bench_cuda.json").write_text(json.dumps(record))
-    shown = bench.recorded("cuda", "MNIST")
-    assert "date 2020-01-02, device a card" in shown and "1,048,576 1.000" in shown
-    assert "other" not in shown
+    about, tables = {"date": "2020-01-02", "device": "a card", "torch": "2.9"}, {"MNIST": [{"name": "plain"}]}
+    bench.write(tmp_path / "bench_cuda.json", {**about, "memory": "how", "tables": tables})
+    assert bench.recorded("bench_cuda") == ("2020-01-02, a card, torch 2.9", tables)
 
 
 def test_torch_torchvision_and_matplotlib_are_enough():

@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup
 from fontTools.subset import parse_unicodes
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-from helpers.book.pages import ROOT, TEMPLATE, PageError, export, index_source, markdown2html
+from helpers.book.pages import ROOT, TEMPLATE, PageError, export, finish, index_source, markdown2html
 from helpers.book.parameters import find_notebooks
 
 v4 = nbformat.v4
@@ -461,8 +461,18 @@ def test_a_page_cannot_ask_for_more(make, tmp_path, browser):
     seen.page.close()
 
 
-def test_a_sign_behind_a_formula_does_not_begin_a_line():
+@pytest.mark.parametrize(
+    "source, together",
+    [("Of $x$, and $y$ (or $z$).", ["x,", "z)."]), ("**$x$**: $y$'s, $y$ 's", ["x:", "y's"])],
+)
+def test_a_sign_behind_a_formula_does_not_begin_a_line(source, together):
     context = {"cell": {"id": "a"}, "resources": {"metadata": {"name": "page"}}}
-    shown = BeautifulSoup(markdown2html(context, "Of $x$, and $y$ (or $z$)."), "html.parser")
-    assert len(shown("math")) == 3
-    assert [span.text[-2:] for span in shown.select(".together")] == ["x,", ")."]
+    shown = BeautifulSoup(markdown2html(context, source), "html.parser")
+    assert [span.text for span in shown.select(".together")] == together
+
+
+def test_a_unit_does_not_begin_a_line():
+    page = "<nav class='toc'><ol></ol></nav><main>5 % of 3 MiB, 5 on <code>5 % 2</code></main>"
+    soup = BeautifulSoup(page, "html.parser")
+    finish(soup)
+    assert soup.main.text == "5\u00a0% of 3\u00a0MiB, 5 on 5 % 2"

@@ -1041,6 +1041,14 @@ BLOCK = 4 * 8 * 32 * 32 * 4  # bytes of a tensor of a block
 WEIGHT, VECTORS = 8 * 8 * 9 * 4, 16 * 8 * 4  # bytes of dw, and of what a norm has for each channel
 
 
+def test_the_record_says_what_recomputing_costs():
+    first, second = 3 * 9, 8 * 9
+    with remat(first + second) as record:
+        nn.Sequential(block(), block(8, 8)).double()(X)
+    costs = [row.cost for row in record.rows if not row.kept]
+    assert costs == [first, first, first + second, first + second]
+
+
 def test_the_record_counts_the_memory_behind_a_view():
     """A half that is kept holds the whole."""
     convs = nn.ModuleList(nn.Conv1d(16, 32, 7, padding=3) for _ in range(3))

@@ -529,6 +529,43 @@ WRITES = {
 }  # fmt: skip
 
 
+IN_PLACE = {
+    "sum": lambda y: y.add_(1),
+    "operator": lambda y: y.__iadd__(y.detach().clone()),
+    "activation": F.relu_,
+    "index": lambda y: y.__setitem__(0, 0.0),
+    "embedding": lambda y: F.embedding(torch.tensor([0, 1]), y, max_norm=0.1),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_write_to_what_remat_alone_keeps(name):
+    """PyTorch keeps the concatenation, remat the tensor that it is made from."""
+
+    def scenario(context):
+        x, w = leaf(image(3, 4)), leaf(image(5, 4, seed=1))
+        with context():
+            y = F.linear(x, w)
+            z = F.silu(torch.cat([y, y], 1))
+            IN_PLACE[name](y)
+        grads = torch.autograd.grad(z.square().sum() + y.square().sum(), [x, w])
+        return dict(zip("xw", grads, strict=True))
+
+    check(scenario)
+
+
+def test_a_product_in_place():
+    def scenario(context):
+        x, w = leaf(), leaf(image(4, 3, 3, 3))
+        with context():
+            y = F.conv2d(x, w)
+            a = F.softsign(y)
+            a *= F.sigmoid(y)
+        return dict(zip("xw", torch.autograd.grad(a.square().sum(), [x, w]), strict=True))
+
+    check(scenario)
+
+
 def written(model, which, write):
     """A network of values of every kind, of which one is written to when all are made."""
     h = model[0][0](X)
@@ -1472,6 +1509,28 @@ def test_wrong_arguments_get_pytorchs_error(call):
 
 
 # Two processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "last", [nn.Identity(), F.relu, nn.BatchNorm2d(4).double(), nn.MaxPool2d(2), nn.ReflectionPad2d(1)]
+)
+def test_a_missing_second_derivative_is_an_error(last):
+    """Of a linear loss, whose gradient has no graph."""
+    x, w = leaf(), leaf(image(4, 3, 3, 3))
+    with remat():
+        out = last(F.conv2d(x, w))
+    (dx,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        (dx.square().sum() + x.sum()).backward()
+
+
+@pytest.mark.parametrize("function", [F.conv2d, lambda x, w: F.linear(x.flatten(1), w.flatten(1))])
+def test_autocast_leaves_float64(function):
+    found = []
+    for cost in (None, 0):
+        with torch.autocast("cpu", torch.bfloat16), under(cost):
+            found.append(function(leaf(image(2, 3, 3, 3)), leaf(image(4, 3, 3, 3))))
+    assert found[0].dtype == found[1].dtype and torch.equal(*found)
 
 
 def steps(model, x, dz, cost):

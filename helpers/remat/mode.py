@@ -157,8 +157,8 @@ class remat:  # noqa: N801
         print(record.names(model))
 
     Also a decorator: ``@remat(max_cost=64)``. Forward is PyTorch's, bit for bit. Convolutions, norms,
-    activations, products and poolings get nodes that keep their inputs as *recipes*: backward recomputes a
-    norm, an activation, a concatenation or a sum from what is kept. Everything else runs as always: other
+    activations, products, poolings and paddings get nodes that keep inputs as *recipes*: backward recomputes
+    a norm, an activation, a concatenation or a sum from what is kept. Everything else runs as always: other
     operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
     threads. Nothing in the model changes. Under torch.compile the compiler decides by the same price.
 

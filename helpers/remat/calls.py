@@ -342,11 +342,11 @@ def pad(mode, function, x, /, pad, *args, **named):
     kind = args[0] if args else named.get("mode", "constant")
     how, n = fixed(pad), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
-    known = kind in PADDINGS and (x.is_cpu or x.is_contiguous())  # CUDA's kernels know no other layout
-    if not known or torch.are_deterministic_algorithms_enabled():
+    known = kind in PADDINGS and len(how) == 2 * n  # not of an image without a batch
+    fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
+    if not (known and fits) or torch.are_deterministic_algorithms_enabled():
         return lambda: RESIZE(mode, function, (x, pad, *args), named)
-    fit(plain(x) and x.requires_grad and x.numel() > 0 and n in (1, 2, 3) and len(how) == 2 * n)
-    fit(mode.table.is_safe(x))
+    fit(plain(x) and x.requires_grad and x.numel() > 0 and mode.table.is_safe(x))
     return from_shape(mode, f"{PADDINGS[kind]}_pad{n}d", (how,), x, lambda x: function(x, how, kind))
 
 

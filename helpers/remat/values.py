@@ -325,17 +325,20 @@ class Table:
         which ``value`` is a copy, as in the first layer of a dense block, will be read again.
         """
         recipe = value.recipe
-        if isinstance(recipe, Part):  # ``t`` holds the memory of the whole in any case
-            (whole,), at = value.parents, t.storage_offset() - recipe.offset
-            self.keep(whole, t.detach().as_strided(whole.view.shape, whole.view.stride, at))
-            return
         parts = None if recipe is None else self.parts(value, {})
         if parts:
             is_copy = recipe.joins and len(parts) == 1
             if bytes_of(parts) < value.nbytes + is_copy and self.affordable(value, parts):
                 for part, tensor in parts.items():
-                    self.keep(part, tensor)
+                    self.keep_whole(part, tensor)
                 return
+        self.keep_whole(value, t)
+
+    def keep_whole(self, value: Value, t: Tensor) -> None:
+        """Keep ``value``, or what it is a part of: ``t`` holds the memory of the whole in any case."""
+        if isinstance(value.recipe, Part):
+            at, (value,) = t.storage_offset() - value.recipe.offset, value.parents
+            t = t.detach().as_strided(value.view.shape, value.view.stride, at)
         self.keep(value, t)
 
     def parts(self, value: Value, known: dict, depth: int = 8) -> dict[Value, Tensor] | None:

@@ -1067,6 +1067,26 @@ def test_the_record_counts_the_memory_behind_a_view():
     assert sum(row.recipe == "view" and row.kept for row in record.rows) == 0
 
 
+ENLARGED = {
+    "half of an enlarged image": lambda y: F.interpolate(y, scale_factor=2).chunk(2, 1)[0],
+    "an enlarged half": lambda y: F.interpolate(y.chunk(2, 1)[0], scale_factor=2),
+    "a padding without a batch": lambda y: F.pad(y.flatten(0, 1), (9, 9, 9, 9), "reflect"),
+}
+
+
+@pytest.mark.parametrize("name", ENLARGED)
+def test_of_a_view_the_small_source_is_kept(name):
+    conv, held, x = nn.Conv2d(3, 8, 3), Held(), image(2, 3, 16, 16, dtype=torch.float32)
+    held.ignore(x, *conv.parameters())
+    with held, remat() as record:
+        y = conv(x)
+        out = F.silu(ENLARGED[name](y)).mean((-1, -2))
+        nbytes = y.nbytes
+        del y
+    assert record.kept_bytes == nbytes + x.nbytes
+    assert held.held == nbytes + out.nbytes
+
+
 def test_a_computed_weight_may_be_a_view():
     """As where weights are standardised."""
 

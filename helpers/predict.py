@@ -158,7 +158,9 @@ def takes_number(func, args: tuple) -> bool:
 
 
 def as_real(func, args: tuple, out):
-    """``out`` with the dtypes, the storage and the number of tensors that the real operator returns."""
+    """A fake ``out`` with the dtypes, the storage and the number of tensors of the real operator's result."""
+    if not (args and isinstance(args[0], FakeTensor)):
+        return out  # real
     name = func.overloadpacket.__name__
     if name in ("native_batch_norm", "native_group_norm", "native_layer_norm"):
         (z, *stats), x = out, args[0]

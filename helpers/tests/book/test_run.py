@@ -229,7 +229,7 @@ Downloading torch-2.9.0-cp311-cp311-manylinux_2_28_x86_64.whl (899.8 MB)
 
 
 def test_make_passes_parameters(clone):
-    value = "NETWORKS=it's $x, \"two\" words"
+    value = 'NETWORKS=it\'s $x, "two" words'
     done, calls = clone("run", "QUICK=1", "ONLY=05 09", value)
     assert done.returncode == 0 and calls[-1] == [*RUN, value, "ONLY=05 09", "QUICK=1"]
     # bench has parameters of its own, so it checks them.

@@ -15,6 +15,7 @@ from torch import nn
 
 from helpers import FusedConvBN2d, largest_batch, max_cost_for, predict_memory, remat
 from helpers.memory import MemoryTrace
+from helpers.predict import Held
 
 
 def measure(model, x, max_cost=None, autocast=None):
@@ -341,6 +342,16 @@ def test_the_model_stays_as_it_was(make):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert make is not Cache or (model.places is None and model.calls == 0)
     model(x).sum().backward()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([6, 5])], ids=str)
+def test_real_tensors_are_counted_and_left_alone(norm):
+    x, results = torch.randn(2, 4, 6, 5, requires_grad=True), []
+    for mode in (contextlib.nullcontext(), Held()):
+        with mode:
+            z = norm(x)
+            results.append((z, *torch.autograd.grad(z, [x, *norm.parameters()], x.detach())))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

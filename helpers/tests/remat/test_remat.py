@@ -1433,7 +1433,10 @@ def test_a_norms_gradient_is_written_over_its_recomputed_input(monkeypatch):
         (first,) = torch.autograd.grad(out, [gradient], dz, retain_graph=True)
         assert held.peak <= forward + 1.3 * first.nbytes
         (second,) = torch.autograd.grad(out, [gradient], dz)
+    joined = torch.cat([branch(x) for branch in branches], 1)
+    (wanted,) = torch.autograd.grad(norm(joined), [joined], dz)
     assert torch.equal(first, second)
+    torch.testing.assert_close(first, wanted)
 
 
 def test_what_a_graph_keeps_is_no_room(monkeypatch):

@@ -248,6 +248,38 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     return run
 
 
+def dropout(mode, function, input, p=0.5, training=True, inplace=False):
+    fit(training and not inplace and type(p) is float and 0 < p < 1)
+    fit(plain(input) and input.requires_grad and input.dim() > 1 and input.numel() > 0)
+    fit(mode.table.is_safe(input) and input.device.type in ("cpu", "cuda", "meta"))
+
+    def run() -> Tensor:
+        table, source, operation = mode.table, mode.table.find(input), ops.Dropout(p)
+        z = mode.apply(operation, input)
+        mask = operation.value = Value(operation.mask, when=operation.number)
+        mask.name = "mask"
+        table.keep(mask, operation.mask)
+        operation.mask = None
+        table.note(z, operation.recipe, (source, mask), operation)
+        table.plain_bytes += z.nbytes if input.is_cpu else mask.nbytes
+        return z
+
+    return run
+
+
+def feature_dropout(mode, function, input, p=0.5, training=True, inplace=False):
+    """A product with one random number for each channel of each image."""
+    fit(training and not inplace and type(p) is float and 0 < p < 1)
+    fit(plain(input) and input.requires_grad and input.dim() == DROPOUTS[function] and input.numel() > 0)
+    fit(mode.table.is_safe(input))
+    ones = input.new_ones(*input.shape[:2], *[1] * (input.dim() - 2))
+
+    def run() -> Tensor:
+        return elementwise(mode, torch.mul, input, function(ones, p))()
+
+    return run
+
+
 def concatenate(mode, function, tensors, dim=0):
     fit(isinstance(tensors, (tuple, list)) and len(tensors) > 0 and plain(*tensors) and type(dim) is int)
     first = tensors[0]
@@ -434,6 +466,7 @@ OPERATIONS = {
     torch.div: "div div_ __truediv__ __itruediv__",
 }
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
+DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # dimensions of a batch
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 RESIZE = again("resize", node=False)
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
@@ -455,6 +488,8 @@ HANDLERS: dict[Callable, Callable | None] = {
     torch.prelu: again("prelu"),
     F.softplus: again("softplus"),
     F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),
+    F.dropout: handler(dropout),
+    **dict.fromkeys(DROPOUTS, handler(feature_dropout)),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),
     **dict.fromkeys(MAX_POOLS, handler(max_pool)),
 }

@@ -157,10 +157,11 @@ class remat:  # noqa: N801
         print(record.names(model))
 
     Also a decorator: ``@remat(max_cost=64)``. Forward is PyTorch's, bit for bit. Convolutions, norms,
-    activations, products, poolings and paddings get nodes that keep inputs as *recipes*: backward recomputes
-    a norm, an activation, a concatenation or a sum from what is kept. Everything else runs as always: other
-    operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other
-    threads. Nothing in the model changes. Under torch.compile the compiler decides by the same price.
+    activations, products, poolings, paddings and dropout get nodes that keep inputs as *recipes*: backward
+    recomputes a norm, an activation, a concatenation or a sum from what is kept. Everything else runs as
+    always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
+    checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler decides by the
+    same price.
 
     remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
     context, in a backward inside it, through aliases taken before it or by ``Tensor.set_``, in TorchScript or

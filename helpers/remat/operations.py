@@ -8,6 +8,7 @@ its settings, and knows nothing of autograd (`mode.Node` does).
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -361,6 +362,44 @@ class Product(Operation):
                 mine = mine and View.of(t) == View.of(dz)
                 grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
+
+
+class Dropout(Operation):
+    """Keeps one byte a value. PyTorch keeps the result, and on a CPU the noise that it multiplies by."""
+
+    def __init__(self, p: float) -> None:
+        self.mask, self.recipe = None, Drop(p)
+
+    def forward(self, x):
+        p = self.recipe.p
+        if not x.is_cpu:
+            z, self.mask = torch.native_dropout(x, p, True)
+            return z
+        noise = torch.empty_like(x).bernoulli_(1 - p)  # PyTorch's steps, and random numbers
+        self.mask = noise.bool()
+        return noise.div_(1 - p).mul_(x)
+
+    def backward(self, task, dz, needs, saved):
+        return [self.recipe.run(None, dz, task.get(self.value)[0])]
+
+
+class Drop(Recipe):
+    """x times 1/(1-p) where the mask says so, else times 0."""
+
+    name, passes = "dropout", 2.0
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def run(self, out, x, mask):
+        share = 1 - self.p
+        if not x.is_cpu:  # forward's kernel rounds the share to the dtype in which it computes
+            share = share if x.dtype == torch.float64 else array("f", [share])[0]
+            z = aten.native_dropout_backward(x, mask, 1 / share)
+            return z if out is None else out.copy_(z)
+        if out is not None:
+            return out.copy_(mask).div_(share).mul_(x)
+        return x * mask.to(x.dtype).div_(share)
 
 
 class Elementwise(Recipe):

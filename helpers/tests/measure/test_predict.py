@@ -190,6 +190,10 @@ EXACT = {
     "the larger of two": lambda h: torch.maximum(h.sin(), h.cos()),
     "taken": lambda h: h.take(torch.arange(0, 1000, 3)),
     "with a part of a constant": lambda h: h.view(4, 250) + CONSTANT[0],
+    "numbers from tensors": lambda h: functools.reduce(
+        lambda h, _: h.sin() + torch.tensor(2).item(), range(30), h
+    ),
+    "dropout": lambda h: F.dropout(F.dropout2d(h.view(10, 10, 5, 2), 0.3)),
     "patches": lambda h: F.unfold(h.view(1, 10, 10, 10), 3),
 }
 

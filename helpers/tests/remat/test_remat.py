@@ -390,6 +390,87 @@ def test_padding_keeps_nothing(kind):
     assert held[1] <= 1.01 * held[0] + image(4, 3, 34, 34).nbytes  # of the first convolution's input
 
 
+DROPOUTS = {f"{n}d{' by channel' * bool(c)}": (n, c) for n in (1, 2, 3) for c in ("", f"{n}d")}
+
+
+def dropouts(name):
+    """A builder of a network with dropout behind an activation and in a concatenation."""
+    n, by_channel = DROPOUTS[name]
+    conv, norm = getattr(nn, f"Conv{n}d"), getattr(nn, f"BatchNorm{n}d")
+    drop = getattr(F, f"dropout{by_channel}")
+
+    def forward(self, x):
+        x = drop(F.relu(self.norm(self.a(x))), 0.3)
+        return self.c(torch.cat([x, drop(self.b(x), 0.1), F.silu(drop(x * 2, 0.5, training=False))], 1))
+
+    return lambda: Net(forward, a=conv(3, 8, 3), norm=norm(8), b=conv(8, 4, 1), c=conv(20, 4, 1))
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_dropout(name):
+    check(dropouts(name), image(2, 3, *(7, 6, 8)[: DROPOUTS[name][0]]))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("drop", [F.dropout, F.dropout2d])
+def test_dropout_to_the_bit(drop, dtype, layout):
+    """With the gradient of a sum, too, which has no layout of its own, and the random numbers that follow."""
+    x, found = image(4, 3, 9, 8).to(dtype).contiguous(memory_format=layout).requires_grad_(), []
+    for cost in (None, 0):
+        torch.manual_seed(1)
+        with under(cost):
+            y = x * 1
+            out = drop(y, 0.3)
+        for dz in (torch.randn(4, 3, 9, 8).to(dtype), torch.ones((), dtype=dtype).expand(out.shape)):
+            (dy,) = torch.autograd.grad(out, [y], dz, retain_graph=True)
+            found.append((out, dy, torch.rand(3)))
+    for got, wanted in zip(found[2:], found[:2], strict=True):
+        assert all(torch.equal(g, w) and g.stride() == w.stride() for g, w in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_dropout_is_recomputed_to_the_bit(device, dtype, p):
+    x, operation = 100 * image(999).to(device, dtype), operations.Dropout(p)
+    torch.manual_seed(1)
+    wanted = F.dropout(x, p)
+    torch.manual_seed(1)
+    assert torch.equal(operation.forward(x), wanted)
+    for out in (None, torch.empty_like(x)):
+        assert torch.equal(operation.recipe.run(out, x, operation.mask), wanted)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0, 0, 1, torch.tensor(0.5), 2.0])
+def test_dropout_of_nothing_or_everything(p):
+    outcomes, x = [], image(2, 3, 5, 5).requires_grad_()
+    for drop in (F.dropout, F.dropout2d):
+        for cost in (None, 0):
+            torch.manual_seed(0)
+            with under(cost):
+                try:
+                    outcomes.append(drop(x * 1, p).tolist())
+                except (TypeError, ValueError) as error:
+                    outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1] and outcomes[2] == outcomes[3]
+
+
+@pytest.mark.parametrize("drop", [nn.Dropout, nn.Dropout2d])
+def test_dropout_keeps_a_byte_for_each_value_or_channel(drop, monkeypatch):
+    """It is recomputed to the bit, a few images at a time."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 500)
+    x = image(4, 3, 32, 32, dtype=torch.float32)
+    with Seen(monkeypatch) as seen:
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), drop(0.3), nn.Conv2d(8, 4, 3))
+        with remat() as record:
+            out = model(x)
+        out.sum().backward()
+    mask = 4 * 8 * (30 * 30 if drop is nn.Dropout else 4)
+    assert record.kept_bytes == x.nbytes + 4 * 4 * 8 * 30 * 30 + mask
+    assert len(seen.remade) == 2 and seen.strange() == []
+
+
 SIGNALS = {
     "max": lambda: nn.MaxPool1d(2),
     "max 3 stride 2 padding 1": lambda: nn.MaxPool1d(3, 2, 1),

@@ -137,7 +137,7 @@ def largest(budget: int, table: Table, method: str) -> dict:
 REMATS = ["remat, 0", "remat, 150", "remat, 600"]
 USUAL, FEW = ["unfused", *REMATS, "checkpoint, blocks"], ["unfused", *REMATS[:2]]
 FRONT = ["unfused", *[f"remat, {price}" for price in (0, 9, 32, 64, 150, 300, 600, 1200)]]
-FRONT += ["checkpoint, blocks", "checkpoint, stages"]
+FRONT += [f"checkpoint, {parts}" for parts in ("blocks", "stages", "selective")]
 KEPT = ", allocator keeps its memory"
 
 

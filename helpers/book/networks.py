@@ -10,7 +10,7 @@ import torch._functorch.config
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torchvision.ops import StochasticDepth
 
 from helpers.book.training import Net, pair
@@ -68,14 +68,14 @@ class TutorialConvBN2d(nn.Conv2d):
         return TutorialConvBN2dFunction.apply(x, self.weight, self.padding)
 
 
-def checkpointed(module: nn.Module) -> nn.Module:
-    """``module``, from now on under torch.utils.checkpoint."""
+def checkpointed(module: nn.Module, **options) -> nn.Module:
+    """``module``, from now on under torch.utils.checkpoint with these options."""
     forward = module.forward
 
     def again(*inputs: Tensor) -> Tensor:
         # A dense block appends to the list that it hands in: backward must find the list as it was.
         inputs = [list(i) if isinstance(i, list) else i for i in inputs]
-        return checkpoint(forward, *inputs, use_reentrant=False)
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     module.forward = again
     return module
@@ -84,8 +84,19 @@ def checkpointed(module: nn.Module) -> nn.Module:
 BLOCKS = {"BasicBlock", "Bottleneck", "InvertedResidual", "MBConv", "_DenseLayer"}
 
 
+def saves_convolutions(ctx, operation, x=None, *_, **__) -> CheckpointPolicy:
+    """For a selective checkpoint. Not squeeze-and-excite's, which activations in place overwrite."""
+    images = operation is torch.ops.aten.convolution.default and x.shape[2:].numel() > 1
+    return CheckpointPolicy.MUST_SAVE if images else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def in_parts(model: nn.Module, parts: str) -> nn.Module:
-    """One of torchvision's networks, its "blocks" or its "stages" (blocks of one width) each checkpointed."""
+    """One of torchvision's networks, its "blocks" or its "stages" (blocks of one width) each checkpointed.
+
+    "selective": its blocks, which then save their convolutions' outputs and recompute the rest.
+    """
+    contexts = partial(create_selective_checkpoint_contexts, saves_convolutions)
+    options = {"context_fn": contexts} if parts == "selective" else {}
     if parts == "stages" and isinstance(model, torchvision.models.MobileNetV2):  # a flat list of blocks
         starts = [i for i, block in enumerate(model.features) if not getattr(block, "use_res_connect", False)]
         stages = pairwise([*starts, len(model.features)])  # each begins with the first block of its width
@@ -94,7 +105,7 @@ def in_parts(model: nn.Module, parts: str) -> nn.Module:
         inside = module.children() if parts == "stages" else [module]
         names = {type(block).__name__ for block in inside}
         if names and names <= BLOCKS:
-            checkpointed(module)
+            checkpointed(module, **options)
     return model
 
 
@@ -117,8 +128,8 @@ LAYERS = {  # the network for MNIST with each of them
 def build(network: str, method: str) -> nn.Module:
     """The network, "MNIST" or one of torchvision's, without dropout, to be trained by this method.
 
-    A method is "unfused", "remat, PRICE", "checkpoint, blocks" or "stages", "compile, BUDGET" (the share of
-    memory that the compiler keeps, about), or for MNIST one of `LAYERS`.
+    A method is "unfused", "remat, PRICE", "checkpoint, blocks", "stages" or "selective", "compile, BUDGET"
+    (the share of memory that the compiler keeps, about), or for MNIST one of `LAYERS`.
     """
     if network == "MNIST":
         model = Net(LAYERS.get(method, pair))

@@ -36,10 +36,10 @@ def test_front_has_every_method():
     titles = bench.tables(torch.device("cpu"), False, True)
     for name, (title, table) in zip(networks.NETWORKS, titles.items(), strict=True):
         assert title.startswith(f"{name}, 16x3x160x160, float32")
-        assert table.methods[0] == "unfused" and len(table.methods) == 11 + (name == "resnet50")
+        assert table.methods[0] == "unfused" and len(table.methods) == 12 + (name == "resnet50")
         prices = [method for method in table.methods if method.startswith("remat, ")]
         assert prices == [f"remat, {price}" for price in (0, 9, 32, 64, 150, 300, 600, 1200)]
-        assert table.methods[9:11] == ["checkpoint, blocks", "checkpoint, stages"]
+        assert table.methods[9:12] == [f"checkpoint, {parts}" for parts in ("blocks", "stages", "selective")]
         assert ("compile, 0.4" in table.methods) == (name == "resnet50")
 
 

@@ -21,9 +21,8 @@ import numbers
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.remat import remat
 from helpers.remat.compare import check_outside, deep_copy, without_gradient
-from helpers.remat.values import Table
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -193,8 +191,6 @@ def called_by_engine() -> bool:
     return frame.f_code is ENGINE_CALL
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
 def predict_memory(
     model: nn.Module,
     *inputs: Tensor | tuple[int, ...],
@@ -221,6 +217,13 @@ def predict_memory(
             ``if x.sum() > 0``; what PyTorch or the model raise for these shapes.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
+    return predicted(model, inputs, max_cost, autocast, device_type)[0]
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def predicted(model, inputs, max_cost=None, autocast=None, device_type="cuda") -> tuple[Prediction, float]:
+    """The prediction, and the lowest price at which `remat` would recompute more; infinite without remat."""
     check_outside("predict_memory")
     if device_type not in DEVICES:
         raise ValueError(f"device_type must be one of {', '.join(DEVICES)}, got {device_type!r}")
@@ -246,7 +249,7 @@ def predict_memory(
     held.ignore(*model.parameters(), *model.buffers(), *args)
     with fakes:
         try:
-            with held, precision, Linears(held), recomputation:
+            with held, precision, Linears(held), recomputation as record:
                 out = model(*args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
@@ -256,7 +259,7 @@ def predict_memory(
         held.ignore(grad)
         with held:
             out.backward(grad)
-    return Prediction(forward, held.peak)
+    return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost
 
 
 def fake_copy(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -290,13 +293,14 @@ def checked(name: str, shape):
     return shape
 
 
-def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> int:
-    """Bytes of a step and of all that is there before it, as `largest_batch` lists it."""
+def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> tuple[int, float]:
+    """Bytes of a step and of all that is there before it, as `largest_batch` lists it; and the next price."""
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
         raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     there = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
-    return there + optimizer_copies * trained + predict_memory(model, *inputs, **how).peak
+    prediction, next_cost = predicted(model, inputs, **how)
+    return there + optimizer_copies * trained + prediction.peak, next_cost
 
 
 def largest_batch(
@@ -330,7 +334,7 @@ def largest_batch(
 
     @functools.cache
     def needed(n: int) -> int:
-        return bytes_needed(model, as_tensors(model, [(n, *image_shape)]), optimizer_copies, **how)
+        return bytes_needed(model, as_tensors(model, [(n, *image_shape)]), optimizer_copies, **how)[0]
 
     least = 1
     try:
@@ -379,39 +383,21 @@ def max_cost_for(
     """
     check_bytes("memory", memory)
     how = {"autocast": autocast, "device_type": device_type}
-    inputs, needed, cost = as_tensors(model, inputs), {}, 0
-    while cost < math.inf:
-        with next_price(cost) as further:
-            # At 0 nothing that has a price gets a recipe; just above, the same is kept, and prices are known.
-            price = cost or sys.float_info.min
-            needed[cost] = bytes_needed(model, inputs, optimizer_copies, max_cost=price, **how)
+    inputs, needed, cost, further = as_tensors(model, inputs), {}, 0, 0.0
+    while further < math.inf:
+        cost = max(cost, math.ceil(further))
+        # At 0 nothing that has a price gets a recipe; just above, the same is kept, and prices are known.
+        price = cost or sys.float_info.min
+        needed[cost], further = bytes_needed(model, inputs, optimizer_copies, max_cost=price, **how)
         if needed[cost] <= memory:
             return cost
-        cost = further[0]
+        cost += 1
     least_at = min(needed, key=needed.get)
-    plain = bytes_needed(model, inputs, optimizer_copies, **how)
+    plain, _ = bytes_needed(model, inputs, optimizer_copies, **how)
     raise ValueError(
         f"memory must be at least {needed[least_at]:,} bytes, what this step takes at max_cost={least_at} "
         f"({plain:,} in plain PyTorch), got {memory:,}"
     )
-
-
-@contextmanager
-def next_price(cost: int):
-    """Yields a list whose item will be the next whole price that changes a decision of `remat`."""
-    further, affordable = [math.inf], Table.affordable
-
-    def noting(table, value, *others) -> bool:
-        if affordable(table, value, *others):
-            return True
-        asked, table.max_cost = table.max_cost, math.inf
-        if affordable(table, value, *others):  # it was refused for its price
-            further[0] = min(further[0], max(cost + 1, math.ceil(value.row.cost / table.margin(value))))
-        table.max_cost = asked
-        return False
-
-    with patch.object(Table, "affordable", noting):
-        yield further
 
 
 def check_bytes(name: str, value) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,6 +183,7 @@ class Table:
 
     def __init__(self, max_cost: float) -> None:
         self.max_cost, self.rows = max_cost, []
+        self.next_cost = math.inf  # the lowest price at which a value that was too expensive is not
         self.plain_bytes = 0
         # Weak references to recipes, by the storage of their weight or bias.
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
@@ -286,22 +288,21 @@ class Table:
 
     def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
         """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
-        if value.recipe is None or value.recipe.price > self.max_cost:
+        if value.recipe is None:
             return False
-        size = value.size
-        most_price, most_passes, most_made = self.max_cost * size, MOST_PASSES * size, MOST_MADE
-        most_price *= self.margin(value)
         if value.recipe.price:  # leave some for the values computed from it
-            most_passes, most_made = most_passes - 4 * size, most_made - 0.5
+            margin, most_passes, most_made = 1.0, MOST_PASSES - 4, MOST_MADE - 0.5
+        else:  # and some for squeeze-and-excite's convolutions
+            margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE
+        size = value.size
         price = passes = made = 0.0
         largest, path = value.nbytes, [value]
         for v in path:  # it grows
             recipe = v.recipe
             if recipe is None:
                 return False
-            n = v.size
-            price, passes = price + recipe.price * n, passes + recipe.passes * n
-            if price > most_price or passes > most_passes:
+            price, passes = price + recipe.price * v.size, passes + recipe.passes * v.size
+            if passes > most_passes * size:
                 return False
             if recipe.price:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
@@ -310,13 +311,13 @@ class Table:
                     path.append(p)
         if made > most_made * largest:
             return False
+        cost = price / max(size, 1)
+        if price > self.max_cost * margin * size:
+            self.next_cost = min(self.next_cost, cost / margin)
+            return False
         if value.row is not None:
-            value.row.cost = price / max(size, 1)
+            value.row.cost = cost
         return True
-
-    def margin(self, value: Value) -> float:
-        """What multiplies `max_cost` for this value: it leaves room for squeeze-and-excite's convolutions."""
-        return 1.0 if value.recipe.price else 17 / 16
 
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or the values that it is computed from, if these are smaller and still alive.

@@ -39,25 +39,21 @@ class Operation:
     """One call: ``forward(*inputs)``, and ``backward(task, dz, needs, saved)``, the inputs' gradients.
 
     ``task`` is the `Task` that recomputes, ``needs`` which gradients count, ``saved`` what autograd saved.
-
-    Attributes:
-        saved: the inputs that autograd saves: parameters, whose versions it then checks.
-        prunes: whether it is worth asking which gradients this backward pass needs.
-        beside: whether backward's result is in memory at the same time as the value that it needs.
-        table, number, weight: the context's table, the place in its order, and the parameter (`Mode.apply`).
-        gradient, result: bytes of the input (and of its gradient) and of the output (`Mode.apply`).
-        scratch: bytes of a library's scratch memory in backward.
-        name: for people; of those that have no recipe.
-        source: a weak reference to the input's value, if there is one for the output.
-        value: what its backward needs, if anything.
-        output: the value that it made, unless that is kept.
     """
 
-    saved: tuple[int, ...] = ()
-    prunes = in_place = beside = False
-    table = value = output = weight = source = None
-    number = gradient = result = scratch = 0
-    name = ""
+    name = ""  # for people; of those that have no recipe
+    saved: tuple[int, ...] = ()  # the inputs that autograd saves: parameters, whose versions it then checks
+    prunes = False  # whether it is worth asking which gradients this backward pass needs
+    in_place = False
+    beside = False  # whether backward's result is in memory at the same time as the value that it needs
+    value = None  # what its backward needs, if anything
+    output = None  # the value that it made, unless that is kept
+    source = None  # a weak reference to the input's value, if there is one for the output
+    scratch = 0  # bytes of a library's scratch memory in backward
+    # By `Mode.apply`: the context's table, the place in its order, and the parameter; bytes of the input (and
+    # of its gradient) and of the output.
+    table, number, weight = None, 0, None
+    gradient = result = 0
 
     def to_save(self, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
         return [inputs[i] for i in self.saved]

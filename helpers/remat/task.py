@@ -21,20 +21,16 @@ class Task:
 
     A value that several nodes need is held from its first use to its last if there is room for it, that is,
     if holding it does not raise the peak that is coming anyway. A convolution's output is always held.
-
-    Attributes:
-        retained: whether the graph stays, for another pass.
-        twice: whether the gradients may be differentiated again.
-        autocast: whether backward was called in autocast.
-        now: the number of the operation that runs.
     """
 
     def __init__(self, table: Table) -> None:
         self.table = table
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
-        self.retained = torch._C._autograd._get_current_graph_task_keep_graph()
-        self.twice, self.autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
-        self.slack, self.now = slack(table, self.retained), 0
+        self.retained = torch._C._autograd._get_current_graph_task_keep_graph()  # for another pass
+        self.twice = torch.is_grad_enabled()  # whether the gradients may be differentiated again
+        self.autocast = torch._C._is_any_autocast_enabled()
+        self.slack = slack(table, self.retained)
+        self.now = 0  # the number of the operation that runs
 
     def room(self, value: Value | None = None) -> int:
         """Bytes that may be held, now or until ``value``'s last use, without raising the peak to come."""
@@ -101,18 +97,14 @@ class Task:
 
 
 class Program:
-    """The cheap steps to a value, each after those it needs. On a CPU they run on a few images at a time.
-
-    Attributes:
-        given: the tensors that they start from, by value.
-        steps: for each value to compute, its recipe and the values that this reads.
-        read: how many steps read a value.
-        missing: convolutions on the way that must run first.
-    """
+    """The cheap steps to a value, each after those it needs. On a CPU they run on a few images at a time."""
 
     def __init__(self, task: Task, value: Value) -> None:
         self.task, self.last = task, value
-        self.given, self.steps, self.read, self.missing = {}, {}, {}, []
+        self.given: dict[Value, Tensor] = {}  # what they start from
+        self.steps = {}  # for each value to compute, its recipe and the values that this reads
+        self.read: dict[Value, int] = {}  # how many steps read a value
+        self.missing: list[Value] = []  # convolutions on the way that must run first
         for v in value.parents if value.recipe.price else (value,):
             self.add(v)
 

@@ -29,21 +29,16 @@ NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept a
 
 
 class Recipe:
-    """How one value is made from others.
+    """How one value is made from others."""
 
-    Attributes:
-        name: of the operation, for people.
-        price: multiplications per value; 0 for one that only passes over its inputs.
-        passes: over tensors of the result's size, for a recipe without a price.
-        reuse: which input ``run`` may write its result over, if any.
-        parameter: a weak reference to the weight that it applies, if any.
-        whole: whether it must see all images at once.
-        joins: whether its result has its parents' values in one tensor, which are often read again alone.
-        gives: whether ``run`` needs no ``out``: it gives a tensor of its own, or a view.
-    """
-
-    name, price, passes, reuse, parameter = "", 0.0, 1.0, None, None
-    joins = whole = gives = False
+    name = ""  # of the operation, for people
+    price = 0.0  # multiplications per value; 0 for one that only passes over its inputs
+    passes = 1.0  # over tensors of the result's size, for a recipe without a price
+    reuse: int | None = None  # which input ``run`` may write its result over
+    parameter: weakref.ref | None = None  # the weight that it applies
+    whole = False  # whether it must see all images at once
+    joins = False  # whether its result has its parents' values in one tensor; they are often read again
+    gives = False  # whether ``run`` needs no ``out``: it gives a tensor of its own, or a view
 
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
         """The value from its parents' tensors, of all images or of some; in ``out`` if given."""
@@ -129,24 +124,22 @@ class Row:
 
 
 class Value:
-    """One tensor of forward.
+    """One tensor of forward: ``recipe`` and ``parents`` recompute it, unless it is kept or was made outside.
 
-    Attributes:
-        recipe, parents: how to recompute it; None and () if it is kept or was made outside.
-        name: of what made it, if there is no recipe.
-        kept: the tensor, if it is held from forward to backward; ``version`` is its version then.
-        snapshot: a copy, taken when something got a way to write to the tensor that autograd does not see.
-        first: the number of the first operation whose node needs it, if one does.
-        operation: a weak reference to the one that made it, whose node holds the recipe while there is one.
-        origin: a weak reference to the parameter of the last convolution or norm on the way here.
-        private: whether PyTorch's node would not see a write to the tensor, since it saves another.
-        when, start: how many operations there were when it was made; and the number of the one that made it,
-            or of the first of those that made its parents.
+    ``when`` is how many operations there were when it was made, and ``start`` the number of the one that made
+    it, or of the first of those that made its parents.
     """
 
-    name = "given"
-    kept = snapshot = row = origin = operation = first = None
-    read = counted = private = False
+    name = "given"  # of what made it, if there is no recipe
+    kept = None  # the tensor, if it is held from forward to backward; ``version`` is its version then
+    snapshot = None  # a copy, taken when something got a way to write to the tensor unseen by autograd
+    row = None  # its line in the record
+    origin = None  # a weak reference to the parameter of the last convolution or norm on the way here
+    operation = None  # a weak reference to the one that made it, whose node holds the recipe, if there is one
+    first = None  # the number of the first operation whose node needs it, if one does
+    read = False  # whether a recipe reads it
+    counted = False  # whether `Table.plain_bytes` has it
+    private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -329,7 +322,8 @@ class Table:
         parts = None if recipe is None else self.parts(value, {})
         if parts:
             is_copy = recipe.joins and len(parts) == 1
-            if bytes_of(parts) < value.nbytes + is_copy and self.affordable(value, parts):
+            nbytes = sum(part.nbytes for part in parts)
+            if nbytes < value.nbytes + is_copy and self.affordable(value, parts):
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)
                 return
@@ -355,7 +349,7 @@ class Table:
                 known[v] = mine = {v: t} if usable else None
                 if v.recipe is not None and not v.recipe.price and depth:
                     below = self.parts(v, known, depth - 1)
-                    if below is not None and (mine is None or bytes_of(below) < v.nbytes):
+                    if below is not None and (mine is None or sum(p.nbytes for p in below) < v.nbytes):
                         known[v] = below
             parts = known[v] if v.kept is None else {}
             if parts is None:
@@ -413,10 +407,6 @@ class Table:
         """PyTorch would save this value."""
         if not value.counted:
             value.counted, self.plain_bytes = True, self.plain_bytes + value.nbytes
-
-
-def bytes_of(values: dict[Value, Tensor]) -> int:
-    return sum(v.nbytes for v in values)
 
 
 def is_window(t: Tensor) -> bool:

@@ -49,12 +49,6 @@ class Geometry(NamedTuple):
         padding = [0] * n if padding == "valid" else per_dimension(padding, n)
         return cls(stride, padding, dilation, transposed, extra, groups)
 
-    def price(self, weight: torch.Size) -> float:
-        """Multiplications per value of the output: C_in / groups · Π k; the mean for a transposed one."""
-        if not self.transposed:
-            return weight.numel() / weight[0]
-        return weight.numel() / (weight[1] * self.groups) / math.prod(self.stride)
-
 
 def per_dimension(v, n: int) -> list[int]:
     """An argument of a convolution or pooling as a list of ``n``."""
@@ -79,7 +73,10 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
     arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
     fit(len(given) <= len(names) and arguments.keys() <= set(names))
     geometry = Geometry.of(shape[2:], transposed, **arguments)
-    return arguments, geometry, geometry.price(shape)
+    price = shape.numel() / shape[0]  # C_in / groups · Π k; for a transposed one, the mean
+    if transposed:
+        price = shape.numel() / (shape[1] * geometry.groups) / math.prod(geometry.stride)
+    return arguments, geometry, price
 
 
 def state_of(t: Tensor) -> tuple[int, int]:

@@ -163,16 +163,13 @@ class BatchNorm(Operation):
             mask = [need_y, False, need_beta]
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
-        if self.training and need_y and task.room() < y.nbytes and dense_on_cpu(dz, y, self.mean):
+        in_slabs = y.is_cpu and dz.is_contiguous() and y.is_contiguous() and dz.dtype == y.dtype
+        in_slabs = in_slabs and y.dtype == self.mean.dtype and self.training and need_y
+        if in_slabs and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
         return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
-
-
-def dense_on_cpu(dz: Tensor, y: Tensor, mean: Tensor) -> bool:
-    """Whether these are contiguous and of one dtype, on a CPU."""
-    return y.is_cpu and dz.dtype == y.dtype == mean.dtype and dz.is_contiguous() and y.is_contiguous()
 
 
 def grads_in_slabs(dz: Tensor, y: Tensor, mine: bool, gamma: Tensor | None, mean, invstd) -> list:

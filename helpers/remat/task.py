@@ -192,7 +192,7 @@ class Program:
             recipe, parents = self.steps[v]
             if not self.read[v]:
                 del self.steps[v]
-            elif merged := recipe.merged(parents, self.alone):
+            elif merged := recipe.merged(parents, lambda p: p in self.steps and self.read[p] == 1):
                 self.steps[v] = merged
                 for p in merged[1]:
                     self.add(p)
@@ -200,10 +200,6 @@ class Program:
                 continue
             for p in parents:
                 self.read[p] -= 1
-
-    def alone(self, v: Value) -> bool:
-        """Whether ``v`` is a step that one other reads."""
-        return v in self.steps and self.read[v] == 1
 
 
 def slack(table: Table, retained: bool) -> list[int]:

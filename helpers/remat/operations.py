@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -216,13 +217,17 @@ class Rerun(Operation):
 # Activations -----------------------------------------------------------------------------------------------
 
 
-def library(name: str, **named) -> tuple[Callable, Callable]:
-    """Forward and backward kernel of an activation with the usual signature."""
+def library(name: str, *last, **named) -> tuple[Callable, Callable]:
+    """Forward and backward kernel of an activation with the usual signature; ``last`` is for backward."""
     forward, backward = getattr(aten, name).out, getattr(aten, f"{name}_backward").grad_input
     return (
         lambda u, *numbers, out: forward(u, *numbers, out=out, **named),
-        lambda da, x, *numbers, out: backward(da, x, *numbers, grad_input=out, **named),
+        lambda da, x, *numbers, out: backward(da, x, *numbers, *last, grad_input=out, **named),
     )
+
+
+def elu_backward(da, x, *numbers, out, from_result=False):
+    return aten.elu_backward.grad_input(da, *numbers, from_result, x, grad_input=out)
 
 
 # By name: a = forward(u, *numbers, out=a), and du = backward(da, u or a, *numbers, out=du).
@@ -234,23 +239,15 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
         lambda u, out: torch.clamp_min(u, 0, out=out),
         lambda da, a, out: aten.threshold_backward.grad_input(da, a, 0, grad_input=out),
     ),
-    "leaky_relu": (
-        aten.leaky_relu.out,
-        lambda da, u, slope, out: aten.leaky_relu_backward.grad_input(da, u, slope, False, grad_input=out),
-    ),
-    "elu": (
-        aten.elu.out,
-        lambda da, u, *numbers, out: aten.elu_backward.grad_input(da, *numbers, False, u, grad_input=out),
-    ),
+    "leaky_relu": library("leaky_relu", False),
+    "elu": (aten.elu.out, elu_backward),
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
     "mish": (aten.mish.out, lambda da, u, out: out.copy_(aten.mish_backward(da, u))),
 }
 # Those that PyTorch differentiates from a if they were in place: du, or an error for a negative slope.
 IN_PLACE: dict[str, Callable] = {
-    "leaky_relu": lambda da, a, slope, out: aten.leaky_relu_backward.grad_input(
-        da, a, slope, True, grad_input=out
-    ),
-    "elu": lambda da, a, *numbers, out: aten.elu_backward.grad_input(da, *numbers, True, a, grad_input=out),
+    "leaky_relu": library("leaky_relu", True)[1],
+    "elu": partial(elu_backward, from_result=True),
 }
 EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 

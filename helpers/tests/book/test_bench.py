@@ -15,8 +15,8 @@ from helpers.book import bench, networks
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("parts", ["blocks", "stages"])
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize("parts", ["blocks", "stages", "selective"])
+@pytest.mark.parametrize("name", networks.NETWORKS)
 def test_checkpoints_change_no_gradient(name, parts):
     plain, ours = (networks.build(name, method).double() for method in ("unfused", f"checkpoint, {parts}"))
     for p, q in zip(plain.parameters(), ours.parameters(), strict=True):

@@ -37,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.remat import remat
-from helpers.remat.compare import check_outside, deep_copy, without_gradient
+from helpers.remat.compare import check_outside, deep_copy, tensors_in, without_gradient
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -205,8 +205,8 @@ def predict_memory(
     parameters are. Nothing is computed, and nothing in ``model`` changes: this runs a copy.
 
     Args:
-        model: in training or eval mode, on any device, "meta" included. It must return a tensor, for example
-            the loss.
+        model: in training or eval mode, on any device, "meta" included. It may return several tensors, in
+            whatever `compare` knows; backward starts from all that have a gradient.
         inputs: tensors, of which only shape and dtype matter, or shapes, in the dtype of the parameters.
         max_cost: if given, forward runs under ``remat(max_cost)``.
         autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
@@ -232,8 +232,8 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cuda") -
     device, block = DEVICES[device_type]
     if autocast is not None and device != device_type:
         raise ValueError(
-            f"autocast must be None for device_type={device_type!r}: its stand-in has no autocast, got "
-            f"{autocast}; device_type='cpu' makes the same tensors, but smaller slabs"
+            f"autocast must be None for device_type={device_type!r}, where only the device itself can tell, "
+            f"got {autocast}; device_type='cpu' makes nearly the same tensors"
         )
     precision = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
@@ -253,12 +253,13 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cuda") -
                 out = model(*args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
-        if not isinstance(out, Tensor) or not out.requires_grad:
+        ends = [t for t in tensors_in(out) if t.requires_grad]
+        if not ends:
             raise without_gradient(out)
-        forward, grad = held.held, torch.empty_like(out)
-        held.ignore(grad)
+        forward, grads = held.held, [torch.empty_like(t) for t in ends]
+        held.ignore(*grads)
         with held:
-            out.backward(grad)
+            torch.autograd.backward(ends, grads)
     return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost
 
 
@@ -306,13 +307,13 @@ def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, 
 def largest_batch(
     model: nn.Module,
     image_shape: tuple[int, ...],
-    budget_bytes: float,
+    memory: float,
     optimizer_copies: int = 1,
     device_type: str = "cuda",
     max_cost: float | None = None,
     autocast: torch.dtype | None = None,
 ) -> int:
-    """The largest batch whose training step is predicted to fit into ``budget_bytes``.
+    """The largest batch whose training step is predicted to fit into ``memory``.
 
     This counts parameters and buffers, the optimizer's tensors, the batch of images, and the peak of
     `predict_memory`, which includes the gradients of the parameters. It does not count labels, the gradient
@@ -320,16 +321,16 @@ def largest_batch(
 
     Args:
         image_shape: of one image, (C, H, W), in the dtype of the parameters.
-        budget_bytes: bytes for the step and all that is there before it.
+        memory: bytes for the step and all that is there before it.
         optimizer_copies: what the optimizer keeps for each trained parameter: 0 tensors of its size for plain
             SGD, 1 with momentum, 2 for Adam.
         model, device_type, max_cost, autocast: see `predict_memory`.
 
     Raises:
-        ValueError: ``budget_bytes`` is too little for one image, or an argument does not fit.
+        ValueError: ``memory`` is too little for one image, or an argument does not fit.
     """
     image_shape = checked("image_shape", image_shape)
-    check_bytes("budget_bytes", budget_bytes)
+    check_bytes("memory", memory)
     how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
 
     @functools.cache
@@ -341,18 +342,17 @@ def largest_batch(
         needed(1)
     except ValueError:  # batch norm may need more than one value per channel
         least = 2
-    if needed(least) > budget_bytes:
+    if needed(least) > memory:
         raise ValueError(
-            f"budget_bytes must hold a step of batch size {least}, {needed(least):,} bytes, "
-            f"got {budget_bytes:,}"
+            f"memory must hold a step of batch size {least}, {needed(least):,} bytes, got {memory:,}"
         )
     low, high = least, 16
-    while needed(high) <= budget_bytes:
+    while needed(high) <= memory:
         low, high = high, 4 * high
     while high - low > 1:  # nearly on a line, which finds the last batch that fits in a few steps
-        share = (budget_bytes - needed(low)) / (needed(high) - needed(low))
+        share = (memory - needed(low)) / (needed(high) - needed(low))
         middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        low, high = (middle, high) if needed(middle) <= budget_bytes else (low, middle)
+        low, high = (middle, high) if needed(middle) <= memory else (low, middle)
     return low
 
 
@@ -370,7 +370,8 @@ def max_cost_for(
 
     ``memory`` counts what `largest_batch` counts. What is held at the end of forward usually falls as the
     price rises; the peak need not. So this tries each price at which `remat` decides anything differently,
-    from 0 upwards, until one fits: one prediction for each.
+    from 0 upwards, until one fits: one prediction for each, which may take a minute in all. Where 0 fits, so
+    may plain PyTorch: see `predict_memory` without ``max_cost``.
 
     Args:
         memory: bytes for the step and all that is there before it.

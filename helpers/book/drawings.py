@@ -65,7 +65,7 @@ def norm_geometry(ax) -> None:
         arrow(ax, start, end, color=colour, linewidth=2)
         note(ax, label, end, offset, colour, fontsize=10)
     ax.plot(*zip(origin, foot, strict=True), color=HUES[0], linestyle=":")
-    ax.set(title="Outside the plane of 1 and ŷ", xlim=(-0.5, 3.6), ylim=(-0.6, 2.1), aspect="equal")
+    ax.set(title="dy is perpendicular to 1 and ŷ", xlim=(-0.5, 3.6), ylim=(-0.6, 2.1), aspect="equal")
     ax.axis("off")
 
 

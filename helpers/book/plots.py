@@ -171,7 +171,7 @@ def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -
     ``steps``: title -> (the bytes that come and go, in order, each with its name; where backward starts).
     Returns title -> name -> bytes at the moment of the peak.
     """
-    last = {"vectors": "#999999", "weight gradients": "#444444", "backward": COLOURS["unfused"]}
+    last = {"vectors": "#999999", "weight gradients": "#444444", "backward": "#AA3377"}
     stages = dict.fromkeys(name for log, _ in steps.values() for name, _ in log if name not in last)
     shades = plt.get_cmap("viridis")(np.linspace(0.9, 0.15, len(stages)))
     colours = dict(zip(stages, shades, strict=True)) | last
@@ -192,6 +192,6 @@ def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -
             axis.set_major_formatter("{x:,.0f}")
         top = max(top, 1.45 * peak)
     plt.setp(axes, ylim=(0, top))
-    axes[1].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)
+    axes[0].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)
     axes[-1].set_xlabel("allocations and releases in the order of the step")
     return at_peak

@@ -48,7 +48,8 @@ class Comparison:
         verdict = "equal" if self.equal else "NOT EQUAL"
         lines = [
             f"remat(max_cost={self.max_cost:g}): forward {verdict} to the bit",
-            f"gradients apart by {self.difference:.1e}; plain's from {self.reference} by {self.rounding:.1e}",
+            f"gradients: remat differs from plain by {self.difference:.1e}, "
+            f"plain from {self.reference} by {self.rounding:.1e}",
             f"{'':9}{'plain':>10}{'remat':>10}{'ratio':>7}",
         ]
         rows = ("held MiB", self.held, 2**20), ("peak MiB", self.peak, 2**20), ("time ms", self.seconds, 1e-3)

@@ -173,7 +173,8 @@ class remat:  # noqa: N801
     Args:
         max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs
             C_in / groups · kH · kW per value, a recipe the sum over everything on its path that is not kept.
-            At 0 no convolution is computed twice; 64 allows a 1x1 convolution of 64 channels.
+            At 0 no convolution is computed twice; 64 allows a 1x1 convolution of 64 channels. It is a limit:
+            what is at the end of a long path, or small and very expensive, is kept at any price (chapter 8).
 
     Raises:
         ValueError: ``max_cost`` is no number from 0 on.

@@ -164,9 +164,8 @@ class BatchNorm(Operation):
             mask = [need_y, False, need_beta]
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
-        in_slabs = y.is_cpu and dz.is_contiguous() and y.is_contiguous() and dz.dtype == y.dtype
-        in_slabs = in_slabs and y.dtype == self.mean.dtype and self.training and need_y
-        if in_slabs and task.room() < y.nbytes:
+        alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype == self.mean.dtype
+        if y.is_cpu and alike and self.training and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)

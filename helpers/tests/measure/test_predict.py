@@ -391,7 +391,28 @@ def test_a_loss_inside_the_model_is_part_of_forward():
     both = predict_memory(Two(lambda x, y: x.sum() + y.exp().sum()), shape, shape)
     assert both.forward == 4000 + 4  # exp's result, and the loss
     with pytest.raises(ValueError, match="^model must return a tensor that requires a gradient, got a "):
-        predict_memory(Two(lambda *both: both), shape, shape)
+        predict_memory(Two(lambda *both: str(both)), shape, shape)
+
+
+@pytest.mark.parametrize("max_cost", [None, 0, 50])
+def test_a_model_may_return_several_tensors(max_cost):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.head = Network(), nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = self.layers(x)
+            return {"images": [y, y.detach() * 2], "classes": self.head(y.mean((2, 3)))}
+
+    model, x, grads = Several(), torch.randn(4, 3, 32, 32), (torch.randn(4, 16, 16, 16), torch.randn(4, 3))
+    with MemoryTrace("cpu") as trace:
+        with contextlib.nullcontext() if max_cost is None else remat(max_cost):
+            out = model(x)
+        trace.mark("end of forward")
+        torch.autograd.backward([out["images"][0], out["classes"]], grads)
+    wanted = trace.marks["end of forward"], trace.tensor_peak
+    assert predict_memory(model, x, max_cost=max_cost) == wanted
 
 
 @pytest.mark.parametrize("optimizer_copies", [0, 2])
@@ -412,9 +433,9 @@ def test_largest_batch_where_one_image_fits_or_none():
     model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64))
     one = largest_batch(model, (3, 64, 64), 5 * 2**20)
     assert one == 1
-    with pytest.raises(ValueError, match="^budget_bytes must hold a step of batch size 1, .* got 1,000$"):
+    with pytest.raises(ValueError, match="^memory must hold a step of batch size 1, .* got 1,000$"):
         largest_batch(model, (3, 64, 64), 1000)
-    with pytest.raises(ValueError, match="^budget_bytes must hold a step of batch size 2, .* got 1,000$"):
+    with pytest.raises(ValueError, match="^memory must hold a step of batch size 2, .* got 1,000$"):
         largest_batch(model, (3, 1, 1), 1000)
 
 
@@ -492,7 +513,7 @@ def test_max_cost_for_names_the_least():
         ),
         (lambda m: max_cost_for(m, (2, 3), memory="16 GiB"), "memory must be a finite number"),
         (lambda m: largest_batch(m, (3,), 1e9, -1), "optimizer_copies must be an int from 0 on, got -1"),
-        (lambda m: largest_batch(m, (3,), math.inf), "budget_bytes must be a finite number of bytes above 0"),
+        (lambda m: largest_batch(m, (3,), math.inf), "memory must be a finite number of bytes above 0"),
     ],
 )
 def test_errors_name_the_argument(call, message):

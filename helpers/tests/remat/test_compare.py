@@ -54,7 +54,7 @@ def test_what_it_prints():
     found = dataclasses.replace(found, difference=0.0, rounding=1.5e-7)
     assert str(found).splitlines() == [
         "remat(max_cost=27): forward equal to the bit",
-        "gradients apart by 0.0e+00; plain's from float64 by 1.5e-07",
+        "gradients: remat differs from plain by 0.0e+00, plain from float64 by 1.5e-07",
         "              plain     remat  ratio",
         "held MiB        2.0       1.0   0.50",
         "peak MiB        4.0       3.0   0.75",

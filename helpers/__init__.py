@@ -1,11 +1,11 @@
 """Kernels and tools of the collection; every public name is importable from here."""
 
-from helpers.batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
-from helpers.conv import conv2d_backward
-from helpers.fused import FusedConvBN2d, FusedConvBN2dFunction
-from helpers.predict import Prediction, largest_batch, max_cost_for, predict_memory
-from helpers.remat import remat
-from helpers.remat.compare import Comparison, compare
+from .batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
+from .conv import conv2d_backward
+from .fused import FusedConvBN2d, FusedConvBN2dFunction
+from .predict import Prediction, largest_batch, max_cost_for, predict_memory
+from .remat import remat
+from .remat.compare import Comparison, compare
 
 __all__ = [
     "Comparison",

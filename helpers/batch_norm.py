@@ -12,7 +12,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from helpers.conv import check_images
+from .conv import check_images
 
 __all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.batch_norm import (
+from .batch_norm import (
     add_up,
     batch_norm_sums,
     batch_stats,
@@ -29,7 +29,7 @@ from helpers.batch_norm import (
     scale_of,
     update_running_stats,
 )
-from helpers.conv import conv2d_backward
+from .conv import conv2d_backward
 
 __all__ = ["FusedConvBN2d", "FusedConvBN2dFunction"]
 

@@ -36,8 +36,8 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from helpers.remat import remat
-from helpers.remat.compare import check_outside, deep_copy, tensors_in, without_gradient
+from .remat import remat
+from .remat.compare import check_outside, deep_copy, tensors_in, without_gradient
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -222,7 +222,7 @@ def predict_memory(
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def predicted(model, inputs, max_cost=None, autocast=None, device_type="cuda") -> tuple[Prediction, float]:
+def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") -> tuple[Prediction, float]:
     """The prediction, and the lowest price at which `remat` would recompute more; infinite without remat."""
     check_outside("predict_memory")
     if device_type not in DEVICES:

@@ -192,6 +192,6 @@ def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -
             axis.set_major_formatter("{x:,.0f}")
         top = max(top, 1.45 * peak)
     plt.setp(axes, ylim=(0, top))
-    axes[0].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)
+    axes[1].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)
     axes[-1].set_xlabel("allocations and releases in the order of the step")
     return at_peak

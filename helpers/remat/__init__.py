@@ -7,7 +7,7 @@ the nodes of the graph; `record` and `compare` are what people read; `compiled` 
 torch.compile makes.
 """
 
-from helpers.remat.mode import remat
-from helpers.remat.record import Record
+from .mode import remat
+from .record import Record
 
 __all__ = ["Record", "remat"]

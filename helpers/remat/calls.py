@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from helpers.remat import operations as ops
-from helpers.remat.convolutions import (
+from . import operations as ops
+from .convolutions import (
     CONVOLUTIONS,
     Convolution,
     Convolve,
@@ -29,12 +29,12 @@ from helpers.remat.convolutions import (
     per_dimension,
     setting_of,
 )
-from helpers.remat.operations import Unfit, fit
-from helpers.remat.values import SMALL, Row, Value, is_window
-from helpers.remat.writes import targets, unseen_change, writes
+from .operations import Unfit, fit
+from .values import SMALL, Row, Value, is_window
+from .writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
-    from helpers.remat.mode import Mode
+    from .mode import Mode
 
 # A small output of an expensive convolution is always kept: dropping it saves few bytes and makes all that
 # follows expensive. In multiplications per value, times the input's bytes per byte of the output.
@@ -246,9 +246,14 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
 
 
 def dropout(mode, function, input, p=0.5, training=True, inplace=False):
+    """By channel it is a product with one random number for each channel of each image."""
     fit(training and not inplace and type(p) is float and 0 < p < 1)
-    fit(plain(input) and input.requires_grad and input.dim() > 1 and input.numel() > 0)
-    fit(mode.table.is_safe(input) and input.device.type in ("cpu", "cuda", "meta"))
+    fit(plain(input) and input.requires_grad and input.numel() > 0 and mode.table.is_safe(input))
+    if function is not F.dropout:
+        fit(input.dim() == DROPOUTS[function])
+        ones = input.new_ones(*input.shape[:2], *[1] * (input.dim() - 2))
+        return lambda: elementwise(mode, torch.mul, input, function(ones, p))()
+    fit(input.dim() > 1 and input.device.type in ("cpu", "cuda", "meta"))
 
     def run() -> Tensor:
         table, source, operation = mode.table, mode.table.find(input), ops.Dropout(p)
@@ -260,19 +265,6 @@ def dropout(mode, function, input, p=0.5, training=True, inplace=False):
         table.note(z, operation.recipe, (source, mask), operation)
         table.plain_bytes += z.nbytes if input.is_cpu else mask.nbytes
         return z
-
-    return run
-
-
-def feature_dropout(mode, function, input, p=0.5, training=True, inplace=False):
-    """A product with one random number for each channel of each image."""
-    fit(training and not inplace and type(p) is float and 0 < p < 1)
-    fit(plain(input) and input.requires_grad and input.dim() == DROPOUTS[function] and input.numel() > 0)
-    fit(mode.table.is_safe(input))
-    ones = input.new_ones(*input.shape[:2], *[1] * (input.dim() - 2))
-
-    def run() -> Tensor:
-        return elementwise(mode, torch.mul, input, function(ones, p))()
 
     return run
 
@@ -463,7 +455,7 @@ OPERATIONS = {
     torch.div: "div div_ __truediv__ __itruediv__",
 }
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
-DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # dimensions of a batch
+DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimensions of a batch
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 RESIZE = again("resize", node=False)
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
@@ -485,8 +477,7 @@ HANDLERS: dict[Callable, Callable | None] = {
     torch.prelu: again("prelu"),
     F.softplus: again("softplus"),
     F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),
-    F.dropout: handler(dropout),
-    **dict.fromkeys(DROPOUTS, handler(feature_dropout)),
+    **dict.fromkeys((F.dropout, *DROPOUTS), handler(dropout)),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),
     **dict.fromkeys(MAX_POOLS, handler(max_pool)),
 }

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from helpers.memory import MemoryTrace
-from helpers.remat.mode import Mode, remat
+from ..memory import MemoryTrace
+from .mode import Mode, remat
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch._functorch import config, partitioners
 from torch.fx import Graph, Node
 
-from helpers.remat.values import MOST_MADE
+from .values import MOST_MADE
 
 aten, prims = torch.ops.aten, torch.ops.prims
 NO_RULES = {

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.remat.operations import WIDE, Operation, copy_of, fit, layout_of, to
-from helpers.remat.values import Recipe, Value
+from .operations import WIDE, Operation, copy_of, fit, layout_of, to
+from .values import Recipe, Value
 
 aten = torch.ops.aten
 FEW_PIXELS = 64

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from helpers.remat.passes import block_of
+from .passes import block_of
 
 
 @triton.jit

@@ -14,11 +14,11 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
 
-from helpers.remat.calls import HANDLERS, leave
-from helpers.remat.operations import Operation, weak
-from helpers.remat.record import Record
-from helpers.remat.task import Task
-from helpers.remat.values import Table, Value
+from .calls import HANDLERS, leave
+from .operations import Operation, weak
+from .record import Record
+from .task import Task
+from .values import Table, Value
 
 TWICE = (
     b"remat's backward cannot be differentiated again: the values that it recomputes have no graph. Run the "
@@ -121,7 +121,7 @@ class Mode(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
             # One graph of forward and backward, cut by the compiler.
-            from helpers.remat.compiled import compile_by_price
+            from .compiled import compile_by_price
 
             price = self.price  # noqa: F841  a graph for each price
             torch._dynamo.comptime.comptime(compile_by_price)

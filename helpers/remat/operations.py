@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from helpers.batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
-from helpers.remat import passes
-from helpers.remat.task import slabs
-from helpers.remat.values import Recipe, Value, View
+from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
+from . import passes
+from .task import slabs
+from .values import Recipe, Value, View
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
-    from helpers.remat.operations import Kind
+    from .operations import Kind
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the kernels, which compute in float32
 FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward can take a in place of z
@@ -136,7 +136,7 @@ def launch(da, y, added, norm: Norm, kind: Kind, out: Tensor | None) -> Tensor:
     """What `kernels.one_pass` computes, in ``out`` if it is given."""
     out = torch.empty_like(y) if out is None else out
     if not (y.is_meta or isinstance(y, FakeTensor)):  # these have no memory
-        from helpers.remat import kernels  # only now: it imports Triton
+        from . import kernels  # only now: it imports Triton
 
         kernels.launch((da, y, added, *norm, out), kind, matrix(y))
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from helpers.remat.values import Row, Table
+from .values import Row, Table
 
 MIB = 2**20
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from helpers.remat import passes
-from helpers.remat.values import Part, Table, Value
+from . import passes
+from .values import Part, Table, Value
 
 # On a CPU, consecutive passes work on a few images at a time, which stay in the core's cache.
 SLAB_BYTES = 1 << 22

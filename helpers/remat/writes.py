@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from helpers.remat.values import Table
+from .values import Table
 
 OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
 # After these, writes to the tensor may go unseen by autograd.

@@ -375,7 +375,7 @@ class Dropout(Operation):
 class Drop(Recipe):
     """x times 1/(1-p) where the mask says so, else times 0."""
 
-    name, passes = "dropout", 2.0
+    name, passes, gives = "dropout", 2.0, True
 
     def __init__(self, p: float) -> None:
         self.p = p
@@ -386,9 +386,9 @@ class Drop(Recipe):
             share = share if x.dtype == torch.float64 else array("f", [share])[0]
             z = aten.native_dropout_backward(x, mask, 1 / share)
             return z if out is None else out.copy_(z)
-        if out is not None:
-            return out.copy_(mask).div_(share).mul_(x)
-        return x * mask.to(x.dtype).div_(share)
+        noise = (mask.to(x.dtype) if out is None else out.copy_(mask)).div_(share)
+        # A gradient must have PyTorch's layout.
+        return noise.mul_(x) if out is not None or noise.stride() == x.stride() else x * noise
 
 
 class Elementwise(Recipe):

@@ -82,7 +82,7 @@ class Held(TorchDispatchMode):
         made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         if func.is_view and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
             for t in made:
-                self.count(t, 0)  # of a constant that was there before
+                self.follow(t.untyped_storage(), 0)  # of a constant that was there before
         if isinstance(out, Tensor) and self.in_place_if_real(func, args[0]):
             self.waiting = out  # to be counted once the first argument has had the chance to go
         else:
@@ -109,13 +109,16 @@ class Held(TorchDispatchMode):
         in_place = func.overloadpacket.__name__ in ON_TEMPORARIES
         return in_place or (node is not None and node.name().startswith(IN_PLACE_FORMULAS))
 
-    def count(self, t: Tensor, times: int = 1) -> None:
+    def count(self, t: Tensor) -> None:
         """Count the storage of ``t`` from now on, unless it counts already (``t`` is a view)."""
         storage = t.untyped_storage()
+        self.follow(storage, math.ceil(storage.nbytes() / self.block) * self.block)
+
+    def follow(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        """It holds ``nbytes`` from now on until it is gone, unless it is known."""
         key = storage._cdata
         if key not in self.known:
             self.known.add(key)
-            nbytes = times * math.ceil(storage.nbytes() / self.block) * self.block
             self.held += nbytes
             self.peak = max(self.peak, self.held)
             weakref.finalize(storage, self.release, key, nbytes).atexit = False

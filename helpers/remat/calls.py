@@ -97,9 +97,12 @@ def fixed(v):
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
     """The dtype of the autocast in which a call with ``t`` runs, if any."""
-    device, on = t.device.type, torch._C._is_any_autocast_enabled()
-    on = on and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    device = t.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):

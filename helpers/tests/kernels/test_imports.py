@@ -15,7 +15,8 @@ def test_kernels_do_without_the_book():
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:  # one another
-                assert (node.module or "").split(".")[0] not in ("book", "tests"), file.name
+                parts = (node.module or "").split(".") + [alias.name for alias in node.names]
+                assert not {"book", "tests"} & set(parts), file.name
                 continue
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -16,6 +16,7 @@ from .operations import WIDE, Operation, copy_of, fit, layout_of, to
 from .values import Recipe, Value
 
 aten = torch.ops.aten
+conv_backward = aten.convolution_backward.default  # whose overload need not be looked for at each call
 FEW_PIXELS = 64
 # function -> how many dimensions an image has, and whether it is the transposed one
 CONVOLUTIONS = {
@@ -216,9 +217,9 @@ class Convolution(Operation):
     def grad_weight(self, dz: Tensor, a: Tensor, w: Tensor, parts: int) -> Tensor:
         how = (w, None, *self.geometry, [False, True, False])
         if parts == 1:
-            return aten.convolution_backward(dz, a, *how)[1]
+            return conv_backward(dz, a, *how)[1]
         pairs = zip(dz.chunk(parts), a.chunk(parts), strict=True)
-        return functools.reduce(Tensor.add_, (aten.convolution_backward(*pair, *how)[1] for pair in pairs))
+        return functools.reduce(Tensor.add_, (conv_backward(*pair, *how)[1] for pair in pairs))
 
     def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
         """The transposed convolution, without a, for which the library's backward would need memory."""
@@ -230,7 +231,7 @@ class Convolution(Operation):
         da = torch.convolution(dz, w, None, *g[:3], not g.transposed, rest, g.groups)
         if da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
-            da = aten.convolution_backward(dz, like, w, None, *g, [True, False, False])[0]
+            da = conv_backward(dz, like, w, None, *g, [True, False, False])[0]
         return da
 
 

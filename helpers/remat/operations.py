@@ -168,8 +168,8 @@ class BatchNorm(Operation):
         if y.is_cpu and alike and self.training and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
-        how = (self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
-        return list(aten._batch_norm_impl_index_backward(self.kernel, y, dz, gamma, *self.running, *how))
+        how = (*self.running, self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
+        return list(aten._batch_norm_impl_index_backward.default(self.kernel, y, dz, gamma, *how))
 
 
 def grads_in_slabs(dz: Tensor, y: Tensor, mine: bool, gamma: Tensor | None, mean, invstd) -> list:

@@ -30,7 +30,7 @@ from .convolutions import (
     setting_of,
 )
 from .operations import Unfit, fit
-from .values import SMALL, Row, Value, is_window
+from .values import SMALL, Row, Value
 from .writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
@@ -235,8 +235,8 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
         else:
             for t, value in zip(tensors[1:], values[1:], strict=True):
                 if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
-                    # A buffer may change unseen after the context; PyTorch would have saved the result.
-                    mode.table.keep(value, t.clone() if is_window(t) or not t.requires_grad else t)
+                    # It may change after the context; PyTorch would have saved the result.
+                    mode.table.keep(value, t.detach().clone())
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)

@@ -23,6 +23,7 @@ MOST_PASSES = 16
 # Recomputed outputs of convolutions are held until their convolution's backward. On the way to one value they
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
+MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of one storage, among which the base of a view is looked for
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
@@ -295,7 +296,7 @@ class Table:
             if recipe is None:
                 return False
             price, passes = price + recipe.price * v.size, passes + recipe.passes * v.size
-            if passes > most_passes * size:
+            if passes > most_passes * size or len(path) > MOST_STEPS:
                 return False
             if recipe.price:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)

@@ -1191,6 +1191,16 @@ def test_a_computed_weight_may_be_a_view():
     assert held[1] < 0.6 * held[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_volumes_hold_no_more_than_their_values(dtype):
+    """A CPU's kernel makes them in a padded tensor's memory."""
+    conv, x = nn.Conv3d(4, 4, 2, padding=1).to(dtype), image(6, 4, 5, 5, 5, dtype=dtype).requires_grad_()
+    with remat():
+        y = conv(x)
+    y.sum().backward()
+    assert x.grad.untyped_storage().nbytes() == x.grad.nbytes
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5, 12])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.GELU])
 def test_held_and_peak_of_a_chain(depth, activation):
@@ -1216,12 +1226,14 @@ ALONE = {
     "layer norm": lambda: nn.LayerNorm(32),
     "instance norm": lambda: nn.InstanceNorm2d(8, affine=True),
     "prelu": lambda: nn.PReLU(8),
+    "mish": nn.Mish,
+    "silu": nn.SiLU,
 }
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_peak_of_an_operation_that_backward_calls_again(name):
-    """Its second result goes before the gradient comes: the peak is PyTorch's."""
+def test_peak_of_an_operation_alone(name):
+    """If backward calls it again, the second result goes before the gradient comes: the peak is PyTorch's."""
     peaks = []
     for cost in (None, 0):
         model, held = ALONE[name](), Held()
@@ -1320,6 +1332,22 @@ def test_the_parts_of_a_concatenation_go_with_the_context():
     with held, remat(9):
         y = frozen(torch.cat([torch.roll(first(x), i, 2) for i in (1, 2)], 1)).mean()
     assert y.requires_grad and held.held == y.nbytes
+
+
+@pytest.mark.parametrize("cost", [0, 1000])
+def test_a_long_chain_of_small_steps(cost):
+    """They count as next to nothing, but each would be a level of recursion."""
+    gate, x = (torch.randn(4, 8, n, n, dtype=torch.float64, requires_grad=True) for n in (1, 16))
+
+    def run():
+        t = F.silu(gate)
+        for _ in range(1500):
+            t = t * 0.999
+        return torch.autograd.grad(F.silu(F.silu(x) + t).sum(), (gate, x))
+
+    with remat(cost):
+        got = run()
+    torch.testing.assert_close(got, run())
 
 
 def test_rows_of_a_batch_one_by_one(monkeypatch):

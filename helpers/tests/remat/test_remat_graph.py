@@ -937,6 +937,21 @@ def test_a_buffer_that_a_sum_has_read_changes_after_the_context():
     check(scenario)
 
 
+def test_a_parameter_that_a_sum_has_read_is_trained_before_backward():
+    """PyTorch saves the sum."""
+
+    def scenario(context):
+        model, shift = network(), nn.Parameter(torch.ones(8, 1, 1, dtype=torch.float64))
+        with context():
+            out = model[2](F.silu(model[0](X) + shift))
+        shift.grad = torch.ones_like(shift)
+        torch.optim.SGD([shift], 0.1).step()
+        out.square().sum().backward()
+        return {**gradients(model), "shift": shift.grad}
+
+    check(scenario)
+
+
 def test_a_weight_written_without_a_version_inside_the_context():
     """Weights are clipped between two forwards: what was made before was made with the old ones."""
 

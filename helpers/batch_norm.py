@@ -184,7 +184,7 @@ def batch_norm_backward(
         raise ValueError(
             f"grad_out must have input's shape {tuple(input.shape)}, got {tuple(grad_out.shape)}"
         )
-    var_eps, m = var + eps, input.numel() // input.shape[1]
+    var_eps, m = var + eps, len(input) * input.shape[2:].numel()
     scale = scale_of(weight, var_eps)
     sums = add_up([batch_norm_sums(grad_out, input, mean)])
     if training:
@@ -201,21 +201,23 @@ def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
     check_images("input", input)
     if isinstance(eps, bool) or not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a number from 0 on, got {eps!r}")
-    check_vectors(input.shape[1], **vectors)
+    check_vectors(input.shape[1], input.device, **vectors)
 
 
-def check_vectors(channels: int, **vectors: Tensor | None) -> None:
-    """Raise a ValueError unless each has a value for each channel; γ and β may be None."""
+def check_vectors(channels: int, device: torch.device, **vectors: Tensor | None) -> None:
+    """Raise a ValueError unless each has a value for each channel, on this device; γ and β may be None."""
     for name, vector in vectors.items():
         got = f"{type(vector)}"
         if isinstance(vector, Tensor):
             got = f"{tuple(vector.shape)}" if vector.is_floating_point() else f"{vector.dtype}"
         if got != f"{(channels,)}" and not (vector is None and name in ("weight", "bias")):
             raise ValueError(f"{name} must have shape ({channels},), floating point, got {got}")
+        if vector is not None and vector.device != device:
+            raise ValueError(f"{name} must be on {device}, like the others, got one on {vector.device}")
 
 
 def check_momentum(momentum: float | Tensor) -> None:
-    number = isinstance(momentum, numbers.Real) and 0 <= momentum <= 1
+    number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool) and 0 <= momentum <= 1
     if not number and not (isinstance(momentum, Tensor) and momentum.dim() == 0):
         raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
 
@@ -232,14 +234,17 @@ def update_running_stats(
         running_mean, running_var: (C,), changed.
         mean, var: the batch's (``batch_stats``), (C,).
         m: values per channel; the variance of a single one is taken as it is.
-        momentum: the batch's share, from 0 to 1.
+        momentum: the batch's share, from 0 to 1. A tensor without dimensions is taken as it is: looking at
+            its value would make an accelerator wait.
 
     Raises:
         ValueError: an argument that does not fit, before anything is changed.
     """
-    channels = mean.numel() if isinstance(mean, Tensor) else 0
-    check_vectors(channels, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
-    if not isinstance(m, numbers.Integral) or m < 1:
+    if not isinstance(mean, Tensor):
+        raise ValueError(f"mean must be a tensor (C,), floating point, got {type(mean)}")
+    vectors = {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}
+    check_vectors(mean.numel(), mean.device, **vectors)
+    if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
         raise ValueError(f"m must be a whole number of values from 1 on, got {m!r}")
     check_momentum(momentum)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def conv2d_backward(
 
     Raises:
         ValueError: ``input`` is no batch of images, or a tensor's shape, dtype or device does not fit it.
-        RuntimeError: PyTorch's own, if there is no such convolution.
+        RuntimeError or TypeError: PyTorch's own, if there is no such convolution.
     """
     check_images("input", input)
     wanted = f"{input.dtype} on {input.device}"

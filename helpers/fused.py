@@ -235,7 +235,8 @@ class FusedConvBN2d(nn.Module):
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
         check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
-        check_hooks("conv", self.conv, ("forward_pre",))  # torch.nn.utils.prune computes the weight in one
+        for name, module in (("conv", self.conv), ("bn", self.bn)):
+            check_hooks(name, module, ("forward_pre",))  # torch.nn.utils.prune computes the weight in one
         check_norm(input, self.bn.eps)
         check_slab_size(self.slab_size)
         if self.bn.momentum is not None:
@@ -250,7 +251,7 @@ class FusedConvBN2d(nn.Module):
                 must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
             if name in VECTORS:
-                check_vectors(y.shape[1], **{name: t})
+                check_vectors(y.shape[1], t.device, **{name: t})
         return y
 
     def extra_repr(self) -> str:

@@ -2,9 +2,10 @@
 
     python -m helpers.book.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [TIME_LIMIT=9] [QUICK=1] [FRONT=1]
 
-prints tables and writes data/measurements/bench_<device>.json (with ONLY, a record of its own name; in a
-quick run, into build/), each row as soon as it is there. What fails costs its own row, which carries the
-error. FRONT=1 measures what chapter 8 draws. Torch, torchvision and matplotlib are enough to run all of it.
+prints tables and writes build/bench_<device>.json (with ONLY, a record of its own name), each row as soon as
+it is there; a run that ends, and is not quick, puts the record in its place in data/measurements/. What fails
+costs its own row, which carries the error. FRONT=1 measures what chapter 8 draws. Torch, torchvision and
+matplotlib are enough to run all of it.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
 and the median of the ratios is shown with their quartiles. Each table has a process of its own, as a training
@@ -20,6 +21,7 @@ import contextlib
 import datetime
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -216,6 +218,7 @@ def write(path: Path, record: dict) -> None:
 
 def fill(path: Path, title: str, table: Table, repeats: int) -> None:
     """Measure one table into the record at ``path``, row by row: what a process of its own does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who waits for it will stop it
     record = read_json(path)
     rows = record["tables"][title] = []
     for method in table.methods:
@@ -239,10 +242,12 @@ def run(tables: dict[str, Table], path: Path, repeats: int, minutes: float) -> N
         process = get_context("spawn").Process(target=fill, args=(path, title, table, repeats))
         with patch.dict(os.environ, KEEPS_MEMORY if title.endswith(KEPT) else {}):
             process.start()
-        process.join(until - time.monotonic())
-        stopped = process.is_alive()
-        process.kill()
-        process.join()
+        try:
+            process.join(until - time.monotonic())
+            stopped = process.is_alive()
+        finally:
+            process.kill()
+            process.join()
         record = read_json(path)
         rows = record["tables"].setdefault(title, [])
         if process.exitcode:
@@ -297,10 +302,17 @@ def main(arguments: list[str]) -> int:
     about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
-    path = (BUILD if values["QUICK"] else MEASUREMENTS) / f"{'_'.join(parts)}.json"
+    path = BUILD / f"{'_'.join(parts)}.json"
     write(path, {**about, "tables": {}})
     minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
-    run(chosen, path, values["REPEATS"], minutes)
+    try:
+        run(chosen, path, values["REPEATS"], minutes)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; as far as it came: {os.path.relpath(path)}", file=sys.stderr)
+        return 1
+    if not values["QUICK"]:
+        MEASUREMENTS.mkdir(parents=True, exist_ok=True)
+        path = path.replace(MEASUREMENTS / path.name)
     print(f"\nwritten to {os.path.relpath(path)}")
     return 0
 

@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 
 from helpers.book.training import Net, pair
 from helpers.fused import FusedConvBN2d
+from helpers.predict import predict_memory
 from helpers.remat import remat
 
 
@@ -123,6 +124,20 @@ LAYERS = {  # the network for MNIST with each of them
     "fused, whole batch": partial(FusedConvBN2d, bias=False, slab_size="batch"),
     "fused, slabs": partial(FusedConvBN2d, bias=False),
 }
+
+
+def check_networks(names: str, images: int, size: int) -> None:
+    """Raise a ValueError unless these are classifiers of torchvision's for images of 3×size×size."""
+    if unknown := set(names.split() or [names]) - set(torchvision.models.list_models(torchvision.models)):
+        wanted = "names from torchvision.models.list_models(torchvision.models)"
+        raise ValueError(f"NETWORKS must be {wanted}, got {sorted(unknown)}")
+    for name in names.split():
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name, weights=None)
+        try:
+            predict_memory(model, (images, 3, size, size))  # a step, of which nothing is computed
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"NETWORKS must take 3×{size}×{size} images, {name} says: {error}") from None
 
 
 def build(network: str, method: str) -> nn.Module:

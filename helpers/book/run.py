@@ -19,9 +19,9 @@ import papermill
 import torch
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from torchvision.models import list_models
 
 from helpers.book.data import load_mnist
+from helpers.book.networks import check_networks
 from helpers.book.pages import PageError, export
 from helpers.book.parameters import (
     NOTEBOOKS,
@@ -107,16 +107,15 @@ def check_here(values: dict[Path, dict[str, Any]]) -> None:
     """
     for path, given in values.items():
         value = settings(path, given)
-        networks = value.get("NETWORKS", "resnet50").split()
         try:
             pick_device(value.get("DEVICE", "auto"))
             if "DATA" in value:
                 train_split, _ = load_mnist(value["DATA"], value["TRAIN_IMAGES"], value["TEST_IMAGES"])
                 check_batch_size(train_split, value["BATCH_SIZE"])
+            if "NETWORKS" in value:
+                check_networks(value["NETWORKS"], value["IMAGES"], value["SIZE"])
         except (OSError, RuntimeError, ValueError) as error:
             raise ParameterError(error) from None
-        if not networks or not set(networks) <= set(list_models()):
-            raise ParameterError(f"NETWORKS must be in torchvision.models.list_models(), got {networks}")
 
 
 def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECUTED) -> str | None:

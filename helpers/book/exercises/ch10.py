@@ -32,7 +32,7 @@ def check_forward(answer):
 @exercise(2)
 def check_slabs(answer):
     """``answer(slabs)``: Σ dz, G and R, with no tensor of x's size on the way."""
-    x, shift, dz = (t.float() for t in new((21, 4, 9, 8), (21, 4, 1, 1), (21, 6, 9, 8)))
+    x, shift, dz = (t.float() for t in new((63, 4, 9, 8), (63, 4, 1, 1), (63, 6, 9, 8)))
     x = x + 3 * shift + 1000  # images whose means differ, far from 0, where float32 loses digits
     centred = x.double() - x.double().mean(CHANNELS, keepdim=True)
     G, R = (torch.einsum("nohw,nchw->oc", t.double(), centred).float() for t in (dz, centred))

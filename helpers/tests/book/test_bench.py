@@ -70,6 +70,25 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
     assert len(called) == 2
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_record_is_replaced_by_a_run_that_ends(monkeypatch, capsys, tmp_path, stopped):
+    record, build = tmp_path / "record", tmp_path / "build"
+    monkeypatch.setattr(bench, "MEASUREMENTS", record)
+    monkeypatch.setattr(bench, "BUILD", build)
+    bench.write(record / "bench_cpu_MNIST.json", {"tables": "the last run's"})
+
+    def run(tables, path, *_):
+        bench.write(path, {"tables": "new"})
+        if stopped:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", run)
+    assert bench.main(["DEVICE=cpu", "ONLY=MNIST"]) == stopped
+    kept = json.loads((record / "bench_cpu_MNIST.json").read_text())["tables"]
+    assert kept == ("the last run's" if stopped else "new")
+    assert ("interrupted" in capsys.readouterr().err) == stopped
+
+
 def test_every_table_of_a_card_has_a_title():
     titles = list(bench.tables(torch.device("cuda"), False, False))
     for name in networks.NETWORKS:

@@ -120,7 +120,9 @@ def test_checking_needs_the_standard_library_alone():
 
 HERE = """\
 DEVICE: str = "auto"  # where
-NETWORKS: str = "resnet50"  # which
+NETWORKS: str = "resnet18"  # which
+IMAGES: int = 2  # images
+SIZE: int = 32  # pixels
 DATA: str = "sample"  # which
 BATCH_SIZE: int = 9  # images
 TRAIN_IMAGES: int = 99  # images
@@ -129,7 +131,10 @@ TEST_IMAGES: int = 9  # images"""
 
 @pytest.mark.parametrize(
     "wrong",
-    ["SED=1", "DEVICE=abacus", "NETWORKS=resnet51", "NETWORKS=", "BATCH_SIZE=100", "TRAIN_IMAGES=60000"],
+    [
+        *("SED=1", "DEVICE=abacus", "BATCH_SIZE=100", "TRAIN_IMAGES=60000"),
+        *(f"NETWORKS={names}" for names in ("resnet51", "", "resnet18 vit_b_16", "r3d_18")),
+    ],
 )
 def test_a_wrong_parameter_is_refused_before_any_run(write_pages, tmp_path, wrong):
     source = write_pages("01_a", f"open({str(tmp_path / 'ran')!r}, 'w')", parameters=HERE).parent

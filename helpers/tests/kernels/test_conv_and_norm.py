@@ -195,6 +195,8 @@ def test_batch_norm_of_no_images():
     y, dz = torch.randn(2, 0, 3, 4, 4)
     dy, dgamma, dbeta = batch_norm_backward(dz, y, None, torch.zeros(3), torch.ones(3))
     assert dy.shape == y.shape and not dgamma.any() and not dbeta.any()
+    none = torch.zeros(0)
+    assert batch_norm_backward(dz[:, :0], y[:, :0], none, none, none)[1].shape == (0,)
 
 
 Y, THREE, FOUR = torch.zeros(2, 3, 4, 4), torch.ones(3), torch.ones(4)
@@ -209,6 +211,7 @@ Y, THREE, FOUR = torch.zeros(2, 3, 4, 4), torch.ones(3), torch.ones(4)
         ({"var": None}, r"var must have shape \(3,\), floating point, got <class 'NoneType'>"),
         ({"mean": THREE.long()}, r"mean must have shape \(3,\), floating point, got torch.int64"),
         ({"mean": torch.ones(())}, r"mean must have shape \(3,\), floating point, got \(\)"),
+        ({"var": THREE.to("meta")}, "var must be on cpu, like the others, got one on meta"),
         ({"input": Y[0]}, r"input must be \(N, C, H, W\), floating point, got shape \(3, 4, 4\)"),
         ({"input": Y.long()}, r"input must be .* floating point, got .* torch.int64"),
         ({"eps": -1e-5}, "eps must be a number from 0 on, got -1e-05"),
@@ -229,6 +232,10 @@ def test_batch_norm_names_the_bad_argument(change, message):
         ({"var": THREE[:1]}, r"var must have shape \(3,\), floating point, got \(1,\)"),
         ({"running_var": FOUR}, r"running_var must have shape \(3,\), floating point, got \(4,\)"),
         ({"running_var": THREE.long()}, "running_var must have .* floating point, got torch.int64"),
+        ({"running_var": THREE.to("meta")}, "running_var must be on cpu, like the others, got one on meta"),
+        ({"mean": None}, "mean must be a tensor .* got <class 'NoneType'>"),
+        ({"momentum": True}, "momentum must be a number from 0 to 1, got True"),
+        ({"m": True}, "m must be a whole number of values from 1 on, got True"),
         ({"m": math.inf}, "m must be a whole number of values from 1 on, got inf"),
         ({"momentum": THREE}, "momentum must be a number from 0 to 1, got tensor"),
         ({"m": 0}, "m must be a whole number of values from 1 on, got 0"),

@@ -529,10 +529,11 @@ def test_a_vector_of_another_length_is_named_and_nothing_changes(name):
     assert fused.bn.num_batches_tracked == 0
 
 
-def test_hooks_that_come_later_are_named():
+@pytest.mark.parametrize("name", ["conv", "bn"])
+def test_hooks_that_come_later_are_named(name):
     fused = FusedConvBN2d(2, 4, 3)
-    nn.utils.prune.l1_unstructured(fused.conv, "weight", 0.5)
-    with pytest.raises(ValueError, match="^conv has hooks, which the fused layer would not call"):
+    nn.utils.prune.random_unstructured(fused.get_submodule(name), "weight", 0.5)
+    with pytest.raises(ValueError, match=f"^{name} has hooks, which the fused layer would not call"):
         fused(torch.zeros(2, 2, 5, 5))
 
 

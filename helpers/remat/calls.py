@@ -236,7 +236,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
             for t, value in zip(tensors[1:], values[1:], strict=True):
                 if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
                     # It may change after the context; PyTorch would have saved the result.
-                    mode.table.keep(value, t.detach().clone())
+                    mode.table.keep(value, ops.copy_of(t))
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)

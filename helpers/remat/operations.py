@@ -229,7 +229,7 @@ def elu_backward(da, x, *numbers, out, from_result=False):
     return aten.elu_backward.grad_input(da, *numbers, from_result, x, grad_input=out)
 
 
-# By name: a = forward(u, *numbers, out=a), and du = backward(da, u or a, *numbers, out=du), mostly there.
+# By name: a = forward(u, *numbers, out=a), and du = backward(da, u or a, *numbers, out=du).
 ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     **{name: library(name) for name in ("hardsigmoid", "hardtanh", "sigmoid", "silu", "tanh")},
     "gelu": library("gelu", approximate="none"),
@@ -241,7 +241,7 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     "leaky_relu": library("leaky_relu", False),
     "elu": (aten.elu.out, elu_backward),
     "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
-    "mish": (aten.mish.out, lambda da, u, out: aten.mish_backward(da, u)),  # takes no memory for its result
+    "mish": (aten.mish.out, lambda da, u, out: aten.mish_backward(da, u)),  # gives a new tensor
 }
 # Those that PyTorch differentiates from a if they were in place: du, or an error for a negative slope.
 IN_PLACE: dict[str, Callable] = {
@@ -322,10 +322,7 @@ class Activation(Operation):
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
         like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
-        if mine and alike or self.kind.name == "mish":
-            out = x
-        else:
-            out = torch.empty_like(like, dtype=x.dtype)
+        out = x if mine and alike or self.kind.name == "mish" else torch.empty_like(like, dtype=x.dtype)
         if self.backward_in_place:
             return [self.backward_in_place(dz, x, *self.kind.numbers, out=out)]
         return [self.kind.backward(dz, x, out)]

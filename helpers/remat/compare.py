@@ -92,7 +92,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
-                to_float64 = lambda t: t.double() if t.is_floating_point() else t  # noqa: E731
+                # Cached, so that a tensor that is passed twice stays one.
+                to_float64 = functools.cache(lambda t: t.double() if t.is_floating_point() else t)
                 arguments = tree_map_only(Tensor, to_float64, (given, start))
                 no_autocast = torch.autocast(device.type, enabled=False)
                 exact, reference = step(copy.deepcopy(model).double(), *arguments, no_autocast), "float64"

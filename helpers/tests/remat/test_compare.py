@@ -184,6 +184,17 @@ def test_everything_is_as_it_was(fails):
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_a_tensor_that_is_passed_twice_and_changed_in_place():
+    class Shift(nn.Conv2d):
+        def forward(self, x, other):
+            x += 1
+            return super().forward(other)
+
+    x = torch.randn(2, 3, 5, 5)
+    found = compare(Shift(3, 4, 3), x, x, rounds=1)
+    assert found.equal and found.reference == "float64" and found.rounding < 1e-5
+
+
 def test_inputs_changed_in_place_and_no_grad_around():
     model = Model(lambda net, x: net(x.mul_(2)))
     x = IMAGES.clone()

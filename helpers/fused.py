@@ -251,7 +251,7 @@ class FusedConvBN2d(nn.Module):
                 must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
             if name in VECTORS:
-                check_vectors(y.shape[1], t.device, **{name: t})
+                check_vectors(y.shape[1], input.device, **{name: t})
         return y
 
     def extra_repr(self) -> str:

@@ -15,7 +15,6 @@ from torchvision.ops import StochasticDepth
 
 from helpers.book.training import Net, pair
 from helpers.fused import FusedConvBN2d
-from helpers.predict import predict_memory
 from helpers.remat import remat
 
 
@@ -132,10 +131,10 @@ def check_networks(names: str, images: int, size: int) -> None:
         wanted = "names from torchvision.models.list_models(torchvision.models)"
         raise ValueError(f"NETWORKS must be {wanted}, got {sorted(unknown)}")
     for name in names.split():
-        with torch.device("meta"):
-            model = torchvision.models.get_model(name, weights=None)
+        with torch.device("meta"):  # where nothing is computed
+            model, x = torchvision.models.get_model(name, weights=None), torch.empty(images, 3, size, size)
         try:
-            predict_memory(model, (images, 3, size, size))  # a step, of which nothing is computed
+            model(x)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"NETWORKS must take 3×{size}×{size} images, {name} says: {error}") from None
 

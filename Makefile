@@ -73,10 +73,11 @@ help:
 run: check $(INSTALLED)
 	@$(PY) -m helpers.book.run run $(PARAMETERS)
 
-# Two processes and no more, as each may run a page; by file, as tests of a file share what was made for them.
+# Two processes and no more, as each may run a page; by file, as tests of a file share what was made for them;
+# in order, which is book/ first: few tests, but the longest.
 test: $(INSTALLED)
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest -n 2 --dist loadfile -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
 
 data: $(INSTALLED)
 	@$(PY) -m helpers.book.data

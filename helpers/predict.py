@@ -349,13 +349,13 @@ def largest_batch(
         raise ValueError(
             f"memory must hold a step of batch size {least}, {needed(least):,} bytes, got {memory:,}"
         )
-    low, high = least, 16
-    while needed(high) <= memory:
-        low, high = high, 4 * high
-    while high - low > 1:  # nearly on a line, which finds the last batch that fits in a few steps
-        share = (memory - needed(low)) / (needed(high) - needed(low))
-        middle = min(max(low + round(share * (high - low)), low + 1), high - 1)
-        low, high = (middle, high) if needed(middle) <= memory else (low, middle)
+    low, high, n = least, math.inf, 16
+    while high - low > 1:
+        low, high = (n, high) if needed(n) <= memory else (low, n)
+        # Nearly on a line, which finds the last batch that fits in a few steps.
+        a, b = (low, high) if high < math.inf else (least, low)
+        n = low + round((memory - needed(low)) * (b - a) / (needed(b) - needed(a)))
+        n = min(max(n, low + 1), high - 1)
     return low
 
 

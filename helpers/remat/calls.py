@@ -113,10 +113,10 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     fit(function is not F.linear or needs_grad(input, weight))  # for a bias alone PyTorch saves nothing
     fit(mode.table.is_safe(input))
     try:
-        arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
+        arguments, geometry, work = setting_of(function, weight.shape, given, tuple(named.items()))
     except TypeError:
         given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
-        arguments, geometry, price = setting_of(function, weight.shape, given, tuple(named.items()))
+        arguments, geometry, work = setting_of(function, weight.shape, given, tuple(named.items()))
     dtype = autocast_dtype(input)
     if dtype is None:
         fit(input.dtype == weight.dtype)
@@ -137,9 +137,9 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         kind = Linear if function is F.linear else Convolution
         operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
         y = mode.apply(operation, input, w, bias)
-        small = price * a.nbytes > BOTTLENECK * y.nbytes
+        small = work * a.nbytes > BOTTLENECK * y.nbytes
         if table.max_cost and not small and may_run_again(weight) and table.is_safe(weight, bias):
-            recipe = Convolve(function, w, bias, arguments, price, dtype)
+            recipe = Convolve(function, w, bias, arguments, work, dtype)
             for t in recipe.parameters:
                 table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
         table.note(y, recipe, (value,), operation)
@@ -330,8 +330,8 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
                 table.plain_bytes += x.numel() * out.itemsize
             alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
             if small and alike and out.untyped_storage() is not x.untyped_storage():
-                work = passes * max(1.0, x.numel() / out.numel())
-                recipe = ops.Again(name, lambda x: call(x, *copies), work, *parameters[:1])
+                steps = passes * max(1.0, x.numel() / out.numel())
+                recipe = ops.Again(name, lambda x: call(x, *copies), steps, *parameters[:1])
                 table.note(out, recipe, (value,), operation)
             return out
 

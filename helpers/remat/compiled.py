@@ -89,5 +89,5 @@ def convolutions_within(operations: Operations, graph: Graph) -> set[Node]:
 
 def affordable(node: Node, made: frozenset[Node], max_cost: float) -> bool:
     size = {n: partitioners._size_of(n) for n in made}  # bytes; of symbolic sizes too
-    price = sum(size[n] * n.args[1].meta["val"][0].numel() for n in made)
-    return price <= max_cost * size[node] and sum(size.values()) <= MOST_MADE * max(size.values())
+    work = sum(size[n] * n.args[1].meta["val"][0].numel() for n in made)
+    return work <= max_cost * size[node] and sum(size.values()) <= MOST_MADE * max(size.values())

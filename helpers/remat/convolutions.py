@@ -1,4 +1,4 @@
-"""Convolutions and linear layers under remat: their settings, and the operations with a price."""
+"""Convolutions and linear layers under remat: their settings, and the operations that count as work."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def per_dimension(v, n: int) -> list[int]:
 
 @functools.lru_cache(maxsize=4096)
 def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple[dict, Geometry, float]:
-    """What a call with a weight of this shape says behind its tensors, and the price of a value.
+    """What a call with a weight of this shape says behind its tensors, and the work for a value.
 
     Raises:
         Unfit: arguments that remat leaves to PyTorch.
@@ -74,10 +74,10 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
     arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
     fit(len(given) <= len(names) and arguments.keys() <= set(names))
     geometry = Geometry.of(shape[2:], transposed, **arguments)
-    price = shape.numel() / shape[0]  # C_in / groups · Π k; for a transposed one, the mean
+    work = shape.numel() / shape[0]  # C_in / groups · Π k; for a transposed one, the mean
     if transposed:
-        price = shape.numel() / (shape[1] * geometry.groups) / math.prod(geometry.stride)
-    return arguments, geometry, price
+        work = shape.numel() / (shape[1] * geometry.groups) / math.prod(geometry.stride)
+    return arguments, geometry, work
 
 
 def state_of(t: Tensor) -> tuple[int, int]:
@@ -90,9 +90,9 @@ class Convolve(Recipe):
 
     passes = 0.0
 
-    def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, price: float, dtype) -> None:
+    def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, work: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
-        self.name, self.price, self.parameter = function.__name__, price, weakref.ref(weight)
+        self.name, self.work, self.parameter = function.__name__, work, weakref.ref(weight)
         parameters = (weight,) if bias is None else (weight, bias)
         self.parameters = [t if t.is_leaf else t.detach() for t in parameters]
         self.states = [state_of(t) for t in parameters]

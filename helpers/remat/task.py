@@ -47,7 +47,7 @@ class Task:
 
     def hold(self, value: Value, t: Tensor) -> None:
         self.holding[value] = t, stream_of(t)
-        if not value.recipe.price:  # a convolution's output is held in any case
+        if not value.recipe.work:  # a convolution's output is held in any case
             for i in range(value.first, min(self.now + 1, len(self.slack))):
                 self.slack[i] -= value.nbytes
 
@@ -66,7 +66,7 @@ class Task:
         t = self.at_hand(value)
         if t is None:
             t = self.recompute(value)
-            if value.recipe.price or self.fits(value):
+            if value.recipe.work or self.fits(value):
                 self.hold(value, t)
         return t
 
@@ -86,7 +86,7 @@ class Task:
             v = value
             while (program := Program(self, v)).missing:
                 v = program.missing[-1]
-            if v.recipe.price:
+            if v.recipe.work:
                 t = v.recipe.run(None, *[self.start(p) for p in v.parents])
                 t = v.view.like(t)  # its views have forward's strides
             else:
@@ -105,7 +105,7 @@ class Program:
         self.steps = {}  # for each value to compute, its recipe and the values that this reads
         self.read: dict[Value, int] = {}  # how many steps read a value
         self.missing: list[Value] = []  # convolutions on the way that must run first
-        for v in value.parents if value.recipe.price else (value,):
+        for v in value.parents if value.recipe.work else (value,):
             self.add(v)
 
     def add(self, v: Value) -> None:
@@ -116,7 +116,7 @@ class Program:
         self.read[v], t = 1, self.task.at_hand(v)
         if t is not None:
             self.given[v] = t
-        elif v.recipe.price:
+        elif v.recipe.work:
             self.missing.append(v)
         else:
             # In forward's order: of a chain of sums only one is in memory, next to what is added to it.
@@ -225,7 +225,7 @@ def slack(table: Table, retained: bool) -> list[int]:
                 stack.extend(v.parents)
                 if v.kept is not None:
                     change[v.when - 1] -= 0 if retained else v.nbytes
-                elif v.recipe is not None and v.recipe.price:
+                elif v.recipe is not None and v.recipe.work:
                     convolutions.append(v)
         level += change[i] - gradients.pop(i, 0)
         tensors[i] = everything[i] = level
@@ -238,7 +238,7 @@ def slack(table: Table, retained: bool) -> list[int]:
             high = max(high, level + operation.result + sum(p.nbytes for p in v.parents if p.kept is None))
         level += operation.grown()
         if operation.beside:
-            rise += sum(v.nbytes for v in unkept if not v.recipe.price)
+            rise += sum(v.nbytes for v in unkept if not v.recipe.work)
         tensors[i], everything[i] = max(high, level + rise), max(high, level + rise + operation.scratch)
         for taker, nbytes in takers(operation):
             taker, before = min(taker, i - 1), gradients.get(taker, 0)

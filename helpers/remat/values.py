@@ -33,8 +33,8 @@ class Recipe:
     """How one value is made from others."""
 
     name = ""  # of the operation, for people
-    price = 0.0  # multiplications per value; 0 for one that only passes over its inputs
-    passes = 1.0  # over tensors of the result's size, for a recipe without a price
+    work = 0.0  # multiplications per value; 0 for one that only passes over its inputs
+    passes = 1.0  # over tensors of the result's size, for a recipe without work
     reuse: int | None = None  # which input ``run`` may write its result over
     parameter: weakref.ref | None = None  # the weight that it applies
     whole = False  # whether it must see all images at once
@@ -284,29 +284,29 @@ class Table:
         """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
         if value.recipe is None:
             return False
-        if value.recipe.price:  # leave some for the values computed from it
+        if value.recipe.work:  # leave some for the values computed from it
             margin, most_passes, most_made = 1.0, MOST_PASSES - 4, MOST_MADE - 0.5
         else:  # and some for squeeze-and-excite's convolutions
             margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE
         size = value.size
-        price = passes = made = 0.0
+        work = passes = made = 0.0
         largest, path = value.nbytes, [value]
         for v in path:  # it grows
             recipe = v.recipe
             if recipe is None:
                 return False
-            price, passes = price + recipe.price * v.size, passes + recipe.passes * v.size
+            work, passes = work + recipe.work * v.size, passes + recipe.passes * v.size
             if passes > most_passes * size or len(path) > MOST_STEPS:
                 return False
-            if recipe.price:
+            if recipe.work:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
                 if p.kept is None and p not in path and not (also and p in also):
                     path.append(p)
         if made > most_made * largest:
             return False
-        cost = price / max(size, 1)
-        if price > self.max_cost * margin * size:
+        cost = work / max(size, 1)
+        if work > self.max_cost * margin * size:
             self.next_cost = min(self.next_cost, cost / margin)
             return False
         if value.row is not None:
@@ -348,7 +348,7 @@ class Table:
                 t = v.live()
                 usable = t is not None and t._version == v.version and not is_window(t)
                 known[v] = mine = {v: t} if usable else None
-                if v.recipe is not None and not v.recipe.price and depth:
+                if v.recipe is not None and not v.recipe.work and depth:
                     below = self.parts(v, known, depth - 1)
                     if below is not None and (mine is None or sum(p.nbytes for p in below) < v.nbytes):
                         known[v] = below

@@ -244,6 +244,9 @@ def update_running_stats(
         raise ValueError(f"mean must be a tensor (C,), floating point, got {type(mean)}")
     vectors = {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}
     check_vectors(mean.numel(), mean.device, **vectors)
+    for name in ("running_mean", "running_var"):
+        if vectors[name].numel() > 1 and not vectors[name].stride(0):
+            raise ValueError(f"{name} must have memory for each value, got an expanded tensor")
     if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
         raise ValueError(f"m must be a whole number of values from 1 on, got {m!r}")
     check_momentum(momentum)

@@ -9,8 +9,9 @@ if a price is given, with the decisions of a real step. A storage counts from th
 until its last tensor is gone, in forward and in backward.
 
 The prediction covers what PyTorch and this package allocate for tensors, which is the same on every machine.
-A composite operation counts as its parts. A library's scratch memory (oneDNN's copies, cuDNN's workspace)
-depends on the algorithm that it chooses and is not counted; nor is the allocator's fragmentation.
+A composite operation counts as its parts. A library's own memory (oneDNN's copies and what its LSTM keeps,
+cuDNN's workspace) depends on the algorithm that it chooses and is not counted; nor is the allocator's
+fragmentation.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from .convolutions import (
     per_dimension,
     setting_of,
 )
-from .operations import Unfit, fit
+from .operations import fit
 from .values import SMALL, Row, Value
 from .writes import targets, unseen_change, writes
 
@@ -54,8 +54,8 @@ def quiet() -> bool:
 
 
 def ordinary(t) -> bool:
-    """Whether this is a plain PyTorch tensor (no subclass) with a storage and a version."""
-    return type(t) in TENSORS and t.layout is torch.strided and not t.is_inference()
+    """Whether this is a plain PyTorch tensor (no subclass, not nested) with a storage and a version."""
+    return type(t) in TENSORS and t.layout is torch.strided and not (t.is_inference() or t.is_nested)
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -83,7 +83,7 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except (Unfit, TypeError, AttributeError, LookupError, ZeroDivisionError):
+            except Exception:  # the arguments are not for remat; if they are wrong, PyTorch will say so
                 pass
         return leave(mode, function, args, kwargs) if run is None else run()
 
@@ -152,7 +152,7 @@ def batch_norm(
     mode, _, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
-    fit(isinstance(training, bool) and (eps > 0 or not training))  # else PyTorch's own error
+    fit(isinstance(training, bool) and eps >= 0 and (eps > 0 or not training))  # else PyTorch's own error
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
     fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
@@ -250,7 +250,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
 
 def dropout(mode, function, input, p=0.5, training=True, inplace=False):
     """By channel it is a product with one random number for each channel of each image."""
-    fit(training and not inplace and type(p) is float and 0 < p < 1)
+    fit(training is True and not inplace and type(p) is float and 0 < p < 1)
     fit(plain(input) and input.requires_grad and input.numel() > 0 and mode.table.is_safe(input))
     if function is not F.dropout:
         fit(input.dim() == DROPOUTS[function])
@@ -357,7 +357,8 @@ def avg_pool(
     fit(mode.table.is_safe(input))
     # CUDA's backward knows these layouts alone.
     fit(ops.layout_of(input) in (torch.contiguous_format, torch.channels_last))
-    how = *sizes, bool(ceil_mode), bool(count_include_pad), divisor_override
+    fit(isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool))
+    how = *sizes, ceil_mode, count_include_pad, divisor_override
     return from_shape(mode, f"avg_pool{n}d", how, input, lambda x: function(x, *how))
 
 
@@ -366,7 +367,8 @@ def pad(mode, function, x, /, pad, *args, **named):
     kind = args[0] if args else named.get("mode", "constant")
     how, n = fixed(pad), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
-    known = kind in PADDINGS and len(how) == 2 * n  # not of an image without a batch
+    value = args[1] if len(args) > 1 else named.get("value")
+    known = kind in PADDINGS and len(how) == 2 * n and value is None
     fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
     if not (known and fits) or torch.are_deterministic_algorithms_enabled():
         return lambda: RESIZE(mode, function, (x, pad, *args), named)
@@ -394,6 +396,7 @@ def max_pool(
     n = MAX_POOLS[function]
     k, s, p = window(input, n, kernel_size, stride, padding)
     fit(not named.get("return_indices") and set(per_dimension(dilation, n)) == {1})
+    fit(isinstance(ceil_mode, bool))
     if n == 1:  # PyTorch pools images of one row
         k, s, p = [1, *k], [1, *s], [0, *p]
     fit(n == 3 or (k[0] * k[1] <= 256 and k[1] <= input.shape[-1]))
@@ -401,7 +404,7 @@ def max_pool(
     def run() -> Tensor:
         table, x = mode.table, input.unsqueeze(2) if n == 1 else input
         table.count_plain(table.find(input))
-        operation = ops.MaxPool((k, s, p, [1] * len(k), bool(ceil_mode)), x)
+        operation = ops.MaxPool((k, s, p, [1] * len(k), ceil_mode), x)
         y = mode.apply(operation, x)
         table.plain_bytes += 8 * y.numel()
         offsets = operation.offsets

@@ -56,9 +56,9 @@ class Node(torch.autograd.Function):
             grads = [None] * len(needs)
         elif functorch.is_batchedtensor(dz) or functorch.is_legacy_batchedtensor(dz):
             raise RuntimeError(BATCHED)
-        elif task.twice or task.autocast:
+        elif task.twice or task.modes:
             # Forward has chosen the dtypes; inside, a recipe may begin its autocast.
-            with torch.no_grad(), torch._C._DisableAutocast():
+            with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
                 grads = operation.backward(task, dz, needs, saved)
         else:
             grads = operation.backward(task, dz, needs, saved)
@@ -162,6 +162,10 @@ class remat:  # noqa: N801
     always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
     checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler decides by the
     same price.
+
+    PyTorch's frozen `nn.TransformerEncoder` and `nn.MultiheadAttention` look for modes such as remat's, and
+    then leave their fast path: their results differ in the last digits, and at padded positions, where the
+    fast path writes zeros.
 
     remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
     context, in a backward inside it, through aliases taken before it or by ``Tensor.set_``, in TorchScript or

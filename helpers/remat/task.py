@@ -28,7 +28,7 @@ class Task:
         self.holding: dict[Value, tuple[Tensor, object]] = {}  # with the streams that computed them
         self.retained = torch._C._autograd._get_current_graph_task_keep_graph()  # for another pass
         self.twice = torch.is_grad_enabled()  # whether the gradients may be differentiated again
-        self.autocast = torch._C._is_any_autocast_enabled()
+        self.modes = torch._C._is_any_autocast_enabled() or torch.is_inference_mode_enabled()
         self.slack = slack(table, self.retained)
         self.now = 0  # the number of the operation that runs
 

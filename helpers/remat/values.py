@@ -316,15 +316,14 @@ class Table:
     def keep_least(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or the values that it is computed from, if these are smaller and still alive.
 
-        Not at equal bytes: an operation that remat does not know may hold ``value`` anyway. But a tensor of
-        which ``value`` is a copy, as in the first layer of a dense block, will be read again.
+        Much smaller: an operation that remat does not know may hold ``value`` anyway. But the parts of a
+        concatenation, even one that it is a mere copy of, as in a dense block's first layer, are read again.
         """
         recipe = value.recipe
         parts = None if recipe is None else self.parts(value, {})
         if parts:
-            is_copy = recipe.joins and len(parts) == 1
-            nbytes = sum(part.nbytes for part in parts)
-            if nbytes < value.nbytes + is_copy and self.affordable(value, parts):
+            most = value.nbytes + (len(parts) == 1) if recipe.joins else 0.75 * value.nbytes
+            if sum(part.nbytes for part in parts) < most and self.affordable(value, parts):
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)
                 return

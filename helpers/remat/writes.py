@@ -14,8 +14,8 @@ from .values import Table
 OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
 # After these, writes to the tensor may go unseen by autograd.
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
-            Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__, Tensor.unsafe_chunk, Tensor.unsafe_split,
-            torch.unsafe_chunk, torch.unsafe_split)  # fmt: skip
+            Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__, Tensor.__cuda_array_interface__.__get__,
+            Tensor.unsafe_chunk, Tensor.unsafe_split, torch.unsafe_chunk, torch.unsafe_split)  # fmt: skip
 IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
 
 

@@ -233,6 +233,7 @@ def test_batch_norm_names_the_bad_argument(change, message):
         ({"running_var": FOUR}, r"running_var must have shape \(3,\), floating point, got \(4,\)"),
         ({"running_var": THREE.long()}, "running_var must have .* floating point, got torch.int64"),
         ({"running_var": THREE.to("meta")}, "running_var must be on cpu, like the others, got one on meta"),
+        ({"running_var": THREE[:1].expand(3)}, "running_var must have memory .* got an expanded tensor"),
         ({"mean": None}, "mean must be a tensor .* got <class 'NoneType'>"),
         ({"momentum": True}, "momentum must be a number from 0 to 1, got True"),
         ({"m": True}, "m must be a whole number of values from 1 on, got True"),

@@ -1314,6 +1314,22 @@ def test_a_concatenation_that_pytorch_holds_anyway():
     assert 0 < found[1] <= found[0]
 
 
+def test_a_padding_that_pytorch_holds_anyway():
+    """Its input, nearly as large, is not held beside it."""
+
+    def run(self, x):
+        for conv in self.convs:
+            padded = F.pad(x, (1, 1, 1, 1))
+            x = conv(padded) + padded.abs()[:, :, 1:-1, 1:-1]
+        return x
+
+    with torch.device("meta"):
+        convs = nn.ModuleList(nn.Conv2d(8, 8, 3) for _ in range(4))
+        model, x = Net(run, convs=convs), torch.empty(4, 8, 32, 32, requires_grad=True)
+    found = held_plainly_and_under_remat(model, x)
+    assert 0 < found[1] <= found[0]
+
+
 def test_images_in_another_shape_are_recomputed():
     with torch.device("meta"):
         model, x = network("groups as images")().to("meta"), torch.empty(6, 3, 32, 32)

@@ -278,7 +278,7 @@ class Activate(Recipe):
     def merged(self, parents, alone):
         """On an accelerator: with the norm before it, and with what is added to the norm's result."""
         (z,), added = parents, ()
-        if not passes.has_kernel(z.view.device.type) or not alone(z):
+        if not passes.has_kernel(z.view.device) or not alone(z):
             return None
         if isinstance(z.recipe, Elementwise) and z.recipe.function is torch.add and len(z.parents) == 2:
             for norm, other in (z.parents, z.parents[::-1]):

@@ -99,7 +99,7 @@ def reference(y: Tensor, norm: Norm, added: Tensor | None) -> Tensor:
 
 def one_pass(y: Tensor, *others: Tensor | None) -> bool:
     """Whether there is a kernel for these, all of one dtype and one dense layout."""
-    if not (y.dtype in DTYPES and has_kernel(y.device.type)):
+    if not (y.dtype in DTYPES and has_kernel(y.device)):
         return False
     rows = matrix(y)
     same = [t is None or (t.dtype, t.shape, matrix(t)) == (y.dtype, y.shape, rows) for t in others]
@@ -107,10 +107,10 @@ def one_pass(y: Tensor, *others: Tensor | None) -> bool:
 
 
 @functools.cache
-def has_kernel(device: str) -> bool:
+def has_kernel(device: torch.device) -> bool:
     """Whether Triton is there for it. "meta" plays an accelerator, and a CPU interprets if told to."""
     devices = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
-    return device == "meta" or (device in devices and importlib.util.find_spec("triton") is not None)
+    return device.type == "meta" or (device.type in devices and importlib.util.find_spec("triton") is not None)
 
 
 def matrix(y: Tensor) -> tuple[int, ...]:

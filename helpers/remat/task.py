@@ -127,7 +127,7 @@ class Program:
     def run(self) -> Tensor:
         """The value; on the way, other steps' results are written out that a node needs, if there is room."""
         last, steps, task = self.last, self.steps, self.task
-        if passes.has_kernel(last.view.device.type):
+        if passes.has_kernel(last.view.device):
             self.merge()
         result = last.view.empty()
         memory, places = {last: result}, {}  # for whole results; a step's only reader, whose memory it takes

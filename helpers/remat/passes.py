@@ -109,8 +109,8 @@ def one_pass(y: Tensor, *others: Tensor | None) -> bool:
 @functools.cache
 def has_kernel(device: torch.device) -> bool:
     """Whether Triton is there for it. "meta" plays an accelerator, and a CPU interprets if told to."""
-    devices = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
-    return device.type == "meta" or (device.type in devices and importlib.util.find_spec("triton") is not None)
+    kinds = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
+    return device.type == "meta" or (device.type in kinds and importlib.util.find_spec("triton") is not None)
 
 
 def matrix(y: Tensor) -> tuple[int, ...]:

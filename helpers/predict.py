@@ -334,7 +334,7 @@ def largest_batch(
         ValueError: ``memory`` is too little for one image, or an argument does not fit.
     """
     image_shape = checked("image_shape", image_shape)
-    check_bytes("memory", memory)
+    check_memory(memory)
     how = {"max_cost": max_cost, "autocast": autocast, "device_type": device_type}
 
     @functools.cache
@@ -386,7 +386,7 @@ def max_cost_for(
         ValueError: no price makes it fit (the message names the price that takes least), or an argument that
             does not fit.
     """
-    check_bytes("memory", memory)
+    check_memory(memory)
     how = {"autocast": autocast, "device_type": device_type}
     inputs, needed, cost, further = as_tensors(model, inputs), {}, 0, 0.0
     while further < math.inf:
@@ -405,7 +405,7 @@ def max_cost_for(
     )
 
 
-def check_bytes(name: str, value) -> None:
-    """Raise a ValueError unless ``value`` is a number of bytes."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number of bytes above 0, got {value!r}")
+def check_memory(memory) -> None:
+    """Raise a ValueError unless ``memory`` is a number of bytes."""
+    if isinstance(memory, bool) or not isinstance(memory, numbers.Real) or not 0 < memory < math.inf:
+        raise ValueError(f"memory must be a finite number of bytes above 0, got {memory!r}")

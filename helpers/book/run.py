@@ -88,7 +88,7 @@ def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) 
             f"  as far as it came: {os.path.relpath(unfinished)}"
         ) from error
     notebook = nbformat.read(unfinished, as_version=4)
-    device = pick_device({"DEVICE": "cpu", **settings(path, given or {})}["DEVICE"])
+    device = pick_device(settings(path, given or {}).get("DEVICE", "cpu"))
     notebook.metadata["collection"] = {  # what made these outputs
         "code_sha256": code_hash(notebook),
         "torch": version("torch"),

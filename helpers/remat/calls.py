@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # A small output of an expensive convolution is always kept: dropping it saves few bytes and makes all that
 # follows expensive. In multiplications per value, times the input's bytes per byte of the output.
 BOTTLENECK = 4096
-TENSORS = (Tensor, nn.Parameter, nn.Buffer, FakeTensor)
+TENSORS = (Tensor, nn.Parameter, FakeTensor)
 
 
 def quiet() -> bool:
@@ -130,10 +130,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         if dtype is not None and input.dtype != dtype:
             a = input.detach().to(dtype)
             value = Value(a, ops.Again("cast", lambda x: x.to(dtype), 1.0), (table.find(input),))
-        if w.requires_grad:
-            value = mode.needed(a, value)
-        elif value is None:
-            value = table.find(input)
+        value = mode.needed(a, value) if w.requires_grad else value or table.find(input)
         kind = Linear if function is F.linear else Convolution
         operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
         y = mode.apply(operation, input, w, bias)
@@ -362,18 +359,16 @@ def avg_pool(
     return from_shape(mode, f"avg_pool{n}d", how, input, lambda x: function(x, *how))
 
 
-def pad(mode, function, x, /, pad, *args, **named):
+def pad(context: Mode, function, x, /, pad, mode="constant", value=None):
     """With zeros, or with what is in the image."""
-    kind = args[0] if args else named.get("mode", "constant")
     how, n = fixed(pad), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
-    value = args[1] if len(args) > 1 else named.get("value")
-    known = kind in PADDINGS and len(how) == 2 * n and value is None
+    known = mode in PADDINGS and len(how) == 2 * n and value is None
     fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
     if not (known and fits) or torch.are_deterministic_algorithms_enabled():
-        return lambda: RESIZE(mode, function, (x, pad, *args), named)
-    fit(plain(x) and x.requires_grad and x.numel() > 0 and mode.table.is_safe(x))
-    return from_shape(mode, f"{PADDINGS[kind]}_pad{n}d", (how,), x, lambda x: function(x, how, kind))
+        return lambda: RESIZE(context, function, (x, pad, mode, value), {})
+    fit(plain(x) and x.requires_grad and x.numel() > 0 and context.table.is_safe(x))
+    return from_shape(context, f"{PADDINGS[mode]}_pad{n}d", (how,), x, lambda x: function(x, how, mode))
 
 
 def from_shape(mode: Mode, name: str, how: tuple, x: Tensor, call: Callable[[Tensor], Tensor]) -> Callable:
@@ -473,9 +468,7 @@ HANDLERS: dict[Callable, Callable | None] = {
     **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), RESIZE),
     F.pad: handler(pad),
     F.batch_norm: handler(batch_norm),
-    F.group_norm: again(
-        "norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * x.shape[0], saves=1
-    ),
+    F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),
     F.layer_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
     F.instance_norm: again(
         "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0

@@ -125,9 +125,8 @@ class Step(NamedTuple):
 
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
-    leaf = lambda t: t.detach().requires_grad_(t.requires_grad)  # noqa: E731
-    both = model, tree_map_only(Tensor, leaf, given)
-    model, (args, kwargs) = deep_copy("model and its arguments", both)
+    given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
+    model, (args, kwargs) = deep_copy("model and its arguments", (model, given))
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]

@@ -44,8 +44,7 @@ class ByPrice:
         self.compiler, self.price = compiler, price
 
     def __call__(self, graph, inputs):
-        table = partitioners.get_default_op_list()
-        operations = Operations(**vars(table))
+        operations = Operations(**vars(partitioners.get_default_op_list()))
         operations.max_cost = float(self.price)
         tag = f"{torch.compiler.config.cache_key_tag} remat {self.price}"
         with (

@@ -448,15 +448,15 @@ class MaxPool(Operation):
             y, index = pool(x, *self.how)
             self.offsets = index.to(torch.int16 if x.shape[2:].numel() <= 1 << 15 else torch.int32)
             return y
-        y = starts = None
+        y = None
         for images in slabs(x):
             y_s, index = pool(x[images], *self.how)
             if y is None:
                 y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
                 self.offsets = torch.empty_like(y, dtype=torch.uint8)
+                starts = self.starts(index)
             if y is not y_s:
                 y[images] = y_s
-            starts = self.starts(index) if starts is None else starts
             index -= starts
             row = index.div(self.shape[3], rounding_mode="floor")
             self.offsets[images] = index.sub_(row, alpha=self.gap)

@@ -165,11 +165,9 @@ class Program:
         """
         made, buffers = {}, {}
         for v, (recipe, parents) in self.steps.items():
-            place = places[v] if v in places else v
-            out = tensors.get(place)
-            if out is None and place in buffers:
-                out = buffers.pop(place)
-            elif out is None and not recipe.gives:
+            place = places.get(v, v)
+            out = tensors[place] if place in tensors else buffers.pop(place, None)
+            if out is None and not recipe.gives:
                 out = v.view.empty(images)
             inputs = [
                 made[p] if p in made else tensors[p] if p in tensors and by_image(p, v) else self.given[p]

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -266,8 +266,7 @@ class Table:
         if value.first is not None:
             return value
         value.first = len(self.operations)
-        if value.row is None:
-            self.add_row(value)
+        self.add_row(value)
         if value.kept is None:
             if not self.affordable(value):
                 self.keep_least(value, t)
@@ -275,12 +274,13 @@ class Table:
         return value
 
     def add_row(self, value: Value) -> None:
-        """The value's line in the record."""
-        name = value.name if value.recipe is None else value.recipe.name
-        value.row = Row(name, value.origin, value.view.shape, value.nbytes)
-        self.rows.append(value.row)
+        """The value's line in the record, unless it has one."""
+        if value.row is None:
+            name = value.name if value.recipe is None else value.recipe.name
+            value.row = Row(name, value.origin, value.view.shape, value.nbytes)
+            self.rows.append(value.row)
 
-    def affordable(self, value: Value, also: dict[Value, Tensor] | None = None) -> bool:
+    def affordable(self, value: Value, also: Collection[Value] = ()) -> bool:
         """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
         if value.recipe is None:
             return False
@@ -301,7 +301,7 @@ class Table:
             if recipe.work:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
-                if p.kept is None and p not in path and not (also and p in also):
+                if p.kept is None and p not in path and p not in also:
                     path.append(p)
         if made > most_made * largest:
             return False
@@ -360,8 +360,7 @@ class Table:
     def keep(self, value: Value, t: Tensor) -> None:
         """Hold ``t`` until backward, as long as a node holds the value."""
         value.kept, value.version = t.detach(), t._version
-        if value.row is None:
-            self.add_row(value)
+        self.add_row(value)
         value.row.kept = True
         value.recipe, value.parents = None, ()
         self._living.pop(id(value), None)

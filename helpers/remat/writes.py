@@ -35,10 +35,9 @@ def targets(function, args, kwargs) -> list:
 @functools.lru_cache(maxsize=4096)
 def schema_writes(function) -> frozenset[tuple[int, str]]:
     """For an operator, perhaps the user's own: the arguments that it changes, by its overloads' schemas."""
-    names = function.overloads() if isinstance(function, torch._ops.OpOverloadPacket) else ()
-    schemas = [getattr(function, name)._schema for name in names]
-    if schema := getattr(function, "_schema", None):
-        schemas.append(schema)
+    several = isinstance(function, torch._ops.OpOverloadPacket)
+    overloads = [getattr(function, name) for name in function.overloads()] if several else [function]
+    schemas = [schema for o in overloads if (schema := getattr(o, "_schema", None))]
     return frozenset((i, a.name) for s in schemas for i, a in enumerate(s.arguments) if a.is_write)
 
 

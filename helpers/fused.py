@@ -100,6 +100,8 @@ def fused_backward(
             dw = dw_s.to(mean.dtype) if dw is None else dw.add_(dw_s)
         if dx is not None:
             dx[s] = dx_s
+            del dx_s
+        del dw_s
     dw = None if dw is None else dw.to(weight.dtype)
     dgamma, dbeta = (t.to(mean.dtype) for t in (sums[1] * torch.rsqrt(var_eps), sums[0]))
     return dx_s if dx is None else dx, dw, torch.zeros_like(mean), dgamma, dbeta
@@ -124,6 +126,7 @@ class FusedConvBN2dFunction(torch.autograd.Function):
         if others:
             y_first, y = y, y.new_empty_strided((len(x), *y.shape[1:]), y.stride())
             y[first] = y_first
+            del y_first
         for s in others:
             y[s] = F.conv2d(x[s], weight, None, *settings.geometry)
         mean, var = batch_stats(y)

@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
-from .remat.compare import check_outside, deep_copy, tensors_in, without_gradient
+from .remat.compare import check_outside, deep_copy, ends_of
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -257,9 +257,7 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
                 out = model(*args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
-        ends = [t for t in tensors_in(out) if t.requires_grad]
-        if not ends:
-            raise without_gradient(out)
+        ends = ends_of(out)
         forward, grads = held.held, [torch.empty_like(t) for t in ends]
         held.ignore(*grads)
         with held:

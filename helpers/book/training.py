@@ -86,7 +86,7 @@ def train(
     seed: int = 0, device: Device = "cpu",
     measure: Callable[[], object] = lambda: nullcontext(SimpleNamespace(mark=lambda label: None)),
 ) -> list[float]:  # fmt: skip
-    """Train as the tutorial does: Adadelta, the learning rate times ``gamma`` eight times an epoch.
+    """Train as the tutorial does: Adadelta, the learning rate times ``gamma`` about eight times an epoch.
 
     An epoch is as many passes over ``split`` as give it `STEPS_PER_EPOCH` steps: so one of the sample trains
     about as long as one of the whole set. ``seed`` decides the shuffling and dropout.

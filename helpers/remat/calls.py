@@ -100,9 +100,8 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
     if not torch._C._is_any_autocast_enabled():
         return None
     device = t.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
@@ -129,7 +128,8 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
             w = w.to(dtype)  # a computed weight, of which PyTorch keeps this copy alone
         if dtype is not None and input.dtype != dtype:
             a = input.detach().to(dtype)
-            value = Value(a, ops.Again("cast", lambda x: x.to(dtype), 1.0), (table.find(input),))
+            cast, now = ops.Again("cast", lambda x: x.to(dtype), 1.0), len(table.operations)
+            value = Value(a, cast, (table.find(input),), now)
         value = mode.needed(a, value) if w.requires_grad else value or table.find(input)
         kind = Linear if function is F.linear else Convolution
         operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
@@ -427,8 +427,7 @@ def leave(mode: Mode, function, args, kwargs):
 
 def functions(names: str) -> list[Callable]:
     """PyTorch's functions and methods with these names."""
-    owners = torch, Tensor, F
-    return [getattr(owner, n) for n in names.split() for owner in owners if hasattr(owner, n)]
+    return [getattr(owner, n) for n in names.split() for owner in (torch, Tensor, F) if hasattr(owner, n)]
 
 
 # How an activation's kind follows from the arguments behind its input.
@@ -460,7 +459,7 @@ DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimen
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 RESIZE = again("resize", node=False)
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
-HANDLERS: dict[Callable, Callable | None] = {
+HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),

@@ -137,9 +137,7 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
                 out = model(*args, **kwargs)
             if trace:
                 trace.mark("held")
-            ends = [t for t in tensors_in(out) if t.requires_grad]
-            if not ends:
-                raise without_gradient(out)
+            ends = ends_of(out)
             if start is None:
                 noise = torch.Generator().manual_seed(0)
                 start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
@@ -150,10 +148,13 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     return Step(values, grads, start, fixed, seconds)
 
 
-def without_gradient(out) -> ValueError:
-    """The error for what a model returned and no backward can start from."""
-    got = "one without a gradient" if isinstance(out, Tensor) else f"a {type(out).__name__}"
-    return ValueError(f"model must return a tensor that requires a gradient, got {got}")
+def ends_of(out) -> list[Tensor]:
+    """The tensors in what a model returned that backward can start from; a ValueError if there are none."""
+    ends = [t for t in tensors_in(out) if t.requires_grad]
+    if not ends:
+        got = "one without a gradient" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(f"model must return a tensor that requires a gradient, got {got}")
+    return ends
 
 
 def deep_copy(name: str, original, copies: dict | None = None):

@@ -73,14 +73,14 @@ def convolutions_within(operations: Operations, graph: Graph) -> set[Node]:
     """Those that cost at most `max_cost` a value, with all that is computed again on their way."""
     within, on_the_way = set(), {}
     for node in graph.nodes:
-        made = frozenset().union(*(on_the_way.get(p, ()) for p in node.all_input_nodes))
+        made = frozenset().union(*(on_the_way[p] for p in node.all_input_nodes))
         if node.target is aten.convolution.default:
             made |= {node}
             if not node.args[6] and affordable(node, made, operations.max_cost):
                 within.add(node)
             else:
                 made = frozenset()
-        elif node.op != "call_function" or not operations.is_recomputable(node):
+        elif not operations.is_recomputable(node):
             made = frozenset()
         on_the_way[node] = made
     return within

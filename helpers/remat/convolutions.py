@@ -72,7 +72,6 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
     rest = ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
     names = ("stride", "padding", *rest)
     arguments = {**dict(zip(names, given, strict=False)), **dict(named)}
-    fit(len(given) <= len(names) and arguments.keys() <= set(names))
     geometry = Geometry.of(shape[2:], transposed, **arguments)
     work = shape.numel() / shape[0]  # C_in / groups · Π k; for a transposed one, the mean
     if transposed:
@@ -139,8 +138,8 @@ class Convolution(Operation):
     def __init__(
         self, function, arguments: dict, geometry: Geometry, a: Tensor, value: Value | None, dtype
     ) -> None:
-        self.function, self.arguments, self.geometry, self.value, self.dtype = (
-            function, arguments, geometry, value, dtype)  # fmt: skip
+        self.function, self.arguments, self.geometry = function, arguments, geometry
+        self.value, self.dtype = value, dtype
         self.name, self.layout = function.__name__, layout_of(a)
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 

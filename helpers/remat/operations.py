@@ -77,8 +77,8 @@ def copy_of(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().clone()
 
 
-def to(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or t.dtype == dtype else t.to(dtype)
+def to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return t if t is None or dtype in (None, t.dtype) else t.to(dtype)
 
 
 def layout_of(t: Tensor) -> torch.memory_format | None:
@@ -354,7 +354,7 @@ class Product(Operation):
 
 
 class Dropout(Operation):
-    """Keeps one byte a value. PyTorch keeps the result, and on a CPU the noise that it multiplies by."""
+    """Keeps one byte a value. On a CPU PyTorch keeps the noise that it multiplies by."""
 
     def __init__(self, p: float) -> None:
         self.mask, self.recipe = None, Drop(p)

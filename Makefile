@@ -70,7 +70,7 @@ help:
 	@echo 'PYTHON=...      the interpreter for .venv/, 3.10 or later; python3 by default'
 	@echo 'LOCKED=1        install the versions that made the committed outputs'
 
-# Large pages, as glibc gives each large tensor fresh memory: half of the system's time.
+# glibc maps each large tensor afresh; in large pages this takes half of the system's time.
 run notebooks: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 run: check $(INSTALLED)
 	@$(PY) -m helpers.book.run run $(PARAMETERS)

@@ -29,7 +29,7 @@ from .convolutions import (
     per_dimension,
     setting_of,
 )
-from .operations import fit
+from .operations import Unfit, fit
 from .values import SMALL, Row, Value
 from .writes import targets, unseen_change, writes
 
@@ -83,8 +83,8 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except Exception:  # the arguments are not for remat; if they are wrong, PyTorch will say so
-                pass
+            except (Unfit, TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError):
+                pass  # not for remat; if they are wrong, PyTorch will say so
         return leave(mode, function, args, kwargs) if run is None else run()
 
     return handle

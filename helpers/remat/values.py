@@ -25,6 +25,7 @@ MOST_PASSES = 16
 MOST_MADE = 3.0
 MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of one storage, among which the base of a view is looked for
+MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
@@ -322,7 +323,7 @@ class Table:
         recipe = value.recipe
         parts = None if recipe is None else self.parts(value, {})
         if parts:
-            most = value.nbytes + (len(parts) == 1) if recipe.joins else 0.75 * value.nbytes
+            most = value.nbytes + (len(parts) == 1) if recipe.joins else MUCH_SMALLER * value.nbytes
             if sum(part.nbytes for part in parts) < most and self.affordable(value, parts):
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)

@@ -451,6 +451,20 @@ def held_after_forward(model, x):
     return trace.marks["end of forward"]
 
 
+@pytest.mark.parametrize("slab", [2, 8])
+def test_a_slab_goes_before_the_next_one(slab):
+    """The peak is a whole batch's and one slab's, in units of y; of two slabs it would be higher."""
+    layer = FusedConvBN2d(4, 4, 3, padding=1, slab_size=slab)
+    x = torch.randn(32, 4, 24, 24, requires_grad=True)
+    dz = torch.randn_like(x)
+    with MemoryTrace() as forward:
+        z = layer(x)
+    with MemoryTrace() as backward:
+        z.backward(dz)
+    assert forward.tensor_peak < 2.03 * x.nbytes
+    assert backward.tensor_peak < (1.03 + slab / 32) * x.nbytes
+
+
 # "aot_eager_decomp_partition" has the partitioner that merges a recomputed operator, and needs no compiler.
 @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", "inductor"])
 def test_compile_is_right_and_keeps_the_saving(backend, tmp_path, monkeypatch):

@@ -41,6 +41,13 @@ BUILD = ROOT / "build"
 EXECUTED = BUILD / "notebooks"
 MEASUREMENTS = ROOT / "data" / "measurements"
 
+# What a kernel says about itself, at Ctrl-C for example, is not for the screen; tornado's logger reports a
+# flush that came after the kernel had closed its sockets.
+KERNEL_ARGUMENTS = [
+    "--log-level=50",
+    "--IPKernelApp.exec_lines=__import__('logging').getLogger('tornado').setLevel('CRITICAL')",
+]
+
 
 class NotebookFailure(Exception):
     """A notebook stopped at an error; the message names the notebook, the cell and the error."""
@@ -77,7 +84,7 @@ def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) 
             cwd=ROOT,
             progress_bar={"desc": path.stem, "leave": False, "disable": None},  # None: without a terminal
             coalesce_streams=True,
-            extra_arguments=["--log-level=50"],  # the kernel's own words, at Ctrl-C for example
+            extra_arguments=KERNEL_ARGUMENTS,
         )
     except (PapermillExecutionError, DeadKernelError) as error:
         cells = code_cells(read_json(unfinished))

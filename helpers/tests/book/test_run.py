@@ -346,11 +346,25 @@ def test_failing_notebook(write_pages, tmp_path, capsys):
     assert [p.name for p in find_notebooks(out)] == ["01_good.ipynb", "04_good.ipynb"]
 
 
+# A kernel whose control thread flushes after the main thread has closed the sockets: a busy machine does it.
+LATE_FLUSH = """
+import threading, time
+from ipykernel.iostream import OutStream
+flush = OutStream.flush
+def late(self):
+    if threading.current_thread().name == "Control":
+        time.sleep(1)
+        raise OSError("Socket operation on non-socket")
+    flush(self)
+OutStream.flush = late
+"""
+
+
 @pytest.mark.notebooks
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_run_leaves_no_whole_looking_notebook(write_pages, tmp_path, kind):
     begun, out = tmp_path / "begun", tmp_path / "out"
-    source = write_pages("01_a", "print('done')").parent
+    source = write_pages("01_a", LATE_FLUSH, "print('done')").parent
     wait = f"open({str(begun)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
     write_pages("02_b", "import os, time", wait)
     out.mkdir()

@@ -163,9 +163,9 @@ class remat:  # noqa: N801
     checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler decides by the
     same price.
 
-    PyTorch's `nn.TransformerEncoder` and `nn.MultiheadAttention`, if frozen, look for modes such as remat's
-    and then leave their fast path: results differ in the last digits, and at padded positions, where the fast
-    path writes zeros. Run a frozen encoder before the context.
+    `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
+    such as remat's and then leave their fast path: results differ in the last digits, and at padded
+    positions, where the fast path writes zeros. Run a frozen encoder before the context.
 
     remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
     context, in a backward inside it, through aliases taken before it or by ``Tensor.set_``, in TorchScript or

@@ -79,9 +79,10 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
     return arguments, geometry, work
 
 
-def state_of(t: Tensor) -> tuple[int, int]:
-    """What is different once ``t`` has been changed, or freed as in sharded training."""
-    return t._version, t.untyped_storage().nbytes()
+def state_of(t: Tensor) -> tuple[int, int, int]:
+    """What is different once ``t`` was changed, got other memory, or was freed as in sharded training."""
+    storage = t.untyped_storage()
+    return t._version, storage._cdata, storage.nbytes()
 
 
 class Convolve(Recipe):
@@ -106,7 +107,7 @@ class Convolve(Recipe):
     def run(self, out, a):
         for name, t, state in zip(("weight", "bias"), self.parameters, self.states, strict=False):
             if state_of(t) != state:
-                what = "freed" if t._version == state[0] else "changed"
+                what = "freed" if state_of(t)[:2] == state[:2] else "changed"
                 raise RuntimeError(
                     f"{self.name} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} "
                     f"was {what} after forward. Run backward before that, or use remat(max_cost=0), which "

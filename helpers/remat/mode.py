@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
@@ -130,6 +131,12 @@ class Mode(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
 
+    # The compiler traces through the method, but must not compile it alone, as it would for the calls of a
+    # frame that it has given up: its guards miss ``function``, so one call would get the graph of another.
+    set_code_exec_strategy(
+        __torch_function__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    )
+
     def apply(self, operation: Operation, *inputs: Tensor | None) -> Tensor:
         """The operation's result, from its node."""
         table = operation.table = self.table
@@ -172,7 +179,8 @@ class remat:  # noqa: N801
     a torch.func transform, through the older ``torch.utils.dlpack.to_dlpack`` or, in PyTorch 2.9, by
     ``torch.distributed.broadcast``: a recomputed value then takes the new values. A hook on a node of the
     graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``) is called for remat's
-    node, which may have other inputs.
+    node, which may have other inputs. A `TorchFunctionMode` around remat's context sees what remat calls, not
+    what the model does. Compiled autograd is an error.
 
     Args:
         max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs
@@ -182,8 +190,8 @@ class remat:  # noqa: N801
 
     Raises:
         ValueError: ``max_cost`` is no number from 0 on.
-        RuntimeError: in backward, if a needed value was changed in place after forward, if the weight of a
-            convolution to recompute is gone, or if a gradient is differentiated again.
+        RuntimeError: in backward, if a needed value was changed in place after forward, if the weight or bias
+            of a convolution to recompute was changed or is gone, or if a gradient is differentiated again.
     """
 
     def __init__(self, max_cost: float = 0) -> None:
@@ -200,13 +208,16 @@ class remat:  # noqa: N801
 
     def __exit__(self, *exception) -> None:
         others = []
-        while getattr(mode := _pop_mode(), "owner", None) is not self:  # each thread has modes of its own
-            others.append(mode)
-        for other in reversed(others):
-            _push_mode(other)
+        try:  # another thread, which may close a suspended generator, has modes of its own
+            while getattr(mode := _pop_mode(), "owner", None) is not self:
+                others.append(mode)
+        finally:
+            for other in reversed(others):
+                _push_mode(other)
         mode.table.clear()
 
     def __call__(self, function: Callable) -> Callable:
-        if not callable(function) or inspect.iscoroutinefunction(function):
+        is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+        if not callable(function) or is_async:
             raise TypeError(f"remat decorates a function that is not async, got {function!r}")
         return context_decorator(lambda: remat(self.max_cost), function)

@@ -171,9 +171,9 @@ class Value:
 class Table:
     """The values of all tensors that are alive, and the decision of what is kept.
 
-    A tensor is found by its storage, its position there and its version. So a tensor and its detached alias
-    are one value, and a tensor changed in place is another. A value lives as long as a node that holds it or,
-    where there is none, as its tensor.
+    A tensor is found by its storage, its position there and its version, so a tensor changed in place is
+    another value. So is a detached alias: the graph behind it may go first, and with it all that its recipe
+    would start from. A value lives as long as a node that holds it or, where there is none, as its tensor.
     """
 
     def __init__(self, max_cost: float) -> None:
@@ -225,9 +225,10 @@ class Table:
     def _part(self, t: Tensor) -> tuple[Recipe | None, tuple[Value, ...]]:
         """The recipe of ``t``, and its parent, if it is a view of a known value: by image, or of it all."""
         _, values = self._storages.get(id(t.untyped_storage())) or (None, {})
-        for (start, shape, stride, dtype, version), ref in itertools.islice(values.items(), MOST_VALUES):
+        for key, ref in itertools.islice(values.items(), MOST_VALUES):
+            start, shape, stride, dtype, version, leaf = key
             whole, offset = ref(), t.storage_offset() - start
-            if whole is None or isinstance(whole.recipe, Part) or not whole.view.dense:
+            if whole is None or isinstance(whole.recipe, Part) or not whole.view.dense or leaf < t.is_leaf:
                 continue
             if (version, dtype) != (t._version, t.dtype) or not (t.dim() and shape):
                 continue
@@ -415,5 +416,5 @@ def is_window(t: Tensor) -> bool:
 
 
 def key_of(t: Tensor) -> tuple:
-    """Position, form and version of a tensor within its storage."""
-    return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version
+    """Position, form and version of a tensor within its storage, and whether it has no graph behind it."""
+    return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version, t.is_leaf

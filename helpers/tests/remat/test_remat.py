@@ -1090,9 +1090,9 @@ def counted_forward(model, x, cost):
         return model(x), held
 
 
-def held_plainly_and_under_remat(model, x):
-    """Bytes at the end of forward, without what the model returns: of plain PyTorch, and at price 0."""
-    pairs = [counted_forward(model, x, cost) for cost in (None, 0)]
+def held_plainly_and_under_remat(model, x, cost=0):
+    """Bytes at the end of forward, without what the model returns: of plain PyTorch, and at this price."""
+    pairs = [counted_forward(model, x, cost) for cost in (None, cost)]
     return [held.held - out.nbytes for out, held in pairs]
 
 
@@ -1311,6 +1311,25 @@ def test_a_concatenation_that_pytorch_holds_anyway():
         convs, x = nn.ModuleList(nn.Conv2d(3, 8, 3) for _ in range(2)), torch.empty(4, 3, 32, 32)
         model = Net(run, convs=convs, last=nn.Conv2d(16, 1, 1))
     found = held_plainly_and_under_remat(model, x)
+    assert 0 < found[1] <= found[0]
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("after", ["a layer", "a layer with the gradient of its input", "a sum", "a product"])
+def test_the_graph_behind_a_detached_tensor_goes(after, cost):
+    def run(self, x):
+        h = self.body(x)  # alive as long as forward runs
+        detached = h.detach()
+        if after == "a sum":
+            detached = detached + self.other(x)
+        elif after == "a product":
+            detached = detached * self.other(x)
+        return self.last(detached.requires_grad_() if "gradient" in after else detached)
+
+    with torch.device("meta"):
+        body, other = nn.Sequential(block(), nn.AvgPool2d(2)), nn.Conv2d(3, 8, 2, stride=2)
+        model, x = Net(run, body=body, other=other, last=nn.Conv2d(8, 4, 1)), torch.empty(4, 3, 32, 32)
+    found = held_plainly_and_under_remat(model, x, cost)
     assert 0 < found[1] <= found[0]
 
 
@@ -1648,7 +1667,11 @@ async def a_coroutine():
     pass
 
 
-@pytest.mark.parametrize("function", [a_coroutine, 5, None])
+async def an_async_generator():
+    yield
+
+
+@pytest.mark.parametrize("function", [a_coroutine, an_async_generator, 5, None])
 def test_what_it_cannot_decorate(function):
     with pytest.raises(TypeError, match="^remat decorates a function that is not async, got "):
         remat()(function)

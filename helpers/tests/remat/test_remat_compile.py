@@ -187,6 +187,39 @@ def test_graph_breaks():
     assert counting.graphs == first > 1
 
 
+class GivenUp(nn.Module):
+    """The compiler gives up a frame in which a graph break is in a loop, or under a lock."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.kind, self.lock = block(3, 3), kind, threading.Lock()
+
+    def part(self, x):
+        y = self.layers(x)
+        dynamo.graph_break()
+        return x + y / 2
+
+    def forward(self, x):
+        if self.kind == "loop":
+            for _ in range(2):
+                x = (self.part(x) + 1) * 2 - 3
+        else:
+            with self.lock:
+                x = (self.part(x) + 1) * 2 - 3
+        return x.relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["loop", "lock"])
+def test_frames_that_the_compiler_gives_up(kind):
+    """They run as Python, and no call takes another's graph."""
+    plain, model = (GivenUp(kind).double() for _ in range(2))
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in (1, 2):
+        x = images(seed)
+        check(step(model, compiled, x, remat()), step(plain, plain, x))
+
+
 @pytest.mark.parametrize("max_cost", [0, 1000])
 @pytest.mark.parametrize("kind", ["dropout", "bernoulli", "rand", "randperm", "rrelu"])
 def test_random_numbers_are_never_drawn_again(kind, max_cost):

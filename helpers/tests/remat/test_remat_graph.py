@@ -1014,6 +1014,18 @@ def test_a_parameter_changed_after_forward_is_an_error(cost):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_parameter_that_got_other_memory_is_an_error(what):
+    """A convolution that is recomputed would take the new values."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).double()
+    with remat(max_cost=1e9):
+        out = model(X)
+    parameter = getattr(model[0], what)
+    parameter.data = 2 * parameter.data
+    with pytest.raises(RuntimeError, match=f"its {what} of shape .* was changed after forward"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("name", ["0.1.weight", "1.0.weight", "1.1.weight", "2.weight"])
 def test_one_parameter_changed_after_forward_is_an_error(name, cost):
@@ -1284,6 +1296,16 @@ def test_left_in_another_order():
     assert mode_stack() == before
     out.sum().backward()
     assert type(model(X).grad_fn).__name__ == "ConvolutionBackward0"
+
+
+def test_left_in_a_thread_that_has_not_entered():
+    """Such as one that closes a suspended generator: an error, and the thread's own modes stay."""
+    context, other = remat(), remat(max_cost=64)
+    with other:
+        before = mode_stack()
+        with pytest.raises(RuntimeError, match="empty mode stack"):
+            context.__exit__(None, None, None)
+        assert mode_stack() == before
 
 
 def test_one_object_used_again_and_in_itself():

@@ -208,11 +208,14 @@ def slack(table: Table, retained: bool) -> list[int]:
     convolution to recompute comes with the first operation whose backward leads to it. A value's gradient
     comes with the first that reads it, and leaves with the operation that made it.
     """
-    operations = [ref() for ref in table.operations]
+    while table.alive < len(table.operations) and table.operations[table.alive]() is None:
+        table.alive += 1  # of steps before this one, in a long context
+    gone = table.alive
+    operations = [None] * gone + [ref() for ref in table.operations[gone:]]
     change, seen = [0] * (len(operations) + 1), set()  # of the level, before each operation's backward
     level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them
     tensors, everything = [0] * len(operations), [0] * len(operations)  # how high each backward rises
-    for i in reversed(range(len(operations))):
+    for i in reversed(range(gone, len(operations))):
         operation = operations[i]
         stack = [] if operation is None else [*operation.needed()]
         unkept, convolutions = [v for v in stack if v.kept is None], []
@@ -244,7 +247,9 @@ def slack(table: Table, retained: bool) -> list[int]:
                 gradients[taker] = nbytes
                 level += nbytes - before
     peaks = max(tensors, default=0), max(everything, default=0)
-    return [min(peaks[0] - t, peaks[1] - e) for t, e in zip(tensors, everything, strict=True)]
+    highs = zip(tensors[gone:], everything[gone:], strict=True)
+    found = [min(peaks[0] - t, peaks[1] - e) for t, e in highs]
+    return found[:1] * gone + found
 
 
 def takers(operation) -> list[tuple[int, int]]:

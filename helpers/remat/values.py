@@ -183,6 +183,7 @@ class Table:
         # Weak references to recipes, by the storage of their weight or bias.
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations = []  # weak references, in forward's order
+        self.alive = 0  # the number of the first that is not known to be gone
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         # Of concatenations: their parts, held until it is decided whether to keep these or the whole.
         self.waiting: weakref.WeakKeyDictionary[Value, list[Tensor]] = weakref.WeakKeyDictionary()

@@ -472,6 +472,19 @@ def test_a_long_context_without_backward(cost, keep, no_collector):
     assert sizes[-1] - sizes[0] <= 3 * one
 
 
+def test_a_long_context_with_backward():
+    """A training loop in one context: backward plans for its own step, not for those that are over."""
+    model, table = network(), None
+    with remat() as record:
+        for step in range(3):
+            out = model(X).sum()
+            table = out.grad_fn.next_functions[0][0].operation.table
+            out.backward()
+            planned = len(table.operations) - table.alive
+            assert planned == len(table.operations) // (step + 1)
+    assert record.rows
+
+
 def test_models_and_outputs_are_as_they_were():
     model = network()
     before = {name: set(vars(m)) for name, m in model.named_modules()}

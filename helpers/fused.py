@@ -209,7 +209,7 @@ class FusedConvBN2d(nn.Module):
         conv, bn = self.conv, self.bn
         weight = conv.weight  # once: a parametrization computes it at each access
         y = self.output_of_no_images(input, weight)
-        m = len(input) * y.shape[2:].numel()
+        m = input.shape[0] * y.shape[2:].numel()  # not len(), which would make an exported batch size fixed
         if m == 0:  # no statistics
             return bn(conv(input))
         if not bn.training and bn.running_mean is not None:

@@ -77,7 +77,8 @@ class MemoryTrace:
 
     Raises:
         ValueError: ``device`` does not fit.
-        RuntimeError: entered while PyTorch's profiler runs, as inside another trace: there can be one.
+        RuntimeError: entered while PyTorch's profiler runs, as inside another trace: there can be one. Left
+            after the profiler was started inside, which has ended this trace.
     """
 
     def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:
@@ -116,9 +117,14 @@ class MemoryTrace:
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:
+            with record_function("mark:"):  # the last event
+                pass
             self._profile.__exit__(*exception)
             self._read_events()
             self._profile = None  # it holds every event
+            if self.mark_times.pop("", None) is None and exception[0] is None:
+                raise RuntimeError("PyTorch's profiler ran inside MemoryTrace, which has recorded nothing")
+            self.marks.pop("", None)
 
     def _read_events(self) -> None:
         results = self._profile.profiler.kineto_results

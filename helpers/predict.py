@@ -9,9 +9,10 @@ if a price is given, with the decisions of a real step. A storage counts from th
 until its last tensor is gone, in forward and in backward.
 
 The prediction covers what PyTorch and this package allocate for tensors, which is the same on every machine.
-A composite operation counts as its parts. A library's own memory (oneDNN's copies and what its LSTM keeps,
-cuDNN's workspace) depends on the algorithm that it chooses and is not counted; nor is the allocator's
-fragmentation.
+A library's own memory (oneDNN's copies and what its LSTM keeps, cuDNN's workspace) depends on the algorithm
+that it chooses and is not counted; nor are the allocator's fragmentation, the state of the random numbers
+that a checkpoint stores (5 KB), the 8 bytes of a number that autograd saves, as for ``x * 2``, and tensors
+that forward makes from Python's lists.
 """
 
 from __future__ import annotations
@@ -205,8 +206,10 @@ def predict_memory(
     """The memory of ``out = model(*inputs)`` and ``out.backward(grad)``, without running them.
 
     On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
-    ``tensor_peak``. Parameters, buffers, inputs and ``grad`` exist before and are not counted; gradients of
-    parameters are. Nothing is computed, and nothing in ``model`` changes: this runs a copy.
+    ``tensor_peak``, but that leaves out what happens inside of any operation; here a composite one, such as
+    ``F.kl_div``, counts as its parts. Parameters, buffers, inputs and ``grad`` exist before and are not
+    counted; gradients of parameters are. Nothing is computed, and nothing in ``model`` changes: this runs a
+    copy.
 
     Args:
         model: in training or eval mode, on any device, "meta" included. It may return several tensors, in
@@ -283,6 +286,8 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     """``inputs`` with a tensor without memory, in the dtype of the parameters, in place of each shape."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # a copy would talk to the other processes
+        raise ValueError("model must be the module inside of DistributedDataParallel, got the wrapper")
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     other = "inputs (other than tensors)"

@@ -551,6 +551,14 @@ def test_hooks_that_come_later_are_named(name):
         fused(torch.zeros(2, 2, 5, 5))
 
 
+def test_an_exported_layer_takes_batches_of_any_size():
+    x, size = torch.randn(4, 3, 7, 6), torch.export.Dim("size", min=2, max=64)
+    layer = FusedConvBN2d(3, 5, 3).eval()
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: size},)).module()
+    for images in (x, torch.randn(9, 3, 7, 6)):
+        torch.testing.assert_close(exported(images), layer(images))
+
+
 def test_a_norm_that_counts_no_batches():
     fused = FusedConvBN2d(2, 4, 3)
     fused.bn.num_batches_tracked = None

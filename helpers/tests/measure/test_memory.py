@@ -49,6 +49,14 @@ def test_a_trace_can_be_used_again_but_not_inside_another():
         pass
 
 
+def test_a_profiler_inside_is_an_error():
+    """It would take the trace's events, and leave zeros."""
+    with pytest.raises(RuntimeError, match="^PyTorch's profiler ran inside MemoryTrace"):
+        with MemoryTrace():
+            with torch.profiler.profile():
+                torch.empty(10)
+
+
 def test_garbage_of_an_earlier_trace_is_not_subtracted():
     class Knot:
         def __init__(self, t):

@@ -498,6 +498,10 @@ def test_max_cost_for_names_the_least():
         (lambda m: predict_memory(nn.ReLU(), (2, 3)), "model must return a tensor that requires a gradient"),
         (lambda m: largest_batch(m, 3, 1e9), "image_shape must be a shape of whole numbers from 0 on, got 3"),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
+        (
+            lambda m: predict_memory(object.__new__(nn.parallel.DistributedDataParallel), (2, 3)),
+            "model must be the module inside of DistributedDataParallel",
+        ),
         (lambda m: predict_memory(m, (2, 3), max_cost=-1), "max_cost must be a number from 0 on"),
         (
             lambda m: predict_memory(m, (2, 3), autocast=torch.float32),

@@ -24,6 +24,10 @@ NO_RULES = {
     "ban_recompute_long_fusible_chains": False,
     "ban_recompute_materialized_backward": False,
 }
+REUSED = (
+    "a graph that was compiled under remat outside of a checkpoint now runs inside one, whose recomputation "
+    "would save other tensors. Compile what calls the checkpoint instead of what it calls"
+)
 CHEAP = {aten.cat, aten.constant_pad_nd, aten.avg_pool2d, aten.max_pool2d_with_indices}
 CHEAP |= {getattr(prims, f"_low_memory_max_pool{d}_with_offsets", None) for d in ("", "2d")}
 
@@ -44,6 +48,8 @@ class ByPrice:
         self.compiler, self.price = compiler, price
 
     def __call__(self, graph, inputs):
+        if in_checkpoint():  # its recomputation runs outside of the context, and must save the same tensors
+            return self.compiler(graph, inputs)
         operations = Operations(**vars(partitioners.get_default_op_list()))
         operations.max_cost = float(self.price)
         tag = f"{torch.compiler.config.cache_key_tag} remat {self.price}"
@@ -52,7 +58,21 @@ class ByPrice:
             torch.compiler.config.patch(cache_key_tag=tag),  # the rules are no part of the cache's key
             mock.patch.object(partitioners, "get_default_op_list", lambda: operations),
         ):
-            return self.compiler(graph, inputs)
+            compiled = self.compiler(graph, inputs)
+
+        @functools.wraps(compiled)
+        def run(*args):
+            if in_checkpoint():
+                raise RuntimeError(REUSED)
+            return compiled(*args)
+
+        return run
+
+
+def in_checkpoint() -> bool:
+    """Whether a checkpoint (not the reentrant kind) is told what autograd saves."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 class Operations(partitioners.OpTypes):

@@ -168,7 +168,7 @@ class remat:  # noqa: N801
     recomputes a norm, an activation, a concatenation or a sum from what is kept. Everything else runs as
     always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
     checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler decides by the
-    same price.
+    same price; by its own rules for what is compiled inside a checkpoint.
 
     `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
     such as remat's and then leave their fast path: results differ in the last digits, and at padded

@@ -2,11 +2,13 @@
 
 import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.memory import MemoryTrace
@@ -185,6 +187,35 @@ def test_graph_breaks():
     for _ in range(2):
         check(step(model, compiled, x, remat()), step(plain, plain, x))
     assert counting.graphs == first > 1
+
+
+class Checkpointed(nn.Module):
+    """A compiled block, in a checkpoint or not."""
+
+    def __init__(self, backend):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 3, 3), nn.MaxPool2d(3, 1, 1), nn.Conv2d(3, 3, 3))
+        self.block = torch.compile(self.layers, backend=backend) if backend else self.layers
+
+    def forward(self, x, inside=True):
+        return checkpoint(self.block, x, use_reentrant=False) if inside else self.block(x)
+
+
+@pytest.mark.parametrize("max_cost", [0, 1000])
+@pytest.mark.parametrize("backend", ["aot_eager", PARTITION])
+def test_a_checkpoint_around_a_compiled_block(backend, max_cost):
+    """The recomputation, which runs outside of the context, saves what forward has saved."""
+    plain, model = Checkpointed(None).double(), Checkpointed(backend).double()
+    for seed in (1, 2):
+        x = images(seed)
+        check(step(model, model, x, remat(max_cost)), step(plain, plain, x))
+    outside = partial(model, inside=False)
+    check(step(model, outside, x, remat(max_cost)), step(plain, plain, x))
+    dynamo.reset()
+    check(step(model, outside, x, remat(max_cost)), step(plain, plain, x))
+    with pytest.raises(RuntimeError, match="compiled under remat outside of a checkpoint"):
+        step(model, model, x, remat(max_cost))
 
 
 class GivenUp(nn.Module):

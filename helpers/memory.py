@@ -117,8 +117,7 @@ class MemoryTrace:
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:
-            with record_function("mark:"):  # the last event
-                pass
+            self.mark("")  # the last event
             self._profile.__exit__(*exception)
             self._read_events()
             self._profile = None  # it holds every event

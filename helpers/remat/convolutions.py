@@ -106,8 +106,8 @@ class Convolve(Recipe):
 
     def run(self, out, a):
         for name, t, state in zip(("weight", "bias"), self.parameters, self.states, strict=False):
-            if state_of(t) != state:
-                what = "freed" if state_of(t)[:2] == state[:2] else "changed"
+            if (now := state_of(t)) != state:
+                what = "freed" if now[:2] == state[:2] else "changed"
                 raise RuntimeError(
                     f"{self.name} must be recomputed in backward, but its {name} of shape {tuple(t.shape)} "
                     f"was {what} after forward. Run backward before that, or use remat(max_cost=0), which "

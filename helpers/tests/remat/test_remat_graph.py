@@ -474,7 +474,7 @@ def test_a_long_context_without_backward(cost, keep, no_collector):
 
 def test_a_long_context_with_backward():
     """A training loop in one context: backward plans for its own step, not for those that are over."""
-    model, table = network(), None
+    model = network()
     with remat() as record:
         for step in range(3):
             out = model(X).sum()

@@ -170,6 +170,22 @@ def batch_norm(
     return run
 
 
+def synchronised_norm(mode: Mode, function, args, kwargs):
+    """The last step of nn.SyncBatchNorm's function, whose node holds ``input``: with these statistics."""
+    z = leave(mode, function, args, kwargs)
+    with torch.enable_grad():  # inside of a function it is off
+        watched = quiet() and not kwargs
+    if watched and plain(*args[:3]) and args[0].requires_grad and mode.table.is_safe(args[0]):
+        input, *tensors, eps = args
+        table, value, copies = mode.table, mode.table.find(input), [ops.copy_of(t) for t in tensors]
+        table.count_plain(value)
+        if value.kept is None:
+            table.keep_whole(value, input)
+        recipe = ops.Again("norm", lambda y: function(y, *copies, eps), 1.0, tensors[0])
+        table.note(z, recipe, (value,), in_function=True)
+    return z
+
+
 def activation(mode: Mode, function, u, /, *args, **kwargs):
     fit(plain(u) and u.requires_grad and u.numel() > 0 and u.dim() > 1 and mode.table.is_safe(u))
     kind, in_place = activation_of(function, args, tuple(kwargs.items()))
@@ -467,6 +483,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), RESIZE),
     F.pad: handler(pad),
     F.batch_norm: handler(batch_norm),
+    torch.batch_norm_elemt: synchronised_norm,
     F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),
     F.layer_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
     F.instance_norm: again(

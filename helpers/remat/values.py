@@ -215,7 +215,7 @@ class Table:
     def find(self, t: Tensor) -> Value:
         """The value of ``t``; a new one, without a recipe or as part of another, if ``t`` is unknown."""
         entry = self._storages.get(id(t.untyped_storage()))
-        ref = entry and entry[1].get(key_of(t))
+        ref = entry and entry[1].get(key_of(t, t.is_leaf))
         return (ref and ref()) or self.note(t, *self._part(t))
 
     def follow(self, t: Tensor) -> None:
@@ -241,17 +241,20 @@ class Table:
                     return Part(t.shape, t.stride(), offset, not per_image), (whole,)
         return None, ()
 
-    def note(self, t: Tensor, recipe: Recipe | None, parents: tuple[Value, ...], operation=None) -> Value:
+    def note(
+        self, t: Tensor, recipe: Recipe | None, parents: tuple[Value, ...], operation=None, in_function=False
+    ) -> Value:
         """``t`` was made by this recipe, which lives as long as the operation's node, or else as ``t``.
 
-        Without a recipe, of an operation that cannot run again, the record still tells what made it.
+        Without a recipe, of an operation that cannot run again, the record still tells what made it. What an
+        autograd.Function is about to return (``in_function``) will have a graph behind it.
         """
         value, storage = Value(t, recipe, parents, len(self.operations)), t.untyped_storage()
         storages, key = self._storages, id(storage)
         entry = storages.get(key)
         if entry is None:
             entry = storages[key] = weakref.ref(storage, lambda _: storages.pop(key, None)), {}
-        entry[1][key_of(t)] = weakref.ref(value)
+        entry[1][key_of(t, not in_function and t.is_leaf)] = weakref.ref(value)
         if operation is None:
             living, number = self._living, id(value)
             living[number], value.live = value, weakref.ref(t, lambda _: living.pop(number, None))
@@ -416,6 +419,6 @@ def is_window(t: Tensor) -> bool:
     return t.untyped_storage().nbytes() > 2 * t.nbytes
 
 
-def key_of(t: Tensor) -> tuple:
+def key_of(t: Tensor, leaf: bool) -> tuple:
     """Position, form and version of a tensor within its storage, and whether it has no graph behind it."""
-    return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version, t.is_leaf
+    return t.storage_offset(), t.shape, t.stride(), t.dtype, t._version, leaf

@@ -2,7 +2,7 @@
 
 from .batch_norm import batch_norm_backward, batch_norm_forward, batch_stats, update_running_stats
 from .conv import conv2d_backward
-from .fused import FusedConvBN2d, FusedConvBN2dFunction
+from .fused import FusedConvBN2d, FusedConvBN2dFunction, Settings
 from .predict import Prediction, largest_batch, max_cost_for, predict_memory
 from .remat import remat
 from .remat.compare import Comparison, compare
@@ -12,6 +12,7 @@ __all__ = [
     "FusedConvBN2d",
     "FusedConvBN2dFunction",
     "Prediction",
+    "Settings",
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_stats",

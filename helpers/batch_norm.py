@@ -200,7 +200,7 @@ def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
     """Raise a ValueError unless these fit: a batch of images, ε, and a value for each channel."""
     check_images("input", input)
     if isinstance(eps, bool) or not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
-        raise ValueError(f"eps must be a number from 0 on, got {eps!r}")
+        raise ValueError(f"eps must be a number, at least 0, got {eps!r}")
     check_vectors(input.shape[1], input.device, **vectors)
 
 
@@ -248,7 +248,7 @@ def update_running_stats(
         if vectors[name].numel() > 1 and not vectors[name].stride(0):
             raise ValueError(f"{name} must have memory for each value, got an expanded tensor")
     if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
-        raise ValueError(f"m must be a whole number of values from 1 on, got {m!r}")
+        raise ValueError(f"m must be a whole number of values, at least 1, got {m!r}")
     check_momentum(momentum)
     with torch.no_grad():
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)

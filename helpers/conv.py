@@ -24,12 +24,13 @@ def conv2d_backward(
 
     With dy = ``grad_out``, x = ``input``, w = ``weight``, stride s, padding p, dilation d::
 
-        dx[n,c,a,b] = sum of  w[o,c,k,l] dy[n,o,i,j]  over s i + d k - p = a, s j + d l - p = b
-        dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j]  x[n, c, s i + d k - p, s j + d l - p]
+        dx[n,c,a,b] = sum over (o,i,j,k,l) of  w[o,c,k,l] dy[n,o,i,j],  s i + d k - p = a, s j + d l - p = b
+        dw[o,c,k,l] = sum over (n,i,j) of  dy[n,o,i,j] x[n, c, s i + d k - p, s j + d l - p]
         db[o]       = sum over (n,i,j) of  dy[n,o,i,j]
 
-    for groups = 1; with more, c counts within the group of o. The library's own backward computes them;
-    the derivation is chapter 2 (the index arithmetic: Dumoulin & Visin 2016, arXiv:1603.07285).
+    for groups = 1; with more, o runs over the group of c, and w's second index counts within it. The
+    library's own backward computes them; the derivation is chapter 2 (the index arithmetic: Dumoulin &
+    Visin 2016, arXiv:1603.07285).
 
     Args:
         grad_out: (N, C_out, H_out, W_out), the dtype and device of ``input``. Never written to.

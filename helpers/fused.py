@@ -31,7 +31,7 @@ from .batch_norm import (
 )
 from .conv import conv2d_backward
 
-__all__ = ["FusedConvBN2d", "FusedConvBN2dFunction"]
+__all__ = ["FusedConvBN2d", "FusedConvBN2dFunction", "Settings"]
 
 TWICE = (
     b"FusedConvBN2d has first derivatives only; where you need second ones, call its two modules instead, "
@@ -148,8 +148,9 @@ class FusedConvBN2dFunction(torch.autograd.Function):
             grads = fused_backward(*made_from, ctx.settings, needs[:2])
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         if torch.is_grad_enabled():  # with create_graph=True
-            # PyTorch's once_differentiable would raise only if dz has a graph. For the loss z.sum() it has
-            # none, and the missing second derivative would silently count as 0.
+            # PyTorch's once_differentiable would raise only if dz has a graph, which it has not for the loss
+            # z.sum(), and only where backward runs the whole graph. Else the missing second derivative would
+            # silently count as 0.
             tensors = [t for t in (*grads, *made_from) if t is not None]
             guarded = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
             grads = [grad if grad is None else next(guarded) for grad in grads]
@@ -263,7 +264,7 @@ class FusedConvBN2d(nn.Module):
 
 def check_slab_size(slab_size) -> None:
     if slab_size not in (None, "batch") and (type(slab_size) is not int or slab_size < 1):
-        allowed = 'None, "batch" or a number of images from 1 on'
+        allowed = 'None, "batch" or a number of images, at least 1'
         raise ValueError(f"slab_size must be {allowed}, got {slab_size!r}")
 
 

@@ -77,8 +77,8 @@ class MemoryTrace:
 
     Raises:
         ValueError: ``device`` does not fit.
-        RuntimeError: entered while PyTorch's profiler runs, as inside another trace: there can be one. Left
-            after the profiler was started inside, which has ended this trace.
+        RuntimeError: on entry, if PyTorch's profiler is running already, as it is inside another trace; on
+            exit, if the profiler was started inside, because that ended this trace.
     """
 
     def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:

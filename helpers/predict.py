@@ -205,11 +205,11 @@ def predict_memory(
 ) -> Prediction:
     """The memory of ``out = model(*inputs)`` and ``out.backward(grad)``, without running them.
 
-    On a CPU these are the bytes that `helpers.memory.MemoryTrace` would count at the end of forward, and as
-    ``tensor_peak``, but that leaves out what happens inside of any operation; here a composite one, such as
-    ``F.kl_div``, counts as its parts. Parameters, buffers, inputs and ``grad`` exist before and are not
-    counted; gradients of parameters are. Nothing is computed, and nothing in ``model`` changes: this runs a
-    copy.
+    On a CPU ``forward`` is what `helpers.memory.MemoryTrace` counts at the end of forward, and ``peak`` is
+    its ``tensor_peak``, with one difference: a composite operation, such as ``F.kl_div``, counts here as its
+    parts, while the trace sees only what there is between operations. Parameters, buffers, inputs and
+    ``grad`` exist before and are not counted; gradients of parameters are. Nothing is computed, and nothing
+    in ``model`` changes: this runs a copy.
 
     Args:
         model: in training or eval mode, on any device, "meta" included. It may return several tensors, in
@@ -221,7 +221,8 @@ def predict_memory(
 
     Raises:
         ValueError: an argument that does not fit, or a model that cannot be copied or asks for values, as in
-            ``if x.sum() > 0``; what PyTorch or the model raise for these shapes.
+            ``if x.sum() > 0``.
+        PyTorch's or the model's own error: shapes that the model does not take.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
     return predicted(model, inputs, max_cost, autocast, device_type)[0]
@@ -297,14 +298,14 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
 def checked(name: str, shape):
     """``shape``, or a ValueError if it is none."""
     if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{name} must be a shape of whole numbers from 0 on, got {shape!r:.80}")
+        raise ValueError(f"{name} must be a shape of whole numbers, at least 0, got {shape!r:.80}")
     return shape
 
 
 def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> tuple[int, float]:
     """Bytes of a step and of all that is there before it, as `largest_batch` lists it; and the next price."""
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
-        raise ValueError(f"optimizer_copies must be an int from 0 on, got {optimizer_copies!r}")
+        raise ValueError(f"optimizer_copies must be an int, at least 0, got {optimizer_copies!r}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     there = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
     prediction, next_cost = predicted(model, inputs, **how)

@@ -31,7 +31,7 @@ class Comparison:
             1/100 of the largest gradient's, since a bias before a batch norm gets only rounding errors.
         rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
             random numbers or does not run in float64.
-        held, peak: bytes that a step adds, at the end of forward and at the most.
+        held, peak: bytes that a step adds, at the end of forward and at its highest moment.
         seconds: of a step; medians.
     """
 
@@ -79,7 +79,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"rounds must be an int from 1 on, got {rounds!r}")
+        raise ValueError(f"rounds must be an int, at least 1, got {rounds!r}")
     check_outside("compare")
     contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]

@@ -163,33 +163,36 @@ class remat:  # noqa: N801
         loss.backward()
         print(record.names(model))
 
-    Also a decorator: ``@remat(max_cost=64)``. Forward is PyTorch's, bit for bit. Convolutions, norms,
-    activations, products, poolings, paddings and dropout get nodes that keep inputs as *recipes*: backward
-    recomputes a norm, an activation, a concatenation or a sum from what is kept. Everything else runs as
-    always: other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a
-    checkpoint, other threads. Nothing in the model changes. Under torch.compile the compiler decides by the
-    same price; by its own rules for what is compiled inside a checkpoint.
+    Also a decorator: ``@remat(max_cost=64)``. Forward is PyTorch's, bit for bit. Convolutions, linear
+    layers, norms, activations, products, poolings, paddings and dropout get nodes that keep inputs as
+    *recipes*: backward recomputes a norm, an activation, a concatenation or a sum from what is kept.
+    Everything else runs as always: other operations, ``no_grad``, torch.func, tracing, regions with
+    saved-tensor hooks such as a checkpoint, other threads. Nothing in the model changes. Under torch.compile
+    the compiler decides by the same price; by its own rules for what is compiled inside a checkpoint.
 
     `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
     such as remat's and then leave their fast path: results differ in the last digits, and at padded
     positions, where the fast path writes zeros. Run a frozen encoder before the context.
 
-    remat does not see writes without a version (``weight.data.mul_()``, a fused optimizer's step) after the
-    context, in a backward inside it, through aliases taken before it or by ``Tensor.set_``, in TorchScript or
-    a torch.func transform, through the older ``torch.utils.dlpack.to_dlpack`` or, in PyTorch 2.9, by
-    ``torch.distributed.broadcast``: a recomputed value then takes the new values. A hook on a node of the
-    graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``) is called for remat's
-    node, which may have other inputs. A `TorchFunctionMode` around remat's context sees what remat calls, not
-    what the model does. Compiled autograd is an error.
+    Autograd counts the changes of a tensor in place, but not all: ``weight.data.mul_()`` and a fused
+    optimizer's step are not counted. remat does not notice such a write, and recomputes with the new values,
+    if it happens after the context or in a backward inside it; through an alias taken before the context, or
+    by ``Tensor.set_``; in TorchScript or a torch.func transform; through the older
+    ``torch.utils.dlpack.to_dlpack``; or, in PyTorch 2.9, by ``torch.distributed.broadcast``.
+
+    A hook on a node of the graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``)
+    is called for remat's node, which may have other inputs. A `TorchFunctionMode` around remat's context sees
+    what remat calls, not what the model does. Compiled autograd is an error.
 
     Args:
-        max_cost: multiplications per value that backward may repeat, a number from 0 on. A convolution costs
-            C_in / groups · kH · kW per value, a recipe the sum over everything on its path that is not kept.
-            At 0 no convolution is computed twice; 64 allows a 1x1 convolution of 64 channels. It is a limit:
-            what is at the end of a long path, or small and very expensive, is kept at any price (chapter 8).
+        max_cost: multiplications per value that backward may repeat, at least 0. A convolution costs C_in /
+            groups · kH · kW per value of its output. A value costs the multiplications of all convolutions
+            and linear layers that must run again for it, divided by its number of values. At 0 no convolution
+            is computed twice; 64 allows a 1x1 convolution of 64 channels. It is a limit: what is at the end
+            of a long path, or small and very expensive, is kept at any price (chapter 8).
 
     Raises:
-        ValueError: ``max_cost`` is no number from 0 on.
+        ValueError: ``max_cost`` is no number, or below 0.
         RuntimeError: in backward, if a needed value was changed in place after forward, if the weight or bias
             of a convolution to recompute was changed or is gone, or if a gradient is differentiated again.
     """
@@ -197,7 +200,7 @@ class remat:  # noqa: N801
     def __init__(self, max_cost: float = 0) -> None:
         if isinstance(max_cost, bool) or not isinstance(max_cost, numbers.Real) or not max_cost >= 0:
             raise ValueError(
-                f"max_cost must be a number from 0 on, multiplications per value; got {max_cost!r}"
+                f"max_cost must be a number of multiplications per value, at least 0, got {max_cost!r}"
             )
         self.max_cost = max_cost
 

@@ -40,7 +40,7 @@ def check_only_input(answer):
     """The least price at which three convolutions keep their input alone."""
     for c_in, width, c_out, stride in ((16, 4, 16, 1), (16, 4, 16, 2), (7, 8, 7, 2), (8, 8, 3, 1)):
         (got,) = numbers([attempted(answer(c_in, width, c_out, stride))])
-        require(got >= 0 and got.is_integer(), f"return an integer from 0 on, got {got}")
+        require(got >= 0 and got.is_integer(), f"return an integer, at least 0, got {got}")
         layers = nn.Conv2d(c_in, width, 1), nn.Conv2d(width, width, 3, stride, 1), nn.Conv2d(width, c_out, 1)
         case = f"{c_in} channels in, {width} inside, {c_out} out, stride {stride}: at {got:.0f} "
         kept = ", ".join(kept_values(layers, got))

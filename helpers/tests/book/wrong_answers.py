@@ -86,9 +86,9 @@ WRONG = {
     # From here on: the chapters that measure.
     "05": {
         "check_lower_peak": [
-            ("self.conv_bn2(x), inplace=True", "self.conv_bn2(x)", "the peak was 4.17 times y2 and is 4.17"),
-            ("F.relu(self.conv_bn1(x), inplace=True)", "self.conv_bn1(x)", "the output: Tensor-likes"),
-            ("self.conv_bn2(x), inplace", "self.conv_bn2(x.detach()), inplace", "Missing keys"),
+            ("self.conv_bn2(x)", "F.relu(self.conv_bn2(x))", "the peak was 4.17 times y2 and is 4.17"),
+            ("F.relu(self.conv_bn1(x))", "self.conv_bn1(x)", "the output: Tensor-likes"),
+            ("self.conv_bn2(x)", "self.conv_bn2(x.detach())", "Missing keys"),
         ],
         "check_pool": [
             ("position.to(torch.uint8)", "position", "8.0 bytes a value are kept"),

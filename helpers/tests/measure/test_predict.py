@@ -493,16 +493,22 @@ def test_max_cost_for_names_the_least():
         (lambda m: predict_memory(print, (2, 3)), r"model must be a torch.nn.Module, got <class 'builtin"),
         (lambda m: predict_memory(m), r".*missing 1 required positional argument: 'input'"),
         (lambda m: predict_memory(m, "23"), r"inputs \(other than tensors\) must be a shape .* got '23'"),
-        (lambda m: predict_memory(m, (2, -3)), r"inputs .* must be a shape .* from 0 on, got \(2, -3"),
+        (lambda m: predict_memory(m, (2, -3)), r"inputs .* must be a shape .* at least 0, got \(2, -3"),
         (lambda m: predict_memory(m, {"x": (2, 3)}), "inputs .* must be a shape .* got {'x'"),
         (lambda m: predict_memory(nn.ReLU(), (2, 3)), "model must return a tensor that requires a gradient"),
-        (lambda m: largest_batch(m, 3, 1e9), "image_shape must be a shape of whole numbers from 0 on, got 3"),
+        (
+            lambda m: largest_batch(m, 3, 1e9),
+            "image_shape must be a shape of whole numbers, at least 0, got",
+        ),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
         (
             lambda m: predict_memory(object.__new__(nn.parallel.DistributedDataParallel), (2, 3)),
             "model must be the module inside of DistributedDataParallel",
         ),
-        (lambda m: predict_memory(m, (2, 3), max_cost=-1), "max_cost must be a number from 0 on"),
+        (
+            lambda m: predict_memory(m, (2, 3), max_cost=-1),
+            "max_cost must be a number of multiplications",
+        ),
         (
             lambda m: predict_memory(m, (2, 3), autocast=torch.float32),
             "autocast must be None, torch.bfloat16",
@@ -516,7 +522,7 @@ def test_max_cost_for_names_the_least():
             "memory must be a finite number of bytes above 0, got -1",
         ),
         (lambda m: max_cost_for(m, (2, 3), memory="16 GiB"), "memory must be a finite number"),
-        (lambda m: largest_batch(m, (3,), 1e9, -1), "optimizer_copies must be an int from 0 on, got -1"),
+        (lambda m: largest_batch(m, (3,), 1e9, -1), "optimizer_copies must be an int, at least 0, got -1"),
         (lambda m: largest_batch(m, (3,), math.inf), "memory must be a finite number of bytes above 0"),
     ],
 )

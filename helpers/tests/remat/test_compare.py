@@ -244,8 +244,11 @@ def test_inside_of_inference_mode():
     ("call", "message"),
     [
         (lambda: compare(len, IMAGES), "model must be a torch.nn.Module, got <class 'builtin"),
-        (lambda: compare(network(), IMAGES, rounds=0), "rounds must be an int from 1 on, got 0"),
-        (lambda: compare(network(), IMAGES, max_cost=-1), "max_cost must be a number from 0 on"),
+        (lambda: compare(network(), IMAGES, rounds=0), "rounds must be an int, at least 1, got 0"),
+        (
+            lambda: compare(network(), IMAGES, max_cost=-1),
+            "max_cost must be a number of multiplications",
+        ),
         (
             lambda: compare(nn.ReLU(), IMAGES),
             "model must return a tensor that requires a gradient, got one without a gradient",

@@ -226,14 +226,14 @@ class FusedConvBN2d(nn.Module):
             # y: the very tensor that this layer avoids keeping.
             run = torch.compiler.disable(run)
         z, mean, var = run(x, weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
-        if bn.training and bn.track_running_stats:
-            momentum = bn.momentum
-            if momentum is None:
-                momentum = (bn.num_batches_tracked + 1).to(bn.running_mean.dtype).reciprocal()
+        if bn.training and bn.track_running_stats and bn.running_mean is not None:
+            counter, momentum = bn.num_batches_tracked, bn.momentum
+            if momentum is None:  # PyTorch's share without a counter is 0
+                momentum = 0.0 if counter is None else (counter + 1).to(bn.running_mean.dtype).reciprocal()
             mean = mean if conv.bias is None else mean + conv.bias.detach()
             update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.add_(1)
+            if counter is not None:
+                counter.add_(1)
         return z
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ The prediction covers what PyTorch and this package allocate for tensors, which 
 A library's own memory (oneDNN's copies and what its LSTM keeps, cuDNN's workspace) depends on the algorithm
 that it chooses and is not counted; nor are the allocator's fragmentation, the state of the random numbers
 that a checkpoint stores (5 KB), the 8 bytes of a number that autograd saves, as for ``x * 2``, and tensors
-that forward makes from Python's lists.
+that forward makes from Python's lists. The backward of a few operations takes another way for tensors
+without values, and more memory: ``cumprod``, ``prod``, ``nan_to_num``, ``clamp`` by tensors, and ``max``,
+``min`` and ``median`` of a whole tensor. That of ``var_mean`` and ``std_mean`` counts one tensor too few.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
-from .remat.compare import check_outside, deep_copy, ends_of
+from .remat.compare import check_outside, deep_copy, ends_of, same_numbers_again
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -68,7 +70,7 @@ class Held(TorchDispatchMode):
     def __init__(self, block: int = 1) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self.block, self.known, self.ignored, self.waiting = block, set(), set(), None
+        self.block, self.known, self.ignored, self.waiting = block, set(), {}, None
         self.in_linear = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -130,9 +132,9 @@ class Held(TorchDispatchMode):
         self.held -= nbytes
 
     def ignore(self, *tensors: Tensor) -> None:
-        """These exist before the step. They must outlive the counting."""
-        self.ignored.update(t.untyped_storage()._cdata for t in tensors)
-        self.known |= self.ignored
+        """These exist before the step. Their storages live on, so that no new one gets the number of one."""
+        self.ignored |= {(storage := t.untyped_storage())._cdata: storage for t in tensors}
+        self.known |= self.ignored.keys()
 
 
 class Linears(TorchFunctionMode):
@@ -208,8 +210,8 @@ def predict_memory(
     On a CPU ``forward`` is what `helpers.memory.MemoryTrace` counts at the end of forward, and ``peak`` is
     its ``tensor_peak``, with one difference: a composite operation, such as ``F.kl_div``, counts here as its
     parts, while the trace sees only what there is between operations. Parameters, buffers, inputs and
-    ``grad`` exist before and are not counted; gradients of parameters are. Nothing is computed, and nothing
-    in ``model`` changes: this runs a copy.
+    ``grad`` exist before and are not counted; gradients of parameters are, as after ``zero_grad()``. Nothing
+    is computed, and nothing in ``model`` changes: this runs a copy, without the parameters' hooks.
 
     Args:
         model: in training or eval mode, on any device, "meta" included. It may return several tensors, in
@@ -251,13 +253,15 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
     def fake(t: Tensor) -> Tensor:
         how = {"dtype": t.dtype, "device": device, "requires_grad": t.requires_grad}
         with fakes:
-            return torch.empty_strided(t.shape, t.stride(), **how)
+            made = torch.empty_strided(t.shape, t.stride(), **how)
+        made._is_param = isinstance(t, nn.Parameter)
+        return made
 
-    model, args = fake_copy(model, fake), [fake(t) for t in inputs]
+    model, args = fake_copy(model, inputs, fake)
     held.ignore(*model.parameters(), *model.buffers(), *args)
     with fakes:
         try:
-            with held, precision, Linears(held), recomputation as record:
+            with same_numbers_again(), held, precision, Linears(held), recomputation as record:
                 out = model(*args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
@@ -269,18 +273,19 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
     return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost
 
 
-def fake_copy(model: nn.Module, fake: Callable[[Tensor], Tensor]) -> nn.Module:
-    """A copy of ``model`` with fake parameters and buffers: what forward changes or stores, it does there.
+def fake_copy(model: nn.Module, inputs: list[Tensor], fake: Callable[[Tensor], Tensor]) -> tuple:
+    """Copies of ``model`` and ``inputs`` with fake tensors: what forward changes or stores, it does there.
 
-    Single whole numbers stay real: a batch norm without momentum divides by its counter.
+    Single whole numbers stay real: a batch norm without momentum divides by its counter. So do constants on
+    a CPU that are no buffers, unless they are computed, as by an older weight_norm: these cannot be copied.
     """
     attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-    computed = (t for t in attributes if not t.is_leaf)  # by an older weight_norm: it could not be copied
-    copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers(), *computed)}
+    others = (t for t in attributes if not (t.is_leaf and t.is_cpu))
+    copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers(), *others, *inputs)}
     for t in model.buffers():
         if t.dim() == 0 and not t.is_floating_point():
             copies[id(t)] = torch.ones_like(t, device="cpu") if t.is_meta else t.detach().cpu().clone()
-    return deep_copy("model", model, copies)
+    return deep_copy("model", (model, inputs), copies)
 
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
@@ -289,6 +294,11 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
         raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
     if isinstance(model, nn.parallel.DistributedDataParallel):  # a copy would talk to the other processes
         raise ValueError("model must be the module inside of DistributedDataParallel, got the wrapper")
+    for part in model.modules():
+        scripted = isinstance(part, torch.jit.ScriptModule)
+        if scripted or part._compiled_call_impl or hasattr(part, "_orig_mod"):  # torch.compile's wrapper
+            got = f"a compiled {type(part).__name__}, and what a compiler keeps is not known before"
+            raise ValueError(f"model must be one that PyTorch runs operation by operation, got {got}")
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     other = "inputs (other than tensors)"
@@ -307,7 +317,7 @@ def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, 
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
         raise ValueError(f"optimizer_copies must be an int, at least 0, got {optimizer_copies!r}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    there = sum(t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs))
+    there = sum({t: t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs)}.values())
     prediction, next_cost = predicted(model, inputs, **how)
     return there + optimizer_copies * trained + prediction.peak, next_cost
 

@@ -7,7 +7,9 @@ import copy
 import dataclasses
 import functools
 import math
+import random
 import statistics
+import sys
 import time
 from typing import NamedTuple
 
@@ -62,9 +64,9 @@ class Comparison:
 def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **kwargs) -> Comparison:
     """Run ``model(*inputs, **kwargs)`` and its backward, plainly and under ``remat(max_cost)``.
 
-    Each step runs on a deep copy of the model and of its arguments, from the same random numbers of PyTorch;
-    backward starts from all tensors returned, with random gradients. The originals do not change, even if the
-    model raises. Under ``torch.autocast`` both run in autocast.
+    Each step runs on a deep copy of the model and of its arguments, from the same random numbers; backward
+    starts from all tensors returned, with random gradients. The originals do not change, nor do the
+    generators, even if the model raises. Under ``torch.autocast`` both run in autocast.
 
     Args:
         model: on any device that `MemoryTrace` can measure. It may return tensors in lists, tuples, dicts and
@@ -130,7 +132,8 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+    fork = torch.random.fork_rng(others, device_type=device.type if others else "cuda")
+    with fork, same_numbers_again():
         before, since = random_state(device), clock(device)
         with trace or contextlib.nullcontext():
             with context or contextlib.nullcontext():
@@ -142,7 +145,7 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
                 noise = torch.Generator().manual_seed(0)
                 start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
             torch.autograd.backward(ends, start)
-        seconds, fixed = clock(device) - since, all(map(torch.equal, before, random_state(device)))
+        seconds, fixed = clock(device) - since, before == random_state(device)
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
     return Step(values, grads, start, fixed, seconds)
@@ -171,9 +174,24 @@ def same(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.shape == q.shape and torch.allclose(p, q, 0, 0, equal_nan=True)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> tuple:
+    """Of all generators, to be compared."""
     own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
-    return [torch.get_rng_state(), *own]
+    arrays = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else ()
+    return random.getstate(), str(arrays), *[t.tolist() for t in (torch.get_rng_state(), *own)]
+
+
+@contextlib.contextmanager
+def same_numbers_again():
+    """Afterwards the generators of Python and NumPy are as before; PyTorch's have ``fork_rng``."""
+    numbers, numpy = random.getstate(), sys.modules.get("numpy")
+    arrays = numpy and numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(numbers)
+        if numpy:
+            numpy.random.set_state(arrays)
 
 
 def clock(device: torch.device) -> float:

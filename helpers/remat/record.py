@@ -33,6 +33,8 @@ class Record:
 
     def names(self, model: nn.Module) -> Record:
         """Show the names of ``model``'s parameters as the origin of each row. Returns the record."""
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
         self._names.update((id(p), name) for name, p in model.named_parameters())
         return self
 

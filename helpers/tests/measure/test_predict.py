@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import math
+import random
 import threading
 import warnings
 
@@ -334,6 +335,72 @@ def older_weight_norm():
         layer = nn.utils.weight_norm(nn.Linear(4, 4))
     layer(torch.ones(2, 4))  # now its weight is the result of a computation
     return layer
+
+
+class Once(nn.Module):
+    """Joins its two inputs, unless they are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, a, b):
+        return self.layer(a if a is b else torch.cat([a, b]))
+
+
+class Tied(nn.Module):
+    """Its weights become one in forward; it takes another way where a parameter is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, a, b):
+        self.last.weight = self.first.weight
+        return self.last(self.first(a)) if isinstance(self.last.weight, nn.Parameter) else b * a
+
+
+def test_a_tensor_stays_one_and_a_parameter_one():
+    once, x, y = Once(), torch.randn(3, 8), torch.randn(3, 8)
+    assert predict_memory(once, x, x) == measure(functools.partial(once, x), x)
+    assert predict_memory(once, x, y) == measure(functools.partial(once, x), y) > predict_memory(once, x, x)
+    assert predict_memory(Tied(), x, y) == measure(functools.partial(Tied(), x), y)
+    memory = predict_memory(once, x, x).peak + x.nbytes + 2 * (8 * 8 + 8) * 4
+    assert max_cost_for(once, x, x, memory=memory, device_type="cpu") == 0
+
+
+def test_a_constant_on_another_device():
+    class Scaled(nn.Module):
+        def __init__(self, device):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 4, device=device), torch.ones(4, device=device)
+
+        def forward(self, x):
+            return self.layer(x) * self.scale
+
+    assert predict_memory(Scaled("meta"), (2, 4)) == predict_memory(Scaled("cpu"), (2, 4))
+    assert predict_memory(Scaled("meta"), (2, 4), device_type="cuda").peak
+
+
+def test_a_compiled_model_is_named():
+    compiled = nn.Sequential(nn.Linear(2, 2))
+    compiled.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    for model in (torch.compile(nn.Linear(2, 2)), compiled, scripted, nn.Sequential(scripted)):
+        with pytest.raises(ValueError, match="^model must be one that PyTorch runs operation by operation"):
+            predict_memory(model, (3, 2))
+
+
+def test_other_generators_stay_as_they_are():
+    class Drawing(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * random.random()
+
+    before = random.getstate()
+    predict_memory(Drawing(2, 2), (3, 2))
+    assert random.getstate() == before
 
 
 @pytest.mark.parametrize("make", [Cache, two_names, older_weight_norm])

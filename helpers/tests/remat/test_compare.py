@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import random
 import threading
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,18 @@ def test_random_numbers_are_the_same():
     assert found.rounding == 0 and found.difference < 1e-5
 
 
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_numbers_of_other_generators_are_the_same(draw):
+    """As of a stochastic depth by Python's generator."""
+    random.seed(0)
+    np.random.seed(0)
+    before = random.getstate(), str(np.random.get_state())
+    model = Model(lambda net, x: net(x * draw()) if draw() < 0.5 else net(x + draw()))
+    found = compare(model, IMAGES, rounds=1)
+    assert found.equal and found.reference == "a second run" and found.rounding == 0
+    assert before == (random.getstate(), str(np.random.get_state()))
+
+
 def test_a_model_that_knows_no_float64():
     found = compare(Model(lambda net, x: net(x) @ torch.ones(12, 2)), IMAGES, rounds=1)
     assert found.equal and found.reference == "a second run"
@@ -170,7 +184,7 @@ def test_everything_is_as_it_was(fails):
     x, values = IMAGES.clone().requires_grad_(), grad.clone()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     buffers, training = list(model.buffers()), [m.training for m in model.modules()]
-    random = torch.get_rng_state()
+    numbers = torch.get_rng_state()
     if fails:
         with pytest.raises(LookupError):
             compare(model, x, rounds=1)
@@ -181,7 +195,7 @@ def test_everything_is_as_it_was(fails):
     assert [m.training for m in model.modules()] == training
     assert first.grad is grad and torch.equal(grad, values) and second.grad is None
     assert x.grad is None and torch.equal(x, IMAGES)
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), numbers)
 
 
 def test_a_tensor_that_is_passed_twice_and_changed_in_place():

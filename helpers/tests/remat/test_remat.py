@@ -1655,6 +1655,8 @@ def test_record():
     assert len(again) == 2 and all(row.nbytes == math.prod(row.shape) * 4 for row in again)
     text = str(record.names(model))
     assert "1.0" in text and "conv2d" in text and "relu" in text and "recomputed" in text
+    with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got <class 'str'>"):
+        record.names("model")
 
 
 @pytest.mark.parametrize("max_cost", [-1, float("nan"), True, "3", None, [0], 1j, -float("inf")])

@@ -180,10 +180,9 @@ def batch_norm_backward(
     """
     check_norm(input, eps, mean=mean, var=var, weight=weight)
     check_images("grad_out", grad_out)
-    if grad_out.shape != input.shape:
-        raise ValueError(
-            f"grad_out must have input's shape {tuple(input.shape)}, got {tuple(grad_out.shape)}"
-        )
+    if (grad_out.shape, grad_out.device) != (input.shape, input.device):
+        wanted, got = (f"{tuple(t.shape)} on {t.device}" for t in (input, grad_out))
+        raise ValueError(f"grad_out must have input's shape, {wanted}, got {got}")
     var_eps, m = var + eps, len(input) * input.shape[2:].numel()
     scale = scale_of(weight, var_eps)
     sums = add_up([batch_norm_sums(grad_out, input, mean)])

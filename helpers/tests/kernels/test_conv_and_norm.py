@@ -227,6 +227,15 @@ def test_batch_norm_names_the_bad_argument(change, message):
 
 
 @pytest.mark.parametrize(
+    ("dz", "got"), [(Y[:1], r"\(1, 3, 4, 4\) on cpu"), (Y.to("meta"), r"\(2, 3, 4, 4\) on meta")]
+)
+def test_batch_norm_backward_names_a_bad_gradient(dz, got):
+    message = rf"^grad_out must have input's shape, \(2, 3, 4, 4\) on cpu, got {got}"
+    with pytest.raises(ValueError, match=message):
+        batch_norm_backward(dz, Y, None, THREE, THREE)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"var": THREE[:1]}, r"var must have shape \(3,\), floating point, got \(1,\)"),

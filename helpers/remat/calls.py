@@ -30,7 +30,7 @@ from .convolutions import (
     setting_of,
 )
 from .operations import Unfit, fit
-from .values import SMALL, Row, Value
+from .values import SMALL, Row, Value, storage_of
 from .writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
@@ -130,7 +130,10 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
             a = input.detach().to(dtype)
             cast, now = ops.Again("cast", lambda x: x.to(dtype), 1.0), len(table.operations)
             value = Value(a, cast, (table.find(input),), now)
-        value = mode.needed(a, value) if w.requires_grad else value or table.find(input)
+        if w.requires_grad:
+            value = mode.needed(a, value, copied=function is F.linear and is_copied(a))
+        else:
+            value = value or table.find(input)
         kind = Linear if function is F.linear else Convolution
         operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
         y = mode.apply(operation, input, w, bias)
@@ -138,11 +141,22 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         if table.max_cost and not small and may_run_again(weight) and table.is_safe(weight, bias):
             recipe = Convolve(function, w, bias, arguments, work, dtype)
             for t in recipe.parameters:
-                table.parameters.setdefault(id(t.untyped_storage()), []).append(weakref.ref(recipe))
+                table.parameters.setdefault(id(storage_of(t)), []).append(weakref.ref(recipe))
         table.note(y, recipe, (value,), operation)
         return y
 
     return run
+
+
+def is_copied(a: Tensor) -> bool:
+    """Whether a linear layer makes a copy of its input first: its rows are no matrix."""
+    if a.dim() == 2 or a.is_contiguous():
+        return False
+    try:
+        a.view(-1, a.shape[-1])
+    except RuntimeError:
+        return True
+    return False
 
 
 def batch_norm(
@@ -231,7 +245,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     if in_place:  # forward may write to a place before it reads it, or several times
-        fit(not p._is_view() and (len(tensors) == 1 or p.untyped_storage() is not q.untyped_storage()))
+        fit(not p._is_view() and (len(tensors) == 1 or storage_of(p) is not storage_of(q)))
     product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
     fit(not (product and in_place) and (operator is not torch.div or not needs_grad(*tensors[1:])))
     if operator in (torch.add, torch.mul):
@@ -342,7 +356,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
             elif node:  # PyTorch saves what autocast casts
                 table.plain_bytes += x.numel() * out.itemsize
             alike = type(out) in TENSORS and out.shape[:1] == x.shape[:1] and out.numel() > 0
-            if small and alike and out.untyped_storage() is not x.untyped_storage():
+            if small and alike and storage_of(out) is not storage_of(x):
                 steps = passes * max(1.0, x.numel() / out.numel())
                 recipe = ops.Again(name, lambda x: call(x, *copies), steps, *parameters[:1])
                 table.note(out, recipe, (value,), operation)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operations import WIDE, Operation, copy_of, fit, layout_of, to
-from .values import Recipe, Value
+from .values import Recipe, Value, storage_of
 
 aten = torch.ops.aten
 conv_backward = aten.convolution_backward.default  # whose overload need not be looked for at each call
@@ -81,7 +81,7 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
 
 def state_of(t: Tensor) -> tuple[int, int, int]:
     """What is different once ``t`` was changed, got other memory, or was freed as in sharded training."""
-    storage = t.untyped_storage()
+    storage = storage_of(t)
     return t._version, storage._cdata, storage.nbytes()
 
 
@@ -121,7 +121,7 @@ def may_run_again(weight: Tensor) -> bool:
 
     FSDP1's weights are parts of a larger storage; where FSDP2 shards a module, no convolution runs again.
     """
-    part = weight.untyped_storage().nbytes() != weight.nbytes
+    part = storage_of(weight).nbytes() != weight.nbytes
     if part or (weight._is_view() and weight._base.is_leaf) or hasattr(weight, "ds_id"):
         return False
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -228,8 +228,9 @@ class Convolution(Operation):
         if not g.transposed:
             by_dimension = zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
             rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in by_dimension]
-        da = torch.convolution(dz, w, None, *g[:3], not g.transposed, rest, g.groups)
-        if da.shape[2:] != size:  # an output padding of a whole stride or more
+        if dz.numel():  # else the library may refuse it
+            da = torch.convolution(dz, w, None, *g[:3], not g.transposed, rest, g.groups)
+        if not dz.numel() or da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = conv_backward(dz, like, w, None, *g, [True, False, False])[0]
         # One of the CPU's kernels for volumes leaves its result in the memory of a padded one.

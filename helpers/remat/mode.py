@@ -148,11 +148,11 @@ class Mode(TorchFunctionMode):
         table.operations.append(weakref.ref(operation))
         return out
 
-    def needed(self, t: Tensor, value: Value | None = None) -> Value:
+    def needed(self, t: Tensor, value: Value | None = None, copied: bool = False) -> Value:
         """A node needs ``t``, as PyTorch's node would."""
         value = value or self.table.find(t)
         self.table.count_plain(value)
-        return self.table.need(value, t)
+        return self.table.need(value, t, copied)
 
 
 class remat:  # noqa: N801

@@ -366,7 +366,8 @@ class Dropout(Operation):
             return z
         noise = torch.empty_like(x).bernoulli_(1 - p)  # PyTorch's steps, and random numbers
         self.mask = noise.bool()
-        return noise.div_(1 - p).mul_(x)
+        noise.div_(1 - p)
+        return x * noise if 1 in x.shape else noise.mul_(x)  # where strides are ambiguous, PyTorch's call
 
     def backward(self, task, dz, needs, saved):
         return [self.recipe.run(None, dz, task.get(self.value)[0])]

@@ -205,7 +205,7 @@ class Table:
 
         Recipes copy the parameters that are there.
         """
-        key = id(t.untyped_storage())
+        key = id(storage_of(t))
         for ref in self.parameters.pop(key, ()):
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
@@ -214,18 +214,18 @@ class Table:
 
     def find(self, t: Tensor) -> Value:
         """The value of ``t``; a new one, without a recipe or as part of another, if ``t`` is unknown."""
-        entry = self._storages.get(id(t.untyped_storage()))
+        entry = self._storages.get(id(storage_of(t)))
         ref = entry and entry[1].get(key_of(t, t.is_leaf))
         return (ref and ref()) or self.note(t, *self._part(t))
 
     def follow(self, t: Tensor) -> None:
         """``t`` is a view: note which part of its base it is, while that is known."""
-        if id(t.untyped_storage()) in self._storages:
+        if id(storage_of(t)) in self._storages:
             self.find(t)
 
     def _part(self, t: Tensor) -> tuple[Recipe | None, tuple[Value, ...]]:
         """The recipe of ``t``, and its parent, if it is a view of a known value: by image, or of it all."""
-        _, values = self._storages.get(id(t.untyped_storage())) or (None, {})
+        _, values = self._storages.get(id(storage_of(t))) or (None, {})
         for key, ref in itertools.islice(values.items(), MOST_VALUES):
             start, shape, stride, dtype, version, leaf = key
             whole, offset = ref(), t.storage_offset() - start
@@ -249,7 +249,7 @@ class Table:
         Without a recipe, of an operation that cannot run again, the record still tells what made it. What an
         autograd.Function is about to return (``in_function``) will have a graph behind it.
         """
-        value, storage = Value(t, recipe, parents, len(self.operations)), t.untyped_storage()
+        value, storage = Value(t, recipe, parents, len(self.operations)), storage_of(t)
         storages, key = self._storages, id(storage)
         entry = storages.get(key)
         if entry is None:
@@ -267,15 +267,18 @@ class Table:
 
     # Deciding -------------------------------------------------------------------------------------------
 
-    def need(self, value: Value, t: Tensor) -> Value:
-        """A node needs ``value``, whose tensor is ``t``: decide what to keep for it."""
+    def need(self, value: Value, t: Tensor, copied: bool = False) -> Value:
+        """A node needs ``value``, whose tensor is ``t``: decide what to keep for it.
+
+        If PyTorch's node would save a copy (``copied``), no more than that: ``t`` may hold a larger tensor.
+        """
         if value.first is not None:
             return value
         value.first = len(self.operations)
         self.add_row(value)
         if value.kept is None:
             if not self.affordable(value):
-                self.keep_least(value, t)
+                self.keep_least(value, t, copied)
             self.waiting.clear()
         return value
 
@@ -319,7 +322,7 @@ class Table:
             value.row.cost = cost
         return True
 
-    def keep_least(self, value: Value, t: Tensor) -> None:
+    def keep_least(self, value: Value, t: Tensor, copied: bool) -> None:
         """Keep ``value``, or the values that it is computed from, if these are smaller and still alive.
 
         Much smaller: an operation that remat does not know may hold ``value`` anyway. But the parts of a
@@ -333,7 +336,10 @@ class Table:
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)
                 return
-        self.keep_whole(value, t)
+        if copied:
+            self.keep(value, t.detach().contiguous())
+        else:
+            self.keep_whole(value, t)
 
     def keep_whole(self, value: Value, t: Tensor) -> None:
         """Keep ``value``, or what it is a part of: ``t`` holds the memory of the whole in any case."""
@@ -387,7 +393,7 @@ class Table:
 
     def expose(self, t: Tensor) -> None:
         """From now on ``t`` may be written to unseen: nodes see that, as PyTorch's do; recipes must not."""
-        storage, exposed = t.untyped_storage(), self._exposed
+        storage, exposed = storage_of(t), self._exposed
         key = id(storage)
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
@@ -406,7 +412,7 @@ class Table:
     def is_safe(self, *tensors: Tensor | None) -> bool:
         """Whether there is no unseen way to write to these: else no recipe may start from them."""
         exposed = self._exposed
-        return not exposed or all(t is None or id(t.untyped_storage()) not in exposed for t in tensors)
+        return not exposed or all(t is None or id(storage_of(t)) not in exposed for t in tensors)
 
     def count_plain(self, value: Value) -> None:
         """PyTorch would save this value."""
@@ -414,9 +420,17 @@ class Table:
             value.counted, self.plain_bytes = True, self.plain_bytes + value.nbytes
 
 
+def storage_of(t: Tensor) -> torch.UntypedStorage:
+    """Its storage; a context around this one must not take the question for one of the user's."""
+    if not torch._C._len_torch_function_stack():
+        return t.untyped_storage()
+    with torch._C.DisableTorchFunction():
+        return t.untyped_storage()
+
+
 def is_window(t: Tensor) -> bool:
     """Whether keeping ``t`` would hold much more than its own bytes: it is a small part of a large tensor."""
-    return t.untyped_storage().nbytes() > 2 * t.nbytes
+    return storage_of(t).nbytes() > 2 * t.nbytes
 
 
 def key_of(t: Tensor, leaf: bool) -> tuple:

@@ -429,6 +429,17 @@ def test_dropout_to_the_bit(drop, dtype, layout):
         assert all(torch.equal(g, w) and g.stride() == w.stride() for g, w in zip(got, wanted, strict=True))
 
 
+def test_dropout_of_one_channel_has_pytorchs_strides():
+    """Its input's have no meaning there, but the convolution behind chooses its algorithm by them."""
+    x, w, found = image(4, 3, 16, 16).to(memory_format=torch.channels_last), image(1, 3, 1, 1), []
+    for cost in (None, 0):
+        torch.manual_seed(1)
+        with under(cost):
+            z = F.dropout(F.conv2d(x, w.requires_grad_()))
+            found.append((z, F.conv2d(z, image(8, 1, 3, 3))))
+    assert all(torch.equal(g, w) and g.stride() == w.stride() for g, w in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
@@ -1146,6 +1157,38 @@ def test_the_record_counts_the_memory_behind_a_view():
         out = Net(forward, convs=convs)(x)
     assert record.kept_bytes == held.held - out.nbytes + x.nbytes
     assert sum(row.recipe == "view" and row.kept for row in record.rows) == 0
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recipe", [True, False])
+def test_a_linear_layer_on_some_tokens_keeps_them_alone(recipe, bias):
+    """PyTorch makes a matrix of them first. Without a recipe they are part of a product that nobody needs."""
+    scale, layer, norm = torch.tensor(2.0), nn.Linear(64, 8, bias=bias).double(), nn.LayerNorm(64).double()
+    results = []
+    for cost in (None, 0):
+        x, held = image(8, 256, 64).requires_grad_(recipe), Held()
+        held.ignore(x, scale, *layer.parameters(), *norm.parameters())
+        layer.zero_grad()
+        with held, under(cost):
+            tokens = norm(x) if recipe else x * scale
+            out = layer(tokens[:, :16])
+            del tokens
+        results.append(held.held)
+        with torch.no_grad():
+            x.mul_(0) if not recipe else None
+        out.square().sum().backward()
+        results.append(layer.weight.grad.clone())
+    assert results[2] <= results[0] + 1024
+    torch.testing.assert_close(results[3], results[1])
+
+
+def test_an_empty_result_of_a_transposed_convolution():
+    x, w = image(2, 4, 1, 1).float().requires_grad_(), image(4, 3, 1, 1).float().requires_grad_()
+    with remat():
+        y = F.conv_transpose2d(x, w, None, 2, [1, 0], 1)
+    assert y.shape == (2, 3, 0, 2)
+    y.sum().backward()
+    assert not x.grad.any() and not w.grad.any()
 
 
 ENLARGED = {

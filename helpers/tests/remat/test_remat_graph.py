@@ -1297,6 +1297,25 @@ def test_nested_contexts():
     assert_close(gradients(model), gradients(plain))
 
 
+def test_nested_contexts_hold_no_more_than_one():
+    """An inner context's look at a tensor is no way to write to it."""
+    found = []
+    for contexts in ((), (0,), (0, 0), (0, 100)):
+        x, held = leaf(), Held()
+        with held, contextlib.ExitStack() as outside, contextlib.ExitStack() as inside:
+            for cost in contexts[:1]:
+                outside.enter_context(remat(cost))
+            a = F.silu(x.exp())
+            b = F.silu(a)
+            for cost in contexts[1:]:
+                inside.enter_context(remat(cost))
+            out = b.sum() + (a + 1).sum()
+            del a, b
+        found.append(round(held.held / x.nbytes))
+        out.backward()
+    assert found == [2, 1, 1, 1]
+
+
 def test_left_in_another_order():
     before = mode_stack()
     first, second = remat(), remat(max_cost=64)

@@ -10,6 +10,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,14 +150,9 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
 
 
 def is_copied(a: Tensor) -> bool:
-    """Whether a linear layer makes a copy of its input first: its rows are no matrix."""
-    if a.dim() == 2 or a.is_contiguous():
-        return False
-    try:
-        a.view(-1, a.shape[-1])
-    except RuntimeError:
-        return True
-    return False
+    """Whether a linear layer copies its input first: its rows, of all dimensions but the last, are no matrix."""
+    rows = [(n, stride) for n, stride in zip(a.shape[:-1], a.stride(), strict=False) if n > 1]
+    return any(outer != n * inner for (_, outer), (n, inner) in pairwise(rows))
 
 
 def batch_norm(

@@ -150,7 +150,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
 
 
 def is_copied(a: Tensor) -> bool:
-    """Whether a linear layer copies its input first: its rows, of all dimensions but the last, are no matrix."""
+    """Whether a linear layer copies its input first: all dimensions but the last do not merge into one."""
     rows = [(n, stride) for n, stride in zip(a.shape[:-1], a.stride(), strict=False) if n > 1]
     return any(outer != n * inner for (_, outer), (n, inner) in pairwise(rows))
 

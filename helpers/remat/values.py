@@ -270,7 +270,7 @@ class Table:
     def need(self, value: Value, t: Tensor, copied: bool = False) -> Value:
         """A node needs ``value``, whose tensor is ``t``: decide what to keep for it.
 
-        If PyTorch's node would save a copy (``copied``), no more than that: ``t`` may hold a larger tensor.
+        Where PyTorch's node would save a copy (``copied``), so do we, if ``t`` is part of a larger tensor.
         """
         if value.first is not None:
             return value
@@ -336,7 +336,7 @@ class Table:
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)
                 return
-        if copied:
+        if copied and is_window(t):
             self.keep(value, t.detach().contiguous())
         else:
             self.keep_whole(value, t)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ast
 import json
-import math
 import operator
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TYPES = {"int": (int, "a whole number"), "float": (float, "a finite number"), "str": (str, "a text")}
+MUCH = 1e18  # PyTorch takes whole numbers of 64 bits
 LIMITS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
 LINE = re.compile(r"^(\w+): (int|float|str) = (.+?)  # (.+)$", re.MULTILINE)
 
@@ -46,7 +46,8 @@ class Parameter(NamedTuple):
         try:
             value = kind(text)
             within = [LIMITS[words](value, float(number.replace(",", ""))) for words, number in limits]
-            fits = all(within) and (kind is str or math.isfinite(value))
+            fits = all(within) and (kind is str or abs(value) < MUCH)
+            noun += f" below {MUCH:.0e}" * (kind is int and abs(value) >= MUCH)
         except ValueError:
             fits = False
         if not fits or (choices and text not in re.split(", | or ", choices[0])):

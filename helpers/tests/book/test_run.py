@@ -76,6 +76,7 @@ def test_right_values(write_pages, argument, value):
         ("N=", "N must be a whole number, .*got ''"),
         ("N=-3", "N must be a whole number, at least -2, .*got -3"),
         ("N=1001", "N must be a whole number, .*at most 1,000, got 1001"),
+        (f"N={'9' * 20}", "N must be a whole number below 1e+18, .*at most 1,000, got 9"),
         ("RATE=0", "RATE must be a finite number, above 0, got 0.0"),
         ("RATE=fast", "RATE must be a finite number, above 0, got 'fast'"),
         ("RATE=nan", "RATE must be a finite number, above 0, got nan"),

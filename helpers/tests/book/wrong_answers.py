@@ -89,6 +89,13 @@ WRONG = {
             ("self.conv_bn2(x)", "F.relu(self.conv_bn2(x))", "the peak was 4.17 times y2 and is 4.17"),
             ("F.relu(self.conv_bn1(x))", "self.conv_bn1(x)", "the output: Tensor-likes"),
             ("self.conv_bn2(x)", "self.conv_bn2(x.detach())", "Missing keys"),
+            (
+                "F.max_pool2d(self.conv_bn2(x), 2)",
+                "F.max_pool2d(self.conv_bn2(x).relu_(), 2)",
+                "relu_ works in",
+            ),
+            ("F.relu(self.conv_bn1(x))", "F.relu(self.conv_bn1(x), inplace=True)", "relu works in place"),
+            ("self.dropout(self.fc1", "F.dropout(self.fc1", "the output in eval mode"),
         ],
         "check_pool": [
             ("position.to(torch.uint8)", "position", "8.0 bytes a value are kept"),

@@ -185,7 +185,7 @@ def synchronised_norm(mode: Mode, function, args, kwargs):
     z = leave(mode, function, args, kwargs)
     with torch.enable_grad():  # inside of a function it is off
         watched = quiet() and not kwargs
-    if watched and plain(*args[:3]) and args[0].requires_grad and mode.table.is_safe(args[0]):
+    if watched and plain(z, *args[:3]) and args[0].requires_grad and mode.table.is_safe(args[0]):
         input, *tensors, eps = args
         table, value, copies = mode.table, mode.table.find(input), [ops.copy_of(t) for t in tensors]
         table.count_plain(value)

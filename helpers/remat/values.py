@@ -337,7 +337,7 @@ class Table:
                     self.keep_whole(part, tensor)
                 return
         if copied and is_window(t):
-            self.keep(value, t.detach().contiguous())
+            self.keep(value, t.detach().clone())  # with the strides that its views count on
         else:
             self.keep_whole(value, t)
 

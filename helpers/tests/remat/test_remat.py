@@ -1182,6 +1182,23 @@ def test_a_linear_layer_on_some_tokens_keeps_them_alone(recipe, bias):
     torch.testing.assert_close(results[3], results[1])
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_other_views_of_what_a_linear_layer_copies(last):
+    """A part of a larger tensor, which is transposed for the layer, and read as it is by others."""
+    found = []
+    for cost in (None, 0, 100):
+        x, v = image(8, 4, 6).requires_grad_(), image(5, 4).requires_grad_()
+        w, u = image(3, 4, 1, seed=1).requires_grad_(), image(3, 6, seed=2).requires_grad_()
+        with under(cost):
+            h = x.exp()[2:4]
+            out = F.linear(h.mT, v).sum() if not last else 0
+            out = out + F.conv1d(h, w).square().sum() + F.linear(h, u).sin().sum() + F.silu(h.mT).sum()
+            out = out + (F.linear(h.mT, v).sum() if last else 0)
+        out.backward()
+        found.append([x.grad, v.grad, w.grad, u.grad])
+    torch.testing.assert_close(found[1:], found[:1] * 2)
+
+
 def test_an_empty_result_of_a_transposed_convolution():
     x, w = image(2, 4, 1, 1).float().requires_grad_(), image(4, 3, 1, 1).float().requires_grad_()
     with remat():

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
 from .remat.compare import check_outside, deep_copy, ends_of, same_numbers_again
+from .remat.record import check_module
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -290,8 +291,7 @@ def fake_copy(model: nn.Module, inputs: list[Tensor], fake: Callable[[Tensor], T
 
 def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     """``inputs`` with a tensor without memory, in the dtype of the parameters, in place of each shape."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
+    check_module(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):  # a copy would talk to the other processes
         raise ValueError("model must be the module inside of DistributedDataParallel, got the wrapper")
     for part in model.modules():

@@ -11,6 +11,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..memory import MemoryTrace
 from .mode import Mode, remat
+from .record import check_module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         ValueError: an argument that does not fit, or cannot be copied.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
+    check_module(model)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds must be an int, at least 1, got {rounds!r}")
     check_outside("compare")
@@ -177,21 +178,26 @@ def same(p: Tensor, q: Tensor) -> bool:
 def random_state(device: torch.device) -> tuple:
     """Of all generators, to be compared."""
     own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
-    arrays = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else ()
-    return random.getstate(), str(arrays), *[t.tolist() for t in (torch.get_rng_state(), *own)]
+    others = [str(get()) for get, _ in other_generators()]
+    return *others, *[t.tolist() for t in (torch.get_rng_state(), *own)]
+
+
+def other_generators() -> list[tuple[Callable, Callable]]:
+    """How to get and to set the state of Python's generator, and of NumPy's if that is in use."""
+    numpy = sys.modules.get("numpy")
+    arrays = [(numpy.random.get_state, numpy.random.set_state)] if numpy else []
+    return [(random.getstate, random.setstate), *arrays]
 
 
 @contextlib.contextmanager
 def same_numbers_again():
     """Afterwards the generators of Python and NumPy are as before; PyTorch's have ``fork_rng``."""
-    numbers, numpy = random.getstate(), sys.modules.get("numpy")
-    arrays = numpy and numpy.random.get_state()
+    states = [(restore, get()) for get, restore in other_generators()]
     try:
         yield
     finally:
-        random.setstate(numbers)
-        if numpy:
-            numpy.random.set_state(arrays)
+        for restore, state in states:
+            restore(state)
 
 
 def clock(device: torch.device) -> float:

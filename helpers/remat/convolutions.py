@@ -234,7 +234,7 @@ class Convolution(Operation):
             like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
             da = conv_backward(dz, like, w, None, *g, [True, False, False])[0]
         # One of the CPU's kernels for volumes leaves its result in the memory of a padded one.
-        return da.clone() if len(size) == 3 and da.untyped_storage().nbytes() > da.nbytes else da
+        return da.clone() if len(size) == 3 and storage_of(da).nbytes() > da.nbytes else da
 
 
 def worth_a_cut(copies: int, w: Tensor) -> bool:

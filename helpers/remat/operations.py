@@ -20,7 +20,7 @@ from torch._prims_common import suggest_memory_format
 from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
 from .task import slabs
-from .values import Recipe, Value, View
+from .values import Recipe, Value, View, storage_of
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
@@ -117,7 +117,7 @@ class Again(Recipe):
         z = self.call(x)
         if out is not None:
             return out.copy_(z)
-        return z.clone() if z.untyped_storage() is x.untyped_storage() else z
+        return z.clone() if storage_of(z) is storage_of(x) else z
 
 
 class BatchNorm(Operation):

@@ -9,6 +9,12 @@ from .values import Row, Table
 MIB = 2**20
 
 
+def check_module(model) -> None:
+    """Raise a ValueError unless ``model`` is a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
+
+
 class Record:
     """What backward needs from one forward under `remat`, and what is kept for it. ``print`` shows it.
 
@@ -33,8 +39,7 @@ class Record:
 
     def names(self, model: nn.Module) -> Record:
         """Show the names of ``model``'s parameters as the origin of each row. Returns the record."""
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"model must be a torch.nn.Module, got {type(model)}")
+        check_module(model)
         self._names.update((id(p), name) for name, p in model.named_parameters())
         return self
 

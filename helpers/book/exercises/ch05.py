@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from helpers import remat
 from helpers.book.exercises import compare, compare_function, compare_nets, exercise, new, require
 from helpers.book.training import Net
-from helpers.remat.writes import targets
+from helpers.remat.writes import name_of, targets
 
 
 class NothingInPlace(TorchFunctionMode):
@@ -15,9 +15,7 @@ class NothingInPlace(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         changed = any(t.requires_grad for t in targets(function, args, kwargs or {}))
-        require(
-            not changed, f"{getattr(function, '__name__', function)} works in place; there is another way"
-        )
+        require(not changed, f"{name_of(function)} works in place; there is another way")
         return function(*args, **(kwargs or {}))
 
 

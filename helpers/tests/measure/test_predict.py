@@ -565,7 +565,7 @@ def test_max_cost_for_names_the_least():
         (lambda m: predict_memory(nn.ReLU(), (2, 3)), "model must return a tensor that requires a gradient"),
         (
             lambda m: largest_batch(m, 3, 1e9),
-            "image_shape must be a shape of whole numbers, at least 0, got",
+            "image_shape must be a shape of whole numbers, at least 0, got 3",
         ),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
         (
@@ -574,7 +574,7 @@ def test_max_cost_for_names_the_least():
         ),
         (
             lambda m: predict_memory(m, (2, 3), max_cost=-1),
-            "max_cost must be a number of multiplications",
+            "max_cost must be a number of multiplications per value, at least 0, got -1",
         ),
         (
             lambda m: predict_memory(m, (2, 3), autocast=torch.float32),

@@ -261,7 +261,7 @@ def test_inside_of_inference_mode():
         (lambda: compare(network(), IMAGES, rounds=0), "rounds must be an int, at least 1, got 0"),
         (
             lambda: compare(network(), IMAGES, max_cost=-1),
-            "max_cost must be a number of multiplications",
+            "max_cost must be a number of multiplications per value, at least 0, got -1",
         ),
         (
             lambda: compare(nn.ReLU(), IMAGES),

@@ -1723,16 +1723,17 @@ def collectives(rank, folder):
             check(functools.partial(scenario, at=at, change=change))
 
 
-def sums(*tensors):
-    return [t.sum((0, 2, 3)) for t in tensors]
-
-
-def cpu_kernels():
+def add_cpu_kernels(library):
     """What nn.SyncBatchNorm calls, and PyTorch has for GPUs alone."""
 
+    def cpu(kernel):
+        library.impl(kernel.__name__, kernel, "CPU")
+
+    @cpu
     def batch_norm_stats(y, eps):
         return y.mean((0, 2, 3)), (y.var((0, 2, 3), correction=0) + eps).rsqrt()
 
+    @cpu
     def batch_norm_gather_stats_with_counts(
         y, means, invstds, running_mean, running_var, momentum, eps, counts
     ):
@@ -1743,31 +1744,23 @@ def cpu_kernels():
         running_var.lerp_(var * m / (m - 1), momentum)
         return mean, (var + eps).rsqrt()
 
+    @cpu
     def batch_norm_elemt(y, gamma, beta, mean, invstd, eps):
         mean, invstd, gamma, beta = (t[:, None, None] for t in (mean, invstd, gamma, beta))
         return (y - mean) * invstd * gamma + beta
 
+    @cpu
     def batch_norm_backward_reduce(dz, y, mean, invstd, gamma, *needs):
-        sum_dz, sum_dz_y = sums(dz, dz * (y - mean[:, None, None]))
+        sum_dz, sum_dz_y = (t.sum((0, 2, 3)) for t in (dz, dz * (y - mean[:, None, None])))
         return sum_dz, sum_dz_y, sum_dz_y * invstd, sum_dz
 
+    @cpu
     def batch_norm_backward_elemt(dz, y, mean, invstd, gamma, sum_dz, sum_dz_y, counts):
         m = counts.sum()
         mean, invstd, gamma, *means = (
             t[:, None, None] for t in (mean, invstd, gamma, sum_dz / m, sum_dz_y * invstd.square() / m)
         )
         return (dz - means[0] - (y - mean) * means[1]) * invstd * gamma
-
-    library = torch.library.Library("aten", "IMPL")
-    for kernel in (
-        batch_norm_stats,
-        batch_norm_gather_stats_with_counts,
-        batch_norm_elemt,
-        batch_norm_backward_reduce,
-        batch_norm_backward_elemt,
-    ):
-        library.impl(kernel.__name__, kernel, "CPU")
-    return library
 
 
 class Synchronised(nn.SyncBatchNorm):
@@ -1795,14 +1788,14 @@ def synchronised(rank, folder):
         return gradients(model) | dict(model.named_buffers()) | {"out": out.detach(), "x": x.grad}
 
     found = []
-    library = cpu_kernels()
-    check(scenario)
-    norm, x = Synchronised(8).double(), image(4, 8, 6, 5).requires_grad_()
-    with torch.inference_mode(), remat():
-        assert norm(x).shape == x.shape
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        add_cpu_kernels(library)
+        check(scenario)
+        norm, x = Synchronised(8).double(), image(4, 8, 6, 5).requires_grad_()
+        with torch.inference_mode(), remat():
+            assert norm(x).shape == x.shape
     plain, *ours = found
     assert all(held < 0.65 * plain for held in ours), found
-    library._destroy()
 
 
 def in_two_processes(rank, folder):

@@ -105,6 +105,8 @@ class MemoryTrace:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.__enter__()
+            with record_function("mark:"):  # lost if another profiler starts inside
+                pass
         if self.device.type != "cpu":
             gc.collect()  # what is freed from now on would count as negative
             torch.accelerator.synchronize(self.device)
@@ -117,9 +119,9 @@ class MemoryTrace:
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:
-            self.mark("")  # the last event
-            self._profile.__exit__(*exception)
-            self._read_events()
+            if torch.autograd._profiler_enabled():  # else one inside has ended ours
+                self._profile.__exit__(*exception)
+                self._read_events()
             self._profile = None  # it holds every event
             if self.mark_times.pop("", None) is None and exception[0] is None:
                 raise RuntimeError("PyTorch's profiler ran inside MemoryTrace, which has recorded nothing")
@@ -160,7 +162,7 @@ class MemoryTrace:
 @functools.cache
 def _silence_the_profilers_first_warning() -> None:
     """Let the profiler give its one warning unheard: it does not count blocks made before it, as we want."""
-    block = [torch.empty(1)]
+    block = [torch.empty(1, device="cpu")]
     stderr = os.dup(2)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)

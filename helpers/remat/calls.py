@@ -107,9 +107,9 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
     """Also a linear layer, which is a convolution without pixels."""
+    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     alike = input.dim() == weight.dim() or (function is F.linear and input.dim() > 1)
     fit(alike and (bias is None or bias.dim() == 1))
-    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and input.numel() > 0)
     fit(function is not F.linear or needs_grad(input, weight))  # for a bias alone PyTorch saves nothing
     fit(mode.table.is_safe(input))
     try:
@@ -387,13 +387,13 @@ def avg_pool(
 
 def pad(context: Mode, function, x, /, pad, mode="constant", value=None):
     """With zeros, or with what is in the image."""
+    fit(plain(x) and x.requires_grad and x.numel() > 0 and context.table.is_safe(x))
     how, n = fixed(pad), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
     known = mode in PADDINGS and len(how) == 2 * n and value is None
     fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
     if not (known and fits) or torch.are_deterministic_algorithms_enabled():
         return lambda: RESIZE(context, function, (x, pad, mode, value), {})
-    fit(plain(x) and x.requires_grad and x.numel() > 0 and context.table.is_safe(x))
     return from_shape(context, f"{PADDINGS[mode]}_pad{n}d", (how,), x, lambda x: function(x, how, mode))
 
 

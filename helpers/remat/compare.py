@@ -144,7 +144,7 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
             ends = ends_of(out)
             if start is None:
                 noise = torch.Generator().manual_seed(0)
-                start = [torch.randn(t.shape, generator=noise).to(t) for t in ends]
+                start = [torch.randn(t.shape, generator=noise, device="cpu").to(t) for t in ends]
             torch.autograd.backward(ends, start)
         seconds, fixed = clock(device) - since, before == random_state(device)
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
@@ -222,7 +222,7 @@ def apart(found: list[Tensor], exact: list[Tensor]) -> float:
     norms = [wide(q).norm().item() for q in exact]
     least = max(norms, default=0.0) / 100 or 1.0
     parts = [(wide(p) - q).norm() / max(norm, least) for p, q, norm in zip(found, exact, norms, strict=True)]
-    return torch.tensor(parts or [0.0]).max().item()
+    return torch.tensor(parts or [0.0], device="cpu").max().item()
 
 
 def wide(t: Tensor) -> Tensor:

@@ -60,7 +60,6 @@ class ByPrice:
         ):
             compiled = self.compiler(graph, inputs)
 
-        @functools.wraps(compiled)
         def run(*args):
             if in_checkpoint():
                 raise RuntimeError(REUSED)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from array import array
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -79,6 +80,13 @@ def copy_of(t: Tensor | None) -> Tensor | None:
 
 def to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
     return t if t is None or dtype in (None, t.dtype) else t.to(dtype)
+
+
+def unhooked():
+    """A context in which the caller's saved-tensor hooks do not see what autograd saves."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 def layout_of(t: Tensor) -> torch.memory_format | None:
@@ -206,7 +214,8 @@ class Rerun(Operation):
         x, _ = task.get(self.value)
         given = (x, *saved, *self.copies)
         inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
-        with torch.enable_grad(), torch._C.DisableTorchFunction():  # backward may run inside remat's context
+        # Backward may run inside remat's context, or of saved-tensor hooks.
+        with torch.enable_grad(), torch._C.DisableTorchFunction(), unhooked():
             edge = torch.autograd.graph.get_gradient_edge(self.forward(*inputs))  # the result itself can go
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(torch.autograd.grad([edge], wanted, dz))

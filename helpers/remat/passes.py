@@ -33,8 +33,8 @@ FROM_RESULT = ("relu", "hardtanh", "sigmoid", "tanh")  # PyTorch's backward can 
 @functools.cache
 def takes_result(kind: Kind, dtype: torch.dtype) -> bool:
     """Whether the backward may take a in place of z: not where half precision rounds hardtanh's limits."""
-    exact = dtype.itemsize > 2 or all(torch.tensor(n, dtype=dtype).item() == n for n in kind.numbers)
-    return kind.name in FROM_RESULT and exact
+    rounded = [torch.tensor(n, dtype=dtype, device="cpu").item() for n in kind.numbers]
+    return kind.name in FROM_RESULT and (dtype.itemsize > 2 or rounded == [*kind.numbers])
 
 
 class Norm(NamedTuple):

@@ -55,6 +55,13 @@ def test_a_profiler_inside_is_an_error():
         with MemoryTrace():
             with torch.profiler.profile():
                 torch.empty(10)
+    started = torch.profiler.profile()
+    with pytest.raises(RuntimeError, match="^PyTorch's profiler ran inside MemoryTrace"):
+        with MemoryTrace():
+            started.__enter__()
+    with MemoryTrace() as trace:
+        kept = torch.empty(1000)
+    assert trace.peak == kept.nbytes
 
 
 def test_garbage_of_an_earlier_trace_is_not_subtracted():

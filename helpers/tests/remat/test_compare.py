@@ -39,6 +39,13 @@ class Model(nn.Module):
         return self.function(self.network, *args, **kwargs)
 
 
+def test_a_default_device_without_values():
+    model = network()
+    with torch.device("meta"):
+        found = compare(model, IMAGES, max_cost=0, rounds=1)
+    assert found.equal and 0 < found.difference < 1e-4
+
+
 def test_what_it_finds():
     found = compare(network(), IMAGES, max_cost=0, rounds=1)
     assert found.equal and found.reference == "float64"

@@ -160,6 +160,14 @@ def test_not_a_number_stays_one(device):
         assert torch.isnan(passes.norm_act(y, norm, KINDS[name][0])[0, 0, 0, 0]), name
 
 
+def test_a_default_device_without_values():
+    """Whether half precision rounds a limit is asked on a CPU."""
+    passes.takes_result.cache_clear()
+    with torch.device("meta"):
+        assert not passes.takes_result(KINDS["hardtanh"][0]._replace(numbers=(-0.1, 6.0)), torch.bfloat16)
+        assert passes.takes_result(KINDS["relu6"][0], torch.bfloat16)
+
+
 def block(dtype, last, act, *, plus=False):
     """A function norm -> activation -> conv of a meta tensor y, which it returns, too."""
     with torch.device("meta"):

@@ -1143,6 +1143,24 @@ def test_traced_inside():
     torch.testing.assert_close(traced(X), model(X))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: F.relu(F.conv2d(F.pad(x, (1, 1)), w)),
+        lambda x, w: F.linear(x, w, w[0]) * w + F.dropout2d(x, 0.5),
+        lambda x, w: F.batch_norm(x, w, w) + F.group_norm(x, 1),
+        lambda x, w: F.max_pool2d(torch.cat([F.avg_pool2d(x, 2), F.interpolate(w, scale_factor=2)]), 2),
+        lambda x, w: x.mul_(w) + F.glu(x) + torch.prelu(x, w),
+    ],
+    ids="pad linear norms pools products".split(),
+)
+def test_a_symbolic_trace(call):
+    """Of the model alone, without what `remat` asks."""
+    wanted = torch.fx.symbolic_trace(call)
+    with remat():
+        assert torch.fx.symbolic_trace(call).code == wanted.code
+
+
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_a_step_is_traced(mode, monkeypatch):
     """Backward's operators in a graph of their own: of all images, and differentiable as PyTorch's are."""
@@ -1212,6 +1230,24 @@ def test_saved_tensor_hooks():
             out = model[2](h)
         out.square().sum().backward()
         return named(x.grad, torch.tensor(seen, dtype=torch.float64)) | gradients(model)
+
+    check(scenario)
+
+
+def test_saved_tensor_hooks_around_backward():
+    """A backward that calls forward again saves nothing that the caller could see."""
+    norm = randomised(nn.GroupNorm(2, 4).double())
+
+    def refuse(t):
+        raise AssertionError("backward has saved a tensor")
+
+    def scenario(context):
+        x = leaf(image(2, 4, 6, 5))
+        with context():
+            out = F.softplus(norm(x * 2))
+        with torch.autograd.graph.saved_tensors_hooks(refuse, lambda t: t):
+            out.backward(image(2, 4, 6, 5))
+        return named(x.grad) | gradients(norm)
 
     check(scenario)
 
@@ -1597,7 +1633,6 @@ def test_a_flag_that_is_a_tensor():
         lambda x: F.conv2d(x, torch.ones(0, 3, 1, 1)),
         lambda x: F.max_pool2d(x, 1, 0),
         lambda x: x * torch.ones(2, 5, 1, 1, requires_grad=True),
-        lambda x: F.batch_norm(x, torch.zeros(3), torch.ones(3), eps=-0.1),
         lambda x: F.max_pool2d(x, 2, ceil_mode=1),
         lambda x: F.max_pool2d(x, 2, ceil_mode=torch.ones(2)),
         lambda x: F.avg_pool2d(x, 2, ceil_mode=1),
@@ -1605,7 +1640,7 @@ def test_a_flag_that_is_a_tensor():
         lambda x: F.pad(x, (1, 1, 1, 1), "reflect", 0.5),
         lambda x: F.glu(x, np.array([1, 2])),
     ],
-    ids="celu stride weight pool shapes eps ceil ceils ceil_mean training value dims".split(),
+    ids="celu stride weight pool shapes ceil ceils ceil_mean training value dims".split(),
 )
 def test_wrong_arguments_get_pytorchs_error(call):
     x = torch.ones(2, 3, 4, 4, requires_grad=True)
@@ -1614,6 +1649,19 @@ def test_wrong_arguments_get_pytorchs_error(call):
     with remat(), pytest.raises(wanted.type) as found:
         call(x)
     assert str(found.value) == str(wanted.value)
+
+
+def test_a_negative_epsilon():
+    """An error, but in the oldest PyTorch."""
+
+    def scenario(context):
+        x = leaf(image(2, 3, 4, 4))
+        with context(), contextlib.suppress(ValueError, RuntimeError):
+            out = F.batch_norm(x, x[0, :, 0, 0].detach(), torch.ones(3).double(), eps=-0.1)
+            out.square().sum().backward()
+        return named(x.grad)
+
+    check(scenario)
 
 
 # Two processes -----------------------------------------------------------------------------------

@@ -868,7 +868,8 @@ def test_dtypes(precision, layout):
         found = step(mixed, [X], cost, **how)
         assert_same_forward(found, wanted)
         for name, w in wanted.gradients.items():
-            allowed = 1.5 * apart(w, exact[name]) + rounding(eps, terms=4)
+            # What is exact has float64's rounding itself.
+            allowed = 1.5 * apart(w, exact[name]) + rounding(eps, 4) + rounding(torch.float64, 400)
             assert apart(found.gradients[name], exact[name]) <= allowed, (cost, name)
 
 

@@ -554,6 +554,15 @@ def test_max_cost_for_names_the_least():
     assert f"{plain + 8 * 3 * 16 * 16 * 4:,} in plain" in str(error.value)
 
 
+class Asks(nn.Linear):
+    def __init__(self):
+        super().__init__(3, 3)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if y.sum() > 0 else -y
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -562,12 +571,13 @@ def test_max_cost_for_names_the_least():
         (lambda m: predict_memory(m, "23"), r"inputs \(other than tensors\) must be a shape .* got '23'"),
         (lambda m: predict_memory(m, (2, -3)), r"inputs .* must be a shape .* at least 0, got \(2, -3"),
         (lambda m: predict_memory(m, {"x": (2, 3)}), "inputs .* must be a shape .* got {'x'"),
+        (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
+        (lambda m: predict_memory(Asks(), (2, 3)), "model must not ask for its tensors' values, got aten"),
         (lambda m: predict_memory(nn.ReLU(), (2, 3)), "model must return a tensor that requires a gradient"),
         (
             lambda m: largest_batch(m, 3, 1e9),
             "image_shape must be a shape of whole numbers, at least 0, got 3",
         ),
-        (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
         (
             lambda m: predict_memory(object.__new__(nn.parallel.DistributedDataParallel), (2, 3)),
             "model must be the module inside of DistributedDataParallel",

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
 from helpers.predict import Held, predict_memory
-from helpers.remat import operations, passes, task, values
+from helpers.remat import convolutions, operations, passes, task, values
 from helpers.tests.kernels.rounding import apart, rounding
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
@@ -233,6 +233,29 @@ def test_pointwise_convolutions(name, layout, dtype):
         if gradient is not None:
             assert found.gradients[key].stride() == wanted.gradients[key].stride()
             assert apart(found.gradients[key], gradient) <= rounding(dtype, terms=2 * math.prod(shape[2:]))
+
+
+CUT = {
+    "padding": (lambda: nn.Conv2d(4, 6, 3, padding=1), (5, 4, 9, 8)),
+    "groups": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, groups=2, dilation=(1, 2)), (4, 4, 9, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (7, 4, 5, 4)),
+    "row": (lambda: nn.Conv1d(4, 6, 3, padding="same"), (6, 4, 9)),
+    "volume": (lambda: nn.Conv3d(4, 6, 3, padding=1, bias=False), (4, 4, 5, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_batch_cut_into_parts(name, monkeypatch):
+    """As where a library's copies of a large one would raise the peak."""
+    cut, parts = [], convolutions.Convolution.parts
+    monkeypatch.setattr(convolutions, "worth_a_cut", lambda copies, w: True)
+    monkeypatch.setattr(task.Task, "room", lambda self, value=None: 0)
+    monkeypatch.setattr(
+        convolutions.Convolution, "parts", lambda *given: cut.append(parts(*given)) or cut[-1]
+    )
+    make, shape = CUT[name]
+    check(lambda: nn.Sequential(make(), nn.ReLU()), image(*shape))
+    assert set(cut) == {4}
 
 
 @pytest.mark.parametrize(

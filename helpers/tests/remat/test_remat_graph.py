@@ -1214,6 +1214,31 @@ def test_checkpoint(reentrant, inside):
     check(scenario)
 
 
+def test_a_gradient_that_is_none():
+    """From a function that has none for its input; the layers before it get none either."""
+
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dz):
+            return None
+
+    def scenario(context):
+        model, x = network(), leaf()
+        with context():
+            h = model[0](x)
+            out = model[2](model[1](NoGradient.apply(h))) + NoGradient.apply(F.relu(x.sum() * h.mean(1)))[0]
+        out.square().sum().backward()
+        none = [name for name, p in model.named_parameters() if p.grad is None]
+        assert none == [name for name, _ in model.named_parameters() if name.startswith("0.")]
+        return named(x.grad) | gradients(model)
+
+    check(scenario)
+
+
 def test_saved_tensor_hooks():
     """They see what PyTorch saves, and nothing of `remat`."""
 

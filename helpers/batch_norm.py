@@ -41,11 +41,13 @@ def pieces(t: Tensor) -> tuple[Tensor, ...]:
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel: μ = Σ y / m, var = Σ (y - μ)² / m.
 
-    With c a value near the channel's others, here the first image's mean, and δ = μ - c::
+    Of pieces of the batch, each with n values in a channel and c their mean, rounded (Chan, Golub & LeVeque,
+    *Updating Formulae and a Pairwise Algorithm for Computing Sample Variances*, 1979)::
 
-        δ = Σ (y - c) / m        μ = c + δ        var = Σ (y - c)² / m - δ²
+        s = Σ (y - c)            μ = Σ (n c + s) / m
+        q = Σ (y - c)²         var = Σ (q + 2 (c - μ) s + n (c - μ)²) / m
 
-    Both sums take one pass over y, a piece at a time, and lose no digits where μ is far from 0.
+    This reads y once, a piece at a time, and loses no digits where μ is far from 0, or pieces differ.
 
     Args:
         y: (N, C, H, W), floating point, at least one value in a channel.
@@ -59,17 +61,27 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     check_images("y", y)
     if not y.numel():
         raise ValueError(f"y must have at least one value in a channel, got shape {tuple(y.shape)}")
-    c, m = y[0].mean((1, 2), dtype=torch.promote_types(y.dtype, torch.float32)), y.numel() // y.shape[1]
-    centred = (centre(piece, c) for piece in pieces(y))
-    sums = add_up([batch_norm_sums(piece, piece, torch.zeros_like(c)) for piece in centred])
-    delta, square = (total / m for total in sums)
-    return (c + delta).to(c.dtype), (square - delta**2).clamp_min(0).to(c.dtype)
+    dtype, m, parts = torch.promote_types(y.dtype, torch.float32), y.numel() // y.shape[1], []
+    for piece in pieces(y):
+        c = piece.mean((2, 3), dtype=dtype).mean(0)  # faster than in one step
+        centred = centre(piece, c)
+        parts.append((c, *batch_norm_sums(centred, centred, torch.zeros_like(c))))
+        del centred
+    c, s, q = (torch.stack(t).to(wide(y)) for t in zip(*parts, strict=True))
+    n = torch.tensor([[len(piece) * m // len(y)] for piece in pieces(y)], dtype=c.dtype, device=c.device)
+    mean = (n * c + s).sum(0) / m
+    var = (q + 2 * (c - mean) * s + n * (c - mean) ** 2).sum(0) / m
+    return mean.to(dtype), var.clamp_min(0).to(dtype)
+
+
+def wide(t: Tensor) -> torch.dtype:
+    """In which sums over parts of a batch are added up: float64, but for MPS, which has none."""
+    return torch.float32 if t.is_mps else torch.float64
 
 
 def add_up(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Per-channel sums over a batch, from those over its parts; in float64, but for MPS, which has none."""
-    wide = parts[0][0].dtype if parts[0][0].is_mps else torch.float64
-    return [torch.stack(sums).sum(0, dtype=wide) for sums in zip(*parts, strict=True)]
+    """Per-channel sums over a batch, from those over its parts."""
+    return [torch.stack(sums).sum(0, dtype=wide(sums[0])) for sums in zip(*parts, strict=True)]
 
 
 def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
@@ -86,7 +98,7 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
-    graph = torch.is_grad_enabled() and (grad_out.requires_grad or y.requires_grad)
+    graph = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, y, mean))
     if y.is_cpu and one_dtype and dense and y.numel() and not graph:
         # The library's backward for constant statistics returns dγ and dβ at σ = 1: one pass over dz and y,
         # and no tensor of y's size, but no graph either. In other layouts and dtypes its sums are less exact.
@@ -201,6 +213,10 @@ def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
     if isinstance(eps, bool) or not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a number, at least 0, got {eps!r}")
     check_vectors(input.shape[1], input.device, **vectors)
+    for name in ("mean", "var"):
+        dtype = vectors[name].dtype if name in vectors else input.dtype
+        if torch.promote_types(dtype, input.dtype) != dtype:
+            raise ValueError(f"{name} must be at least as wide as input, {input.dtype}, got {dtype}")
 
 
 def check_vectors(channels: int, device: torch.device, **vectors: Tensor | None) -> None:
@@ -219,6 +235,11 @@ def check_momentum(momentum: float | Tensor) -> None:
     number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool) and 0 <= momentum <= 1
     if not number and not (isinstance(momentum, Tensor) and momentum.dim() == 0):
         raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
+
+
+def check_changeable(name: str, t: Tensor) -> None:
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} must not be an inference tensor, which could not be changed here")
 
 
 def update_running_stats(
@@ -246,6 +267,7 @@ def update_running_stats(
     for name in ("running_mean", "running_var"):
         if vectors[name].numel() > 1 and not vectors[name].stride(0):
             raise ValueError(f"{name} must have memory for each value, got an expanded tensor")
+        check_changeable(name, vectors[name])
     if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
         raise ValueError(f"m must be a whole number of values, at least 1, got {m!r}")
     check_momentum(momentum)

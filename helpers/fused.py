@@ -18,6 +18,7 @@ from .batch_norm import (
     batch_norm_sums,
     batch_stats,
     centre,
+    check_changeable,
     check_momentum,
     check_norm,
     check_vectors,
@@ -212,7 +213,7 @@ class FusedConvBN2d(nn.Module):
         y = self.output_of_no_images(input, weight)
         m = input.shape[0] * y.shape[2:].numel()  # not len(), which would make an exported batch size fixed
         if m == 0:  # no statistics
-            return bn(conv(input))
+            return bn(conv._conv_forward(input, weight, conv.bias))
         if not bn.training and bn.running_mean is not None:
             return conv._conv_forward(input, *fold(weight, conv.bias, bn))
         if m == 1:
@@ -229,7 +230,7 @@ class FusedConvBN2d(nn.Module):
         if bn.training and bn.track_running_stats and bn.running_mean is not None:
             counter, momentum = bn.num_batches_tracked, bn.momentum
             if momentum is None:  # PyTorch's share without a counter is 0
-                momentum = 0.0 if counter is None else (counter + 1).to(bn.running_mean.dtype).reciprocal()
+                momentum = 0.0 if counter is None else 1 / (counter + 1).to(bn.running_mean.dtype).view(())
             mean = mean if conv.bias is None else mean + conv.bias.detach()
             update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
             if counter is not None:
@@ -245,6 +246,8 @@ class FusedConvBN2d(nn.Module):
         check_slab_size(self.slab_size)
         if self.bn.momentum is not None:
             check_momentum(self.bn.momentum)
+        if (self.bn.running_mean is None) != (self.bn.running_var is None):
+            raise ValueError("bn must have both running_mean and running_var, or neither, got one")
         y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}
@@ -254,6 +257,8 @@ class FusedConvBN2d(nn.Module):
             if elsewhere or (t.is_floating_point() and t.dtype not in allowed):
                 must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
+            if self.bn.training and name.startswith(("bn.running_", "bn.num_")):
+                check_changeable(name, t)
             if name in VECTORS:
                 check_vectors(y.shape[1], input.device, **{name: t})
         return y
@@ -298,7 +303,8 @@ def padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:
 def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Weight and bias of the convolution that equals this one, then a norm with constant statistics.
 
-    γ (w∗x + b - μ)/σ + β  =  (γ/σ w)∗x  +  β + γ/σ (b - μ), with ∗ the convolution.
+    γ (w∗x + b - μ)/σ + β  =  (γ/σ w)∗x  +  β + γ/σ (b - μ), with ∗ the convolution. dγ follows from two
+    gradients that cancel where |μ| is many times σ: there it has fewer digits than the pair's, which keeps y.
     """
     mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (bn.running_mean, bn.running_var))
     scale = scale_of(bn.weight, var + bn.eps)

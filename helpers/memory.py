@@ -26,6 +26,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.module_tracker import ModuleTracker
 
+BEGINS = "helpers.memory.MemoryTrace begins"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to stderr at every start otherwise
 
 
@@ -105,7 +106,7 @@ class MemoryTrace:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
             self._profile = profile(activities=activities, profile_memory=True)
             self._profile.__enter__()
-            with record_function("mark:"):  # lost if another profiler starts inside
+            with record_function(BEGINS):  # lost if another profiler starts inside
                 pass
         if self.device.type != "cpu":
             gc.collect()  # what is freed from now on would count as negative
@@ -119,15 +120,16 @@ class MemoryTrace:
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:
+            whole = False
             if torch.autograd._profiler_enabled():  # else one inside has ended ours
                 self._profile.__exit__(*exception)
-                self._read_events()
+                whole = self._read_events()
             self._profile = None  # it holds every event
-            if self.mark_times.pop("", None) is None and exception[0] is None:
+            if not whole and exception[0] is None:
                 raise RuntimeError("PyTorch's profiler ran inside MemoryTrace, which has recorded nothing")
-            self.marks.pop("", None)
 
-    def _read_events(self) -> None:
+    def _read_events(self) -> bool:
+        """Whether the first event is among them."""
         results = self._profile.profiler.kineto_results
         events, blocks = results.experimental_event_tree(), set()  # those made in this trace, by address
         for event in events:  # it grows
@@ -157,6 +159,7 @@ class MemoryTrace:
         self.tensor_peak = max(between, held)
         if kind == "cpu":
             self.peak = max((held for _, held in self.timeline), default=0)
+        return any(event.name == BEGINS for event in events)
 
 
 @functools.cache

@@ -420,6 +420,6 @@ def max_cost_for(
 
 
 def check_memory(memory) -> None:
-    """Raise a ValueError unless ``memory`` is a number of bytes."""
-    if isinstance(memory, bool) or not isinstance(memory, numbers.Real) or not 0 < memory < math.inf:
-        raise ValueError(f"memory must be a finite number of bytes above 0, got {memory!r}")
+    """Raise a ValueError unless ``memory`` is a number of bytes, of which a tensor may have 2⁶³."""
+    if isinstance(memory, bool) or not isinstance(memory, numbers.Real) or not 0 < memory < 1 << 62:
+        raise ValueError(f"memory must be a number of bytes above 0 and below 2**62, got {memory!r}")

@@ -161,6 +161,17 @@ def test_batch_stats_of_a_channel_far_from_zero():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("first", [slice(0, 1), slice(0, 300)])
+def test_batch_stats_where_the_first_images_are_unlike_the_others(first, layout):
+    """Blank ones, far from the mean."""
+    y = (torch.randn(4096, 128, 2, 2) + 100).contiguous(memory_format=layout)
+    y[first] = 0
+    assert y.nbytes > piece_bytes(y)
+    check_stats(y)
+    check_stats(y[:400])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("offset", [0, 1, 100, 1000])
 def test_batch_stats_of_a_batch_of_many_bytes(offset, layout):
     """In pieces, the last of them smaller; near 0 or far from it, and constant."""
@@ -200,6 +211,8 @@ def test_batch_norm_of_no_images():
 
 
 Y, THREE, FOUR = torch.zeros(2, 3, 4, 4), torch.ones(3), torch.ones(4)
+with torch.inference_mode():
+    INFERENCE = torch.ones(3)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +225,8 @@ Y, THREE, FOUR = torch.zeros(2, 3, 4, 4), torch.ones(3), torch.ones(4)
         ({"mean": THREE.long()}, r"mean must have shape \(3,\), floating point, got torch.int64"),
         ({"mean": torch.ones(())}, r"mean must have shape \(3,\), floating point, got \(\)"),
         ({"var": THREE.to("meta")}, "var must be on cpu, like the others, got one on meta"),
+        ({"mean": THREE.half()}, "mean must be at least as wide as input, torch.float32, got torch.float16"),
+        ({"var": THREE.bfloat16()}, "var must be at least as wide as input, torch.float32, got torch.bfl"),
         ({"input": Y[0]}, r"input must be \(N, C, H, W\), floating point, got shape \(3, 4, 4\)"),
         ({"input": Y.long()}, r"input must be .* floating point, got .* torch.int64"),
         ({"eps": -1e-5}, "eps must be a number, at least 0, got -1e-05"),
@@ -243,6 +258,7 @@ def test_batch_norm_backward_names_a_bad_gradient(dz, got):
         ({"running_var": THREE.long()}, "running_var must have .* floating point, got torch.int64"),
         ({"running_var": THREE.to("meta")}, "running_var must be on cpu, like the others, got one on meta"),
         ({"running_var": THREE[:1].expand(3)}, "running_var must have memory .* got an expanded tensor"),
+        ({"running_var": INFERENCE}, "running_var must not be an inference tensor"),
         ({"mean": None}, "mean must be a tensor .* got <class 'NoneType'>"),
         ({"momentum": True}, "momentum must be a number from 0 to 1, got True"),
         ({"m": True}, "m must be a whole number of values, at least 1, got True"),

@@ -290,7 +290,8 @@ def test_a_parametrized_weight_is_computed_once():
     """Spectral norm takes a step each time."""
     pair = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), nn.BatchNorm2d(3))
     fused, x = fuse(pair), torch.randn(2, 2, 5, 5)
-    pair(x), fused(x)
+    for images in (x, x[:0]):
+        pair(images), fused(images)
     close(fused.conv.parametrizations.weight[0]._u, pair[0].parametrizations.weight[0]._u, "u")
 
 
@@ -543,6 +544,28 @@ def test_a_vector_of_another_length_is_named_and_nothing_changes(name):
     assert fused.bn.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_half_of_the_statistics_is_an_error(name, training):
+    fused = FusedConvBN2d(2, 4, 3).train(training)
+    setattr(fused.bn, name, None)
+    with pytest.raises(ValueError, match="^bn must have both running_mean and running_var, or neither"):
+        fused(torch.zeros(2, 2, 5, 5))
+    assert fused.bn.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked"])
+def test_statistics_that_cannot_change_are_named_and_nothing_changes(name):
+    fused = FusedConvBN2d(2, 4, 3)
+    with torch.inference_mode():
+        setattr(fused.bn, name, getattr(fused.bn, name).clone())
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises(ValueError, match=f"^bn.{name} must not be an inference tensor"):
+        fused(torch.randn(2, 2, 5, 5))
+    assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
+    assert fused.eval()(torch.randn(2, 2, 5, 5)).shape == (2, 4, 3, 3)
+
+
 @pytest.mark.parametrize("name", ["conv", "bn"])
 def test_hooks_that_come_later_are_named(name):
     fused = FusedConvBN2d(2, 4, 3)
@@ -559,10 +582,11 @@ def test_an_exported_layer_takes_batches_of_any_size():
         torch.testing.assert_close(exported(images), layer(images))
 
 
+@pytest.mark.parametrize("counter", [None, torch.tensor([3])])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_norm_that_counts_no_batches(momentum):
+def test_a_norm_with_another_counter_or_none(momentum, counter):
     fused, x = FusedConvBN2d(2, 4, 3, momentum=momentum), torch.randn(2, 2, 5, 5)
-    fused.bn.num_batches_tracked = None
+    fused.bn.num_batches_tracked = None if counter is None else counter.clone()
     bn = copy.deepcopy(fused.bn)
     torch.testing.assert_close(fused(x), bn(fused.conv(x)))
     torch.testing.assert_close(list(fused.bn.buffers()), list(bn.buffers()))

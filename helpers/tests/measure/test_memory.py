@@ -64,6 +64,14 @@ def test_a_profiler_inside_is_an_error():
     assert trace.peak == kept.nbytes
 
 
+def test_a_mark_may_have_any_name():
+    with MemoryTrace() as trace:
+        trace.mark("")
+        kept = torch.empty(1000)
+        trace.mark("mark:")
+    assert trace.marks == {"": 0, "mark:": kept.nbytes} and trace.mark_times.keys() == trace.marks.keys()
+
+
 def test_garbage_of_an_earlier_trace_is_not_subtracted():
     class Knot:
         def __init__(self, t):

@@ -596,11 +596,12 @@ class Asks(nn.Linear):
         ),
         (
             lambda m: max_cost_for(m, (2, 3), memory=-1),
-            "memory must be a finite number of bytes above 0, got -1",
+            r"memory must be a number of bytes above 0 and below 2\*\*62, got -1",
         ),
-        (lambda m: max_cost_for(m, (2, 3), memory="16 GiB"), "memory must be a finite number"),
+        (lambda m: max_cost_for(m, (2, 3), memory="16 GiB"), "memory must be a number of bytes"),
         (lambda m: largest_batch(m, (3,), 1e9, -1), "optimizer_copies must be an int, at least 0, got -1"),
-        (lambda m: largest_batch(m, (3,), math.inf), "memory must be a finite number of bytes above 0"),
+        (lambda m: largest_batch(m, (3,), 1e21), "memory must be a number of bytes above 0 and below"),
+        (lambda m: largest_batch(m, (3,), math.inf), "memory must be a number of bytes above 0"),
     ],
 )
 def test_errors_name_the_argument(call, message):

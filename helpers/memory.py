@@ -101,6 +101,7 @@ class MemoryTrace:
         if self._records and torch.autograd._profiler_enabled():
             raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
         self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
+        self._complete = False
         if self._records:
             _silence_the_profilers_first_warning()
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
@@ -120,16 +121,14 @@ class MemoryTrace:
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:
-            whole = False
             if torch.autograd._profiler_enabled():  # else one inside has ended ours
                 self._profile.__exit__(*exception)
-                whole = self._read_events()
+                self._read_events()
             self._profile = None  # it holds every event
-            if not whole and exception[0] is None:
+            if not self._complete and exception[0] is None:
                 raise RuntimeError("PyTorch's profiler ran inside MemoryTrace, which has recorded nothing")
 
-    def _read_events(self) -> bool:
-        """Whether the first event is among them."""
+    def _read_events(self) -> None:
         results = self._profile.profiler.kineto_results
         events, blocks = results.experimental_event_tree(), set()  # those made in this trace, by address
         for event in events:  # it grows
@@ -159,7 +158,7 @@ class MemoryTrace:
         self.tensor_peak = max(between, held)
         if kind == "cpu":
             self.peak = max((held for _, held in self.timeline), default=0)
-        return any(event.name == BEGINS for event in events)
+        self._complete = any(event.name == BEGINS for event in events)
 
 
 @functools.cache

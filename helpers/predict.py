@@ -264,13 +264,13 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
         try:
             with same_numbers_again(), held, precision, Linears(held), recomputation as record:
                 out = model(*args)
+            ends = ends_of(out)
+            forward, grads = held.held, [torch.empty_like(t) for t in ends]
+            held.ignore(*grads)
+            with held:
+                torch.autograd.backward(ends, grads)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
-        ends = ends_of(out)
-        forward, grads = held.held, [torch.empty_like(t) for t in ends]
-        held.ignore(*grads)
-        with held:
-            torch.autograd.backward(ends, grads)
     return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost
 
 

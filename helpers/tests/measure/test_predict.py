@@ -563,6 +563,19 @@ class Asks(nn.Linear):
         return y if y.sum() > 0 else -y
 
 
+class AsksInBackward(nn.Linear):
+    """For the positions that a mask overwrites."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.register_buffer("mask", torch.tensor([True, False]))
+
+    def forward(self, x):
+        y = super().forward(x).clone()
+        y[self.mask] = self.bias
+        return y
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -573,6 +586,7 @@ class Asks(nn.Linear):
         (lambda m: predict_memory(m, {"x": (2, 3)}), "inputs .* must be a shape .* got {'x'"),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
         (lambda m: predict_memory(Asks(), (2, 3)), "model must not ask for its tensors' values, got aten"),
+        (lambda m: predict_memory(AsksInBackward(), (2, 3)), "model must not ask for its tensors' values"),
         (lambda m: predict_memory(nn.ReLU(), (2, 3)), "model must return a tensor that requires a gradient"),
         (
             lambda m: largest_batch(m, 3, 1e9),

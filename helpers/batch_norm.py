@@ -64,24 +64,24 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
     dtype, m, parts = torch.promote_types(y.dtype, torch.float32), y.numel() // y.shape[1], []
     for piece in pieces(y):
         c = piece.mean((2, 3), dtype=dtype).mean(0)  # faster than in one step
+        n = torch.full((1,), piece[:, 0].numel(), dtype=dtype_of_sums(y), device=y.device)  # no copy to it
         centred = centre(piece, c)
-        parts.append((c, *batch_norm_sums(centred, centred, torch.zeros_like(c))))
+        parts.append((n, c, *batch_norm_sums(centred, centred, torch.zeros_like(c))))
         del centred
-    c, s, q = (torch.stack(t).to(wide(y)) for t in zip(*parts, strict=True))
-    n = torch.tensor([[len(piece) * m // len(y)] for piece in pieces(y)], dtype=c.dtype, device=c.device)
+    n, c, s, q = (torch.stack(t).to(dtype_of_sums(y)) for t in zip(*parts, strict=True))
     mean = (n * c + s).sum(0) / m
     var = (q + 2 * (c - mean) * s + n * (c - mean) ** 2).sum(0) / m
     return mean.to(dtype), var.clamp_min(0).to(dtype)
 
 
-def wide(t: Tensor) -> torch.dtype:
+def dtype_of_sums(t: Tensor) -> torch.dtype:
     """In which sums over parts of a batch are added up: float64, but for MPS, which has none."""
     return torch.float32 if t.is_mps else torch.float64
 
 
 def add_up(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Per-channel sums over a batch, from those over its parts."""
-    return [torch.stack(sums).sum(0, dtype=wide(sums[0])) for sums in zip(*parts, strict=True)]
+    return [torch.stack(sums).sum(0, dtype=dtype_of_sums(sums[0])) for sums in zip(*parts, strict=True)]
 
 
 def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
@@ -213,10 +213,9 @@ def check_norm(input: Tensor, eps: float, **vectors: Tensor | None) -> None:
     if isinstance(eps, bool) or not (isinstance(eps, numbers.Real) and 0 <= eps < math.inf):
         raise ValueError(f"eps must be a number, at least 0, got {eps!r}")
     check_vectors(input.shape[1], input.device, **vectors)
-    for name in ("mean", "var"):
-        dtype = vectors[name].dtype if name in vectors else input.dtype
-        if torch.promote_types(dtype, input.dtype) != dtype:
-            raise ValueError(f"{name} must be at least as wide as input, {input.dtype}, got {dtype}")
+    for name, t in vectors.items():
+        if name in ("mean", "var") and torch.promote_types(t.dtype, input.dtype) != t.dtype:
+            raise ValueError(f"{name} must be at least as wide as input, {input.dtype}, got {t.dtype}")
 
 
 def check_vectors(channels: int, device: torch.device, **vectors: Tensor | None) -> None:

@@ -149,6 +149,8 @@ class MemoryTrace:
                     self.timeline.append((ms, held))
                 if change < 0:
                     blocks.discard(block)
+            elif name == BEGINS:
+                self._complete = True
             elif name.startswith("aten::"):
                 until = max(until, start + event.duration_time_ns)
             elif name.startswith("mark:"):
@@ -158,7 +160,6 @@ class MemoryTrace:
         self.tensor_peak = max(between, held)
         if kind == "cpu":
             self.peak = max((held for _, held in self.timeline), default=0)
-        self._complete = any(event.name == BEGINS for event in events)
 
 
 @functools.cache

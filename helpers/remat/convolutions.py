@@ -17,7 +17,6 @@ from .values import Recipe, Value, storage_of
 
 aten = torch.ops.aten
 conv_backward = aten.convolution_backward.default  # whose overload need not be looked for at each call
-FEW_PIXELS = 64
 # function -> how many dimensions an image has, and whether it is the transposed one
 CONVOLUTIONS = {
     getattr(torch, f"conv{transposed}{n}d"): (n, bool(transposed))
@@ -147,61 +146,42 @@ class Convolution(Operation):
     def forward(self, a, w, b):
         a, self.input = self.input, None
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
-        if y.is_cpu and y.is_contiguous() and not self.is_product(y, w):
-            copies = a.nbytes + y.nbytes
+        if y.is_cpu and y.is_contiguous() and w.dim() > 2:  # a linear layer's input is read in place
+            strided = max(self.geometry.stride) > 1 and not self.skips_pixels(w)
+            copies = a.nbytes + (max(a.nbytes, y.nbytes) if strided else y.nbytes)
             self.scratch = 2 * w.nbytes + (copies // 4 if worth_a_cut(copies, w) else copies)
         return y
 
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
-        if product := self.is_product(dz, w):
-            (n, c), o, pixels = self.shape[:2], len(w), dz.flatten(2)
-        parts = 1 if product else self.parts(dz, w, task.room())
+        parts = self.parts(dz, w, task.room())
         if need_w:
             a, _ = task.get(self.value)
-            if product and a.is_contiguous():
-                dw, read = torch.zeros_like(w), self.pixels_read(a).reshape(n, c, -1)
-                dw.view(o, c).addbmm_(pixels, read.mT)
-                del read
-            else:
-                dw = self.grad_weight(dz, a, w, parts)
+            dw = self.grad_weight(dz, a, w, parts)
             del a
         if need_b:
             db = dz.sum([0, *range(2, dz.dim())])
-        if need_a and product:
-            da = torch.bmm(w.as_strided((n, c, o), (0, w.stride(1), w.stride(0))), pixels)
-            da = aten._unsafe_view(da, (n, c, *dz.shape[2:]))  # not a view, so that the engine may add to it
-            if da.shape != self.shape:
-                read, da = da, dz.new_zeros(self.shape)
-                self.pixels_read(da).copy_(read)
-                del read
-        elif need_a and parts == 1:
-            da = self.grad_input(dz, w)
+        skips = self.skips_pixels(w) and dz.is_cpu and dz.is_contiguous()
+        if need_a and (skips or parts > 1):
+            da = read = (dz.new_zeros if skips else dz.new_empty)(self.shape)
+            if skips:
+                read = da[(..., *(slice(None, None, s) for s in self.geometry.stride))]
+            for read_i, dz_i in zip(read.chunk(parts), dz.chunk(parts), strict=True):
+                read_i.copy_(self.grad_input(dz_i, w, skips))
         elif need_a:
-            da = dz.new_empty(self.shape)
-            for da_i, dz_i in zip(da.chunk(parts), dz.chunk(parts), strict=True):
-                da_i.copy_(self.grad_input(dz_i, w))
+            da = self.grad_input(dz, w)
         if need_a and self.layout is not None and not da.is_meta:  # there a convolution knows no layout
             da = da.contiguous(memory_format=self.layout)  # as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 
-    def is_product(self, dz: Tensor, w: Tensor) -> bool:
-        """Whether to compute both gradients as matrix products, image by image: for 1x1 convolutions.
+    def skips_pixels(self, w: Tensor) -> bool:
+        """Whether it reads only some pixels of an image: the gradients of the others are 0.
 
-        A CPU's BLAS reads the tensors in place; the library's convolution copies them into its own layout
-        first. With few pixels in an image the library is faster, though.
+        A CPU library takes much longer, and twice the memory, for the gradient of all of them at once.
         """
         g = self.geometry
-        if w.shape[2:].numel() > 1 or g.groups > 1 or g.transposed or any(g.padding):
-            return False
-        fits = dz.is_cpu and dz.is_contiguous() and dz.dtype in WIDE
-        return fits and dz.shape[2:].numel() >= FEW_PIXELS
-
-    def pixels_read(self, a: Tensor) -> Tensor:
-        """Those of a that a 1x1 convolution reads."""
-        stride = self.geometry.stride
-        return a[(..., *(slice(None, None, s) for s in stride))] if max(stride) > 1 else a
+        return w.shape[2:].numel() == 1 and max(g.stride) > 1 and not g.transposed and not any(g.padding)
 
     def parts(self, dz: Tensor, w: Tensor, room: int) -> int:
         """4 where a CPU library's copies of dz and a would raise the peak, to cut the batch; else 1.
@@ -221,9 +201,14 @@ class Convolution(Operation):
         pairs = zip(dz.chunk(parts), a.chunk(parts), strict=True)
         return functools.reduce(Tensor.add_, (conv_backward(*pair, *how)[1] for pair in pairs))
 
-    def grad_input(self, dz: Tensor, w: Tensor) -> Tensor:
-        """The transposed convolution, without a, for which the library's backward would need memory."""
+    def grad_input(self, dz: Tensor, w: Tensor, read: bool = False) -> Tensor:
+        """The transposed convolution, without a, for which the library's backward would need memory.
+
+        With ``read`` of those pixels alone that a 1x1 convolution reads.
+        """
         g, size = self.geometry, self.shape[2:]
+        if read:
+            g, size = g._replace(stride=[1] * len(size)), dz.shape[2:]
         rest = [0] * len(size)
         if not g.transposed:
             by_dimension = zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
@@ -231,7 +216,7 @@ class Convolution(Operation):
         if dz.numel():  # else the library may refuse it
             da = torch.convolution(dz, w, None, *g[:3], not g.transposed, rest, g.groups)
         if not dz.numel() or da.shape[2:] != size:  # an output padding of a whole stride or more
-            like = dz.new_empty(1).expand(len(dz), *self.shape[1:])
+            like = dz.new_empty(1).expand(len(dz), self.shape[1], *size)
             da = conv_backward(dz, like, w, None, *g, [True, False, False])[0]
         # One of the CPU's kernels for volumes leaves its result in the memory of a padded one.
         return da.clone() if len(size) == 3 and storage_of(da).nbytes() > da.nbytes else da
@@ -249,9 +234,6 @@ class Linear(Convolution):
         """As PyTorch does: nothing where the input needs no gradient, else a view of the weight."""
         a, w, _ = inputs
         return [w.detach()] if a.requires_grad else []
-
-    def is_product(self, dz, w):
-        return True
 
     def backward(self, task, dz, needs, saved):
         need_a, need_w, need_b = needs

@@ -46,14 +46,15 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
 
 
 def describe_device(device: torch.device | str) -> dict[str, str]:
-    """Name and versions that a measurement must carry: device, torch, cuDNN where it is used, threads."""
+    """What a measurement must carry: device, its instructions, threads, the versions of torch and cuDNN."""
     device = torch.device(device)
     facts = {"device": device.type, "torch": torch.__version__}
     if device.type == "cpu":
         linux = Path("/proc/cpuinfo")
         names = re.findall(r"^model name\s*: (.*)", linux.read_text() if linux.exists() else "", re.MULTILINE)
         name = names[0] if names else platform.processor() or platform.machine()
-        facts["device"] = f"{name}, {torch.get_num_threads()} threads"
+        instructions, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        facts["device"] = f"{name} with {instructions}, {threads} threads"
     elif device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
         facts["cudnn"] = str(torch.backends.cudnn.version())

@@ -203,18 +203,16 @@ def frozen(module):
     return module.requires_grad_(False)
 
 
-# 64 pixels or more: on a CPU their gradients are products of matrices.
+# With a stride they skip pixels.
 POINTWISE = {
-    "conv1d": (lambda: nn.Conv1d(3, 5, 1), (2, 3, 70)),
     "conv2d": (lambda: nn.Conv2d(3, 5, 1, bias=False), (2, 3, 9, 8)),
-    "conv3d": (lambda: nn.Conv3d(3, 5, 1), (2, 3, 4, 5, 4)),
-    "one channel": (lambda: nn.Conv2d(3, 1, 1, bias=False), (2, 3, 9, 8)),
-    "one image": (lambda: nn.Conv2d(3, 5, 1), (1, 3, 9, 8)),
-    "frozen": (lambda: frozen(nn.Conv2d(3, 5, 1)), (2, 3, 9, 8)),
-    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (2, 4, 9, 8)),
-    "stride": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
-    "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1), (2, 3, 9, 8)),
-    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1), (2, 3, 9, 8)),
+    "row": (lambda: nn.Conv1d(3, 5, 1, stride=3), (2, 3, 70)),
+    "image": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
+    "volume": (lambda: nn.Conv3d(3, 5, 1, stride=(1, 2, 3)), (2, 3, 4, 5, 4)),
+    "frozen": (lambda: frozen(nn.Conv2d(3, 5, 1, stride=(3, 1))), (2, 3, 9, 8)),
+    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2, stride=(2, 3)), (1, 4, 9, 8)),
+    "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1, stride=2), (2, 3, 9, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1, stride=2), (2, 3, 9, 8)),
 }
 
 
@@ -240,6 +238,7 @@ CUT = {
     "groups": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, groups=2, dilation=(1, 2)), (4, 4, 9, 8)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1), (7, 4, 5, 4)),
     "row": (lambda: nn.Conv1d(4, 6, 3, padding="same"), (6, 4, 9)),
+    "skips pixels": (lambda: nn.Conv2d(4, 6, 1, stride=(2, 3)), (6, 4, 9, 8)),
     "volume": (lambda: nn.Conv3d(4, 6, 3, padding=1, bias=False), (4, 4, 5, 4, 3)),
 }
 

@@ -420,7 +420,8 @@ def max_pool(
     fit(isinstance(ceil_mode, bool))
     if n == 1:  # PyTorch pools images of one row
         k, s, p = [1, *k], [1, *s], [0, *p]
-    fit(n == 3 or (k[0] * k[1] <= 256 and k[1] <= input.shape[-1]))
+    width = input.shape[-1]
+    fit(n == 3 or (k[0] * k[1] <= 256 and k[1] <= width and k[0] * width <= 1 << 24))
 
     def run() -> Tensor:
         table, x = mode.table, input.unsqueeze(2) if n == 1 else input

@@ -467,9 +467,9 @@ class MaxPool(Operation):
                 starts = self.starts(index)
             if y is not y_s:
                 y[images] = y_s
-            index -= starts
-            row = index.div(self.shape[3], rounding_mode="floor")
-            self.offsets[images] = index.sub_(row, alpha=self.gap)
+            place = index.sub_(starts).float()  # below 2²⁴; to divide integers takes five times as long
+            row = place.div(self.shape[3], rounding_mode="trunc")
+            self.offsets[images] = place.sub_(row, alpha=self.gap)
         return y
 
     def starts(self, like: Tensor) -> Tensor:
@@ -484,9 +484,13 @@ class MaxPool(Operation):
         kernel = getattr(aten, f"max_pool{dx.dim() - 2}d_with_indices_backward")
         starts = self.starts(self.offsets) if self.in_window else None
         for images in slabs(dx):
-            index, dx_s = self.offsets[images].long(), dx[images]
+            place, dx_s = self.offsets[images], dx[images]
             if self.in_window:
-                index.add_(index.div(self.how[0][1], rounding_mode="floor"), alpha=self.gap).add_(starts)
+                place = place.float()
+                place.add_(place.div(self.how[0][1], rounding_mode="trunc"), alpha=self.gap)
+            index = place.long()
+            if self.in_window:
+                index += starts
             # Of the input the library reads the shape and the layout: those of its result.
             kernel.grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
         return [dx]

@@ -162,7 +162,8 @@ class Convolution(Operation):
             del a
         if need_b:
             db = dz.sum([0, *range(2, dz.dim())])
-        skips = self.skips_pixels(w) and dz.is_cpu and dz.is_contiguous()
+        contiguous = dz.is_contiguous() and self.layout is torch.contiguous_format
+        skips = self.skips_pixels(w) and contiguous and dz.is_cpu
         if need_a and (skips or parts > 1):
             da = read = (dz.new_zeros if skips else dz.new_empty)(self.shape)
             if skips:
@@ -180,8 +181,11 @@ class Convolution(Operation):
 
         A CPU library takes much longer, and twice the memory, for the gradient of all of them at once.
         """
-        g = self.geometry
-        return w.shape[2:].numel() == 1 and max(g.stride) > 1 and not g.transposed and not any(g.padding)
+        return self.pointwise(w) and max(self.geometry.stride) > 1 and not self.geometry.transposed
+
+    def pointwise(self, w: Tensor) -> bool:
+        """Whether a value depends on one pixel."""
+        return w.shape[2:].numel() == 1 and not any(self.geometry.padding)
 
     def parts(self, dz: Tensor, w: Tensor, room: int) -> int:
         """4 where a CPU library's copies of dz and a would raise the peak, to cut the batch; else 1.
@@ -209,6 +213,11 @@ class Convolution(Operation):
         g, size = self.geometry, self.shape[2:]
         if read:
             g, size = g._replace(stride=[1] * len(size)), dz.shape[2:]
+        if dz.is_cpu and len(size) == 3 and self.pointwise(w) and size == dz.shape[2:]:
+            # As images: the kernel for volumes needs more memory.
+            how = [1, 1], [0, 0], [1, 1], not g.transposed, [0, 0], g.groups
+            da = torch.convolution(dz.flatten(2, 3), w.flatten(2, 3), None, *how)
+            return aten._unsafe_view(da, (len(dz), self.shape[1], *size))
         rest = [0] * len(size)
         if not g.transposed:
             by_dimension = zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)

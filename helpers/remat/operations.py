@@ -470,6 +470,7 @@ class MaxPool(Operation):
             place = index.sub_(starts).float()  # below 2²⁴; to divide integers takes five times as long
             row = place.div(self.shape[3], rounding_mode="trunc")
             self.offsets[images] = place.sub_(row, alpha=self.gap)
+            y_s = index = place = row = None  # before the next ones are made
         return y
 
     def starts(self, like: Tensor) -> Tensor:
@@ -493,4 +494,5 @@ class MaxPool(Operation):
                 index += starts
             # Of the input the library reads the shape and the layout: those of its result.
             kernel.grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
+            place = index = None  # before the next ones are made
         return [dx]

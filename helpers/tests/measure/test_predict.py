@@ -88,8 +88,19 @@ def test_to_the_byte_on_networks_as_they_are(name, max_cost, autocast):
 @pytest.mark.parametrize("max_cost", [0, 50])
 def test_one_slab_stands_for_all_under_remat(max_cost):
     """Passes on images of 1 MiB and more take one at a time; on fake tensors the first, for all."""
-    model, shape = Network(), (6, 3, 128, 128)
-    assert predict_memory(model, shape, max_cost=max_cost) == measure(model, torch.randn(shape), max_cost)
+    pool = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Conv2d(4, 4, 1))
+    for model, shape in (
+        (Network(), (6, 3, 128, 128)),
+        (pool, (4, 3, 400, 600)),
+        (pool[::2], (4, 3, 400, 600)),
+    ):
+        assert predict_memory(model, shape, max_cost=max_cost) == measure(model, torch.randn(shape), max_cost)
+
+
+@pytest.mark.parametrize("stride", [1, (1, 1, 2)])
+def test_to_the_byte_on_pointwise_volumes(stride):
+    model, shape = nn.Sequential(nn.Conv3d(3, 2, 1), nn.Conv3d(2, 4, 1, stride)), (8, 3, 20, 18, 20)
+    assert predict_memory(model, shape, max_cost=0) == measure(model, torch.randn(shape), 0)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,19 @@ def test_pointwise_convolutions(name, layout, dtype):
             assert apart(found.gradients[key], gradient) <= rounding(dtype, terms=2 * math.prod(shape[2:]))
 
 
+def test_skipped_pixels_of_an_input_with_gaps():
+    """PyTorch chooses the gradient's layout by the weight."""
+    like, weight = torch.randn(2, 4, 8, 8), torch.randn(5, 3, 1, 1)
+    like, weight = (t.to(memory_format=torch.channels_last) for t in (like, weight))
+    strides = []
+    for cost in (None, 0):
+        x = like[:, :3].detach().requires_grad_()
+        with under(cost):
+            y = F.conv2d(x, weight, stride=2)
+        strides.append(torch.autograd.grad(y, x, torch.randn(y.shape))[0].stride())
+    assert strides[0] == strides[1]
+
+
 CUT = {
     "padding": (lambda: nn.Conv2d(4, 6, 3, padding=1), (5, 4, 9, 8)),
     "groups": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, groups=2, dilation=(1, 2)), (4, 4, 9, 8)),

@@ -213,11 +213,14 @@ class Convolution(Operation):
         g, size = self.geometry, self.shape[2:]
         if read:
             g, size = g._replace(stride=[1] * len(size)), dz.shape[2:]
-        if dz.is_cpu and len(size) == 3 and self.pointwise(w) and size == dz.shape[2:]:
-            # As images: the kernel for volumes needs more memory.
+        alone = dz.is_cpu and self.pointwise(w) and size == dz.shape[2:]
+        if alone and not g.transposed and g.groups == 1 and dz.is_contiguous() and multiplied(dz):
+            da = torch.bmm(w.flatten(1).T.expand(len(dz), -1, -1), dz.flatten(2))
+            return aten._unsafe_view(da, (*da.shape[:2], *size))  # not a view: the engine may add to it
+        if alone and len(size) == 3:  # as images: the kernel for volumes needs more memory
             how = [1, 1], [0, 0], [1, 1], not g.transposed, [0, 0], g.groups
             da = torch.convolution(dz.flatten(2, 3), w.flatten(2, 3), None, *how)
-            return aten._unsafe_view(da, (len(dz), self.shape[1], *size))
+            return aten._unsafe_view(da, (*da.shape[:2], *size))
         rest = [0] * len(size)
         if not g.transposed:
             by_dimension = zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
@@ -234,6 +237,11 @@ class Convolution(Operation):
 def worth_a_cut(copies: int, w: Tensor) -> bool:
     """Whether it pays to cut a batch of which these bytes are copied: each part has its own dw."""
     return copies >= max(1 << 24, 3 * w.nbytes)
+
+
+def multiplied(dz: Tensor) -> bool:
+    """Whether PyTorch multiplies matrices for a 1x1 convolution; a transposed one then takes longer."""
+    return len(dz) < 16 and torch.get_num_threads() == 1 and dz.dtype in WIDE
 
 
 class Linear(Convolution):

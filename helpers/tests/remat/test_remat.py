@@ -203,6 +203,15 @@ def frozen(module):
     return module.requires_grad_(False)
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """With one thread, and few images, PyTorch computes 1x1 convolutions in another way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 # With a stride they skip pixels.
 POINTWISE = {
     "conv2d": (lambda: nn.Conv2d(3, 5, 1, bias=False), (2, 3, 9, 8)),
@@ -219,7 +228,7 @@ POINTWISE = {
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("name", POINTWISE)
-def test_pointwise_convolutions(name, layout, dtype):
+def test_pointwise_convolutions(name, layout, dtype, threads):
     make, shape = POINTWISE[name]
     exact = step(make, [image(*shape)], None)
     if layout is torch.channels_last and len(shape) != 4:

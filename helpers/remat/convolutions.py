@@ -147,7 +147,7 @@ class Convolution(Operation):
         a, self.input = self.input, None
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
         if y.is_cpu and y.is_contiguous() and w.dim() > 2:  # a linear layer's input is read in place
-            strided = max(self.geometry.stride) > 1 and not self.skips_pixels(w)
+            strided = max(self.geometry.stride) > 1 and not self.skips_pixels(y, w)
             copies = a.nbytes + (max(a.nbytes, y.nbytes) if strided else y.nbytes)
             self.scratch = 2 * w.nbytes + (copies // 4 if worth_a_cut(copies, w) else copies)
         return y
@@ -162,8 +162,7 @@ class Convolution(Operation):
             del a
         if need_b:
             db = dz.sum([0, *range(2, dz.dim())])
-        contiguous = dz.is_contiguous() and self.layout is torch.contiguous_format
-        skips = self.skips_pixels(w) and contiguous and dz.is_cpu
+        skips = self.skips_pixels(dz, w)
         if need_a and (skips or parts > 1):
             da = read = (dz.new_zeros if skips else dz.new_empty)(self.shape)
             if skips:
@@ -176,12 +175,13 @@ class Convolution(Operation):
             da = da.contiguous(memory_format=self.layout)  # as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 
-    def skips_pixels(self, w: Tensor) -> bool:
-        """Whether it reads only some pixels of an image: the gradients of the others are 0.
+    def skips_pixels(self, dz: Tensor, w: Tensor) -> bool:
+        """Whether it reads only some pixels of an image, on a CPU: the gradients of the others are 0.
 
-        A CPU library takes much longer, and twice the memory, for the gradient of all of them at once.
+        The library takes much longer, and twice the memory, for the gradient of all of them at once.
         """
-        return self.pointwise(w) and max(self.geometry.stride) > 1 and not self.geometry.transposed
+        g, contiguous = self.geometry, self.layout is torch.contiguous_format and dz.is_contiguous()
+        return self.pointwise(w) and max(g.stride) > 1 and not g.transposed and contiguous and dz.is_cpu
 
     def pointwise(self, w: Tensor) -> bool:
         """Whether a value depends on one pixel."""

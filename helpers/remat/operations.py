@@ -467,10 +467,8 @@ class MaxPool(Operation):
                 starts = self.starts(index)
             if y is not y_s:
                 y[images] = y_s
-            place = index.sub_(starts).float()  # below 2²⁴; to divide integers takes five times as long
-            row = place.div(self.shape[3], rounding_mode="trunc")
-            self.offsets[images] = place.sub_(row, alpha=self.gap)
-            y_s = index = place = row = None  # before the next ones are made
+            self.offsets[images] = self.to_window(index, starts)
+            y_s = index = None  # before the next ones are made
         return y
 
     def starts(self, like: Tensor) -> Tensor:
@@ -479,20 +477,31 @@ class MaxPool(Operation):
         i = torch.arange(rows, device=like.device) * s - p
         return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
 
+    def to_window(self, index: Tensor, starts: Tensor) -> Tensor:
+        """Positions in the windows from those in the image, which are overwritten.
+
+        By floats, exact below 2²⁴: to divide integers takes five times as long.
+        """
+        place = index.sub_(starts).float()
+        return place.sub_(place.div(self.shape[3], rounding_mode="trunc"), alpha=self.gap)
+
+    def to_image(self, offsets: Tensor, starts: Tensor | None) -> Tensor:
+        """The positions in the image that are kept as ``offsets``."""
+        if starts is None:
+            return offsets.long()
+        place = offsets.float()
+        place.add_(place.div(self.how[0][1], rounding_mode="trunc"), alpha=self.gap)
+        return place.long().add_(starts)
+
     def backward(self, task, dz, needs, saved):
         how = {"dtype": dz.dtype, "device": dz.device, "memory_format": layout_of(self.offsets)}
         dx = torch.empty(self.shape, **how)
         kernel = getattr(aten, f"max_pool{dx.dim() - 2}d_with_indices_backward")
         starts = self.starts(self.offsets) if self.in_window else None
         for images in slabs(dx):
-            place, dx_s = self.offsets[images], dx[images]
-            if self.in_window:
-                place = place.float()
-                place.add_(place.div(self.how[0][1], rounding_mode="trunc"), alpha=self.gap)
-            index = place.long()
-            if self.in_window:
-                index += starts
+            dx_s = dx[images]
             # Of the input the library reads the shape and the layout: those of its result.
-            kernel.grad_input(dz[images], dx_s, *self.how, index, grad_input=dx_s)
-            place = index = None  # before the next ones are made
+            kernel.grad_input(
+                dz[images], dx_s, *self.how, self.to_image(self.offsets[images], starts), grad_input=dx_s
+            )
         return [dx]

@@ -212,16 +212,26 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-# With a stride they skip pixels.
 POINTWISE = {
+    "conv1d": (lambda: nn.Conv1d(3, 5, 1), (2, 3, 70)),
     "conv2d": (lambda: nn.Conv2d(3, 5, 1, bias=False), (2, 3, 9, 8)),
-    "row": (lambda: nn.Conv1d(3, 5, 1, stride=3), (2, 3, 70)),
-    "image": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
-    "volume": (lambda: nn.Conv3d(3, 5, 1, stride=(1, 2, 3)), (2, 3, 4, 5, 4)),
-    "frozen": (lambda: frozen(nn.Conv2d(3, 5, 1, stride=(3, 1))), (2, 3, 9, 8)),
-    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2, stride=(2, 3)), (1, 4, 9, 8)),
-    "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1, stride=2), (2, 3, 9, 8)),
-    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1, stride=2), (2, 3, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(3, 5, 1), (2, 3, 4, 5, 4)),
+    "one channel": (lambda: nn.Conv2d(3, 1, 1, bias=False), (2, 3, 9, 8)),
+    "one image": (lambda: nn.Conv2d(3, 5, 1), (1, 3, 9, 8)),
+    "frozen": (lambda: frozen(nn.Conv2d(3, 5, 1)), (2, 3, 9, 8)),
+    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), (2, 4, 9, 8)),
+    "volume, groups": (lambda: nn.Conv3d(4, 6, 1, groups=2), (2, 4, 4, 5, 4)),
+    "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1), (2, 3, 9, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1), (2, 3, 9, 8)),
+    "volume, transposed": (lambda: nn.ConvTranspose3d(3, 5, 1), (2, 3, 4, 5, 4)),
+    # These skip pixels, but for the last two.
+    "row, stride": (lambda: nn.Conv1d(3, 5, 1, stride=3), (2, 3, 70)),
+    "stride": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
+    "volume, stride": (lambda: nn.Conv3d(3, 5, 1, stride=(1, 2, 3)), (2, 3, 4, 5, 4)),
+    "frozen, stride": (lambda: frozen(nn.Conv2d(3, 5, 1, stride=(3, 1))), (2, 3, 9, 8)),
+    "groups, stride": (lambda: nn.Conv2d(4, 6, 1, groups=2, stride=(2, 3)), (1, 4, 9, 8)),
+    "padding, stride": (lambda: nn.Conv2d(3, 5, 1, padding=1, stride=2), (2, 3, 9, 8)),
+    "transposed, stride": (lambda: nn.ConvTranspose2d(3, 5, 1, stride=2), (2, 3, 9, 8)),
 }
 
 

@@ -211,8 +211,10 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
         a = mode.apply(operation, u)
         value = mode.table.note(a, ops.Activate(kind), (source,), operation)
         if operation.from_result:
-            operation.value = mode.needed(a, value)
-            value.first, value.private = operation.number, kind.name == "hardtanh"
+            value.private = kind.name == "hardtanh"  # PyTorch's node saves the input
+            mode.table.count_plain(source if value.private else value)
+            operation.value = mode.table.need(value, a)
+            value.first = operation.number
         return a
 
     return run

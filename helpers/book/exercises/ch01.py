@@ -16,7 +16,7 @@ OPERATIONS = {
     "square": (torch.square, "its slope is 2x, and the output has lost the sign of x"),
     "add one": (lambda x: x + 1, "its slope is 1, whatever x is"),
     "flatten": (lambda x: x.flatten(1), "no value is changed, so the gradient is only reshaped"),
-    "average pooling": (lambda x: F.avg_pool2d(x, 2), "no value is needed; PyTorch saves some even so"),
+    "average pooling": (lambda x: F.avg_pool2d(x, 2), "no value is needed, but PyTorch saves some even so"),
 }
 
 
@@ -32,7 +32,7 @@ def check_saved(answers):
         output, saved = saved_by(function, x)
         places = {storage_address(output): "output", storage_address(x): "input"}  # flatten's are the same
         right = places[storage_address(saved[0])] if saved else "nothing"
-        require(answers[name] == right, f"{name} does not save {answers[name]}: {why}")
+        require(answers[name] == right, f'{name}: "{answers[name]}" is wrong; {why}')
 
 
 @exercise(2)
@@ -50,4 +50,4 @@ def check_predict(answer):
             "the batch existed before, so it is not new": right + batch.nbytes,
             "a 3×3 kernel without padding makes an image smaller": 8 * n * sum(channels[1:]) * height * width,
         }
-        compare("the ledger", answer(n, height, width, channels), right, mistakes, f"channels {channels}")
+        compare("bytes", answer(n, height, width, channels), right, mistakes, f"channels {channels}")

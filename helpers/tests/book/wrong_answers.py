@@ -9,7 +9,7 @@ WRONG = {
             ('"relu": "output"', '"relu": "input"', "the output shows which"),
             ('"average pooling": "input"', '"average pooling": "nothing"', "PyTorch saves some even so"),
             ('"square": "input"', '"square": "output"', "has lost the sign of x"),
-            ('"tanh": "output"', '"tanh": "both"', "tanh does not save both"),
+            ('"tanh": "output"', '"tanh": "both"', 'tanh: "both" is wrong'),
         ],
         "check_predict": [
             ("4 * n", "n", "a float32 has 4 bytes"),

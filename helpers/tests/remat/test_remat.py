@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
+from helpers.memory import MemoryTrace
 from helpers.predict import Held, predict_memory
 from helpers.remat import convolutions, operations, passes, task, values
 from helpers.tests.kernels.rounding import apart, rounding
@@ -1776,6 +1777,23 @@ def test_record():
     assert "1.0" in text and "conv2d" in text and "relu" in text and "recomputed" in text
     with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got <class 'str'>"):
         record.names("model")
+
+
+COUNTED = [name for name in EVERY_ACTIVATION if "threshold" not in name and name != "dropout_"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_record_counts_what_plain_pytorch_holds(name):
+    model = nn.Sequential(block(activation=EVERY_ACTIVATION[name]), nn.Conv2d(8, 2, 1)).float()
+    x = X.float()
+    with MemoryTrace("cpu") as trace:
+        out = model(x)
+        trace.mark("held")
+    del out
+    with remat() as record:
+        out = model(x)
+    vectors = 3 * 8 * 4  # a norm's statistics; PReLU's weight is a parameter
+    assert 0 <= trace.marks["held"] - out.nbytes - (record.plain_bytes - x.nbytes) <= vectors
 
 
 @pytest.mark.parametrize("max_cost", [-1, float("nan"), True, "3", None, [0], 1j, -float("inf")])

@@ -13,13 +13,16 @@ A library's own memory (oneDNN's copies and what its LSTM keeps, cuDNN's workspa
 that it chooses and is not counted; nor are the allocator's fragmentation, the state of the random numbers
 that a checkpoint stores (5 KB), the 8 bytes of a number that autograd saves, as for ``x * 2``, and tensors
 that forward makes from Python's lists. The backward of a few operations takes another way for tensors
-without values, and more memory: ``cumprod``, ``prod``, ``nan_to_num``, ``clamp`` by tensors, and ``max``,
-``min`` and ``median`` of a whole tensor. That of ``var_mean`` and ``std_mean`` counts one tensor too few.
+without values, and more memory: ``cumprod``, ``prod``, ``quantile``, ``nan_to_num``, ``clamp`` by tensors,
+``max``, ``min`` and ``median`` of a whole tensor, and ``binary_cross_entropy_with_logits`` with
+``pos_weight``. That of ``var_mean`` and ``std_mean`` counts one tensor too few, and what an operator that is
+not PyTorch's own allocates inside, such as torchvision's ``deform_conv2d``, is not seen.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import numbers
 import sys
@@ -30,6 +33,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -165,7 +169,7 @@ def takes_number(func, args: tuple) -> bool:
 
 
 def as_real(func, args: tuple, out):
-    """A fake ``out`` with the dtypes, the storage and the number of tensors of the real operator's result."""
+    """A fake ``out`` with the dtypes, layout, storage and number of tensors of the real operator's result."""
     if not (args and isinstance(args[0], FakeTensor)):
         return out  # real
     name = func.overloadpacket.__name__
@@ -178,12 +182,15 @@ def as_real(func, args: tuple, out):
         if z.is_cpu and any(isinstance(t, Tensor) and t.dtype == torch.float32 for t in args):
             stats = [t.float() for t in stats]  # of half-precision values
         return z, *stats
-    elif name == "native_batch_norm_backward":
-        return tuple(t if wanted else None for t, wanted in zip(out, args[-1], strict=True))
-    elif name in ("native_group_norm_backward", "native_layer_norm_backward"):
-        x, weight = args[1], args[4 if "group" in name else 5]
-        pairs = zip(out, (x, weight, weight), strict=True)
-        return tuple(t if t is None or like is None else t.to(like.dtype) for t, like in pairs)
+    elif name in ("native_batch_norm_backward", "native_group_norm_backward", "native_layer_norm_backward"):
+        (dx, *others), x, mask = out, args[1], args[-1]
+        if dx is not None and dx.is_cpu:  # whatever the layout of the gradient that came
+            layout = torch.contiguous_format if "layer" in name else suggest_memory_format(x)
+            dx = torch.empty(x.shape, dtype=x.dtype, memory_format=layout)
+        if "batch" not in name:  # in the weight's dtype, where the fake ones have the gradient's
+            weight = args[4 if "group" in name else 5]
+            others = [t if t is None or weight is None else t.to(weight.dtype) for t in others]
+        return tuple(t if wanted else None for t, wanted in zip((dx, *others), mask, strict=True))
     elif name == "col2im":  # its memory is made for the columns
         return torch.empty_like(args[0]).resize_(out.shape)
     elif name in RESIZED and out.dim() < args[0].dim():
@@ -236,7 +243,7 @@ def predict_memory(
 def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") -> tuple[Prediction, float]:
     """The prediction, and the lowest price at which `remat` would recompute more; infinite without remat."""
     check_outside("predict_memory")
-    if device_type not in DEVICES:
+    if device_type not in [*DEVICES]:
         raise ValueError(f"device_type must be one of {', '.join(DEVICES)}, got {device_type!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
@@ -365,13 +372,16 @@ def largest_batch(
             f"memory must hold a step of batch size {least}, {needed(least):,} bytes, got {memory:,}"
         )
     low, high, n = least, math.inf, 16
-    while high - low > 1:
+    for step in itertools.count(1):
         low, high = (n, high) if needed(n) <= memory else (low, n)
-        # Nearly on a line, which finds the last batch that fits in a few steps.
+        if high - low == 1:
+            return low
+        # Nearly on a line, which finds the last batch that fits in a few steps; where not, by halves.
         a, b = (low, high) if high < math.inf else (least, low)
         n = low + round((memory - needed(low)) * (b - a) / (needed(b) - needed(a)))
+        if step % 4 == 0 and high < math.inf:
+            n = (low + high) // 2
         n = min(max(n, low + 1), high - 1)
-    return low
 
 
 def max_cost_for(

@@ -139,7 +139,9 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
         y = mode.apply(operation, input, w, bias)
         small = work * a.nbytes > BOTTLENECK * y.nbytes
-        if table.max_cost and not small and may_run_again(weight) and table.is_safe(weight, bias):
+        # A computed weight, which the recipe would hold, must be one that PyTorch's node saves.
+        saved = weight.is_leaf or input.requires_grad or function is not F.linear
+        if table.max_cost and saved and not small and may_run_again(weight) and table.is_safe(weight, bias):
             recipe = Convolve(function, w, bias, arguments, work, dtype)
             for t in recipe.parameters:
                 table.parameters.setdefault(id(storage_of(t)), []).append(weakref.ref(recipe))
@@ -162,7 +164,7 @@ def batch_norm(
     fit(isinstance(training, bool) and eps >= 0 and (eps > 0 or not training))  # else PyTorch's own error
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
     fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
-    fit(len(shape) >= 2 and shape.numel() // shape[1] > bool(training))  # else PyTorch's own error
+    fit(len(shape) >= 2 and shape.numel() > 5 * shape[1])  # the recipe holds up to 5 values a channel
     fit(mode.table.is_safe(input))
 
     def run() -> Tensor:
@@ -240,8 +242,8 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
     fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype and mode.table.is_safe(*tensors))
-    fit(len(tensors) == 2 or type(q) in (int, float))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
+    fit(type(q) in (int, float) or (len(tensors) == 2 and operator is not ops.rsub))
     if in_place:  # forward may write to a place before it reads it, or several times
         fit(not p._is_view() and (len(tensors) == 1 or storage_of(p) is not storage_of(q)))
     product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
@@ -365,6 +367,28 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
     return handler(bind)
 
 
+def reshape(mode: Mode, function, x, /, *args, **named):
+    """A view, or a copy that backward can make again."""
+    fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
+
+    def run() -> Tensor:
+        out = leave(mode, function, (x, *args), named)
+        if storage_of(out) is not storage_of(x):
+            shape = out.shape[1:]
+            recipe = ops.Again("reshape", lambda x: x.reshape(-1, *shape), 1.0)
+            recipe.whole = out.shape[0] != x.shape[0]
+            mode.table.note(out, recipe, (mode.table.find(x),))
+        return out
+
+    return run
+
+
+def within_images(x: Tensor, *dims) -> bool:
+    """Whether dimensions are given, as numbers or in tuples, and none is that of a batch's images."""
+    dims = [d for dim in dims for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
+    return len(dims) > 0 and all(d % x.dim() for d in dims)
+
+
 def window(input: Tensor, n: int, kernel_size, stride, padding) -> tuple[list[int], ...]:
     """Kernel, stride and padding of a pooling over the last ``n`` dimensions."""
     fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
@@ -482,11 +506,14 @@ OPERATIONS = {
     torch.sub: "sub sub_ __sub__ __isub__",
     torch.mul: "mul mul_ __mul__ __rmul__ __imul__",
     torch.div: "div div_ __truediv__ __itruediv__",
+    ops.rsub: "rsub __rsub__",
 }
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
 DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimensions of a batch
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 RESIZE = again("resize", node=False)
+ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
+FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
 HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
@@ -494,11 +521,15 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
     **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), RESIZE),
+    **dict.fromkeys(functions("reshape flatten"), handler(reshape)),
+    **dict.fromkeys(functions("roll"), ROLL),
+    **dict.fromkeys(functions("flip"), FLIP),
     F.pad: handler(pad),
     F.batch_norm: handler(batch_norm),
     torch.batch_norm_elemt: synchronised_norm,
     F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),
     F.layer_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
+    F.rms_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
     F.instance_norm: again(
         "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0
     ),

@@ -401,8 +401,13 @@ class Drop(Recipe):
         return noise.mul_(x) if out is not None or noise.stride() == x.stride() else x * noise
 
 
+def rsub(p: Tensor, q: float, out: Tensor | None = None) -> Tensor:
+    """q - p: torch.rsub has no ``out``."""
+    return torch.neg(p, out=out).add_(q)
+
+
 class Elementwise(Recipe):
-    """p + q, p - q, p q or p / q, of tensors or a tensor and a number."""
+    """p + q, p - q, p q or p / q, of tensors or a tensor and a number; or a number less a tensor."""
 
     reuse = 0
 

@@ -397,10 +397,13 @@ class Table:
         key = id(storage)
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
-            whole = value.live()
-            needed = value.first is not None and value.kept is None
-            if needed and whole is not None and whole._version == value.version:
-                self.keep(value, whole)
+            needed, t = value.first is not None and value.kept is None, value.live()
+            if needed and t is None and isinstance(value.recipe, Part):  # of which PyTorch's node has a view
+                (base,) = value.parents
+                base = base.live() if base.kept is None else base.kept
+                t = None if base is None else value.recipe.run(None, base)
+            if needed and t is not None and t._version == value.version:
+                self.keep(value, t)
             if value.kept is None:
                 value.version = NO_VERSION
             elif value.kept._version == value.version:

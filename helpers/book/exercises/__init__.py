@@ -47,9 +47,9 @@ def attempted(got):
 
 
 def numbers(got) -> list[float]:
-    """``got`` as a list, if it is some numbers."""
+    """``got`` as a list, if it is some numbers; whole ones as ints."""
     try:
-        return [*map(float, attempted(got))]
+        return [int(n) if n.is_integer() else n for n in map(float, attempted(got))]
     except (TypeError, ValueError):
         raise Wrong(f"return a list of numbers, got {got!r}") from None
 
@@ -71,7 +71,7 @@ def difference(got, want, **tolerances: float) -> str:
     try:
         assert_close(got, want, check_dtype=isinstance(want, Tensor), **tolerances)
     except AssertionError as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split()) if isinstance(want, Tensor) else f"expected {want}, got {got}"
     except (TypeError, RuntimeError):  # the latter for a bool
         return f"expected {type(want).__name__}, got {type(got).__name__}"
     return ""

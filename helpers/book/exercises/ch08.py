@@ -30,9 +30,8 @@ def check_chain(answer):
             "blocks count from 1": [i - 1 for i in want],
             "what is not kept on the way must be paid for, too": alone,
         }
-        got = numbers(answer(work, max_cost))
-        note = f"work {work}, max_cost {max_cost}: remat keeps {want}, got {got}"
-        compare("the list", got, want, mistakes, note)
+        note = f"work {work}, max_cost {max_cost}"
+        compare("the blocks", numbers(answer(work, max_cost)), want, mistakes, note)
 
 
 @exercise(2)
@@ -40,12 +39,12 @@ def check_only_input(answer):
     """The least price at which three convolutions keep their input alone."""
     for c_in, width, c_out, stride in ((16, 4, 16, 1), (16, 4, 16, 2), (7, 8, 7, 2), (8, 8, 3, 1)):
         (got,) = numbers([attempted(answer(c_in, width, c_out, stride))])
-        require(got >= 0 and got.is_integer(), f"return an integer, at least 0, got {got}")
+        require(isinstance(got, int) and got >= 0, f"return an integer, at least 0, got {got}")
         layers = nn.Conv2d(c_in, width, 1), nn.Conv2d(width, width, 3, stride, 1), nn.Conv2d(width, c_out, 1)
-        case = f"{c_in} channels in, {width} inside, {c_out} out, stride {stride}: at {got:.0f} "
+        case = f"{c_in} channels in, {width} inside, {c_out} out, stride {stride}; at max_cost {got}"
         kept = ", ".join(kept_values(layers, got))
-        require(not kept, f"{case}{kept} is still kept; what does it cost from the input on?")
-        require(kept_values(layers, got - 1), f"{case}nothing is kept, but neither is it at a lower price")
+        require(not kept, f"{case} this is still kept: {kept}. What does it cost, counted from the input?")
+        require(kept_values(layers, got - 1), f"{case} nothing is kept, but a lower price is enough")
 
 
 @exercise(3)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from helpers import FusedConvBN2d, largest_batch, max_cost_for, predict_memory, remat
+from helpers import FusedConvBN2d, largest_batch, max_cost_for, predict, predict_memory, remat
 from helpers.memory import MemoryTrace
 from helpers.predict import Held
 
@@ -426,6 +426,20 @@ def test_the_model_stays_as_it_was(make):
     model(x).sum().backward()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("max_cost", [None, 0, 100])
+@pytest.mark.parametrize("make", [lambda: nn.BatchNorm2d(8), GROUPS, lambda: nn.LayerNorm(16)], ids="bgl")
+def test_a_gradient_in_another_layout_than_its_norm(make, max_cost, layout):
+    class Transposed(nn.Module):
+        def forward(self, z):
+            return z.transpose(1, 3).flatten(1)
+
+    convs = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    model = nn.Sequential(convs[0], make(), nn.ReLU(), convs[1], make(), Transposed())
+    model, x = model.to(memory_format=layout), torch.randn(8, 8, 16, 16).to(memory_format=layout)
+    assert predict_memory(model, x, max_cost=max_cost) == measure(model, x, max_cost)
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm([6, 5])], ids=str)
 def test_real_tensors_are_counted_and_left_alone(norm):
     x, results = torch.randn(2, 4, 6, 5, requires_grad=True), []
@@ -515,6 +529,28 @@ def test_largest_batch_where_one_image_fits_or_none():
         largest_batch(model, (3, 64, 64), 1000)
     with pytest.raises(ValueError, match="^memory must hold a step of batch size 2, .* got 1,000$"):
         largest_batch(model, (3, 1, 1), 1000)
+
+
+def test_largest_batch_where_memory_is_quadratic(monkeypatch):
+    """As with the logits of a contrastive loss."""
+
+    class Pairs(nn.Linear):
+        def forward(self, x):
+            y = super().forward(x)
+            return (y @ y.T).log_softmax(-1)
+
+    tried, real = [], predict.bytes_needed
+
+    def counted(model, inputs, *args, **how):
+        tried.append(len(inputs[0]))
+        return real(model, inputs, *args, **how)
+
+    monkeypatch.setattr(predict, "bytes_needed", counted)
+    model, budget = Pairs(8, 8), 10**9
+    n = largest_batch(model, (8,), budget)
+    assert len(tried) <= 3 * math.log2(n) + 10
+    assert counted(model, [torch.empty(n, 8)], 1, device_type="cuda")[0] <= budget
+    assert counted(model, [torch.empty(n + 1, 8)], 1, device_type="cuda")[0] > budget
 
 
 def test_largest_batch_under_remat_and_autocast():

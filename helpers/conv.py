@@ -45,7 +45,8 @@ def conv2d_backward(
         ``(grad_input, grad_weight, grad_bias)``, of the shapes of input, weight and bias, in their dtype.
 
     Raises:
-        ValueError: ``input`` is no batch of images, or a tensor's shape, dtype or device does not fit it.
+        ValueError: ``input`` is no batch of images, a tensor's shape, dtype or device does not fit it, or
+            ``needs`` is something else.
         RuntimeError or TypeError: PyTorch's own, if there is no such convolution.
     """
     check_images("input", input)
@@ -54,6 +55,8 @@ def conv2d_backward(
         got = f"{t.dtype} on {t.device}" if isinstance(t, Tensor) else f"{type(t)}"
         if got != wanted:
             raise ValueError(f"{name} must be a tensor, {wanted} like input, got {got}")
+    if not (isinstance(needs, (tuple, list)) and [type(need) for need in needs] == [bool] * 3):
+        raise ValueError(f"needs must be three bools, for input, weight and bias, got {needs!r}")
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     no_images = F.conv2d(input[:0].detach(), weight.detach(), None, stride, padding, dilation, groups)
     expected = (len(input), *no_images.shape[1:])  # PyTorch has checked the other arguments

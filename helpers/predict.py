@@ -301,6 +301,8 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     check_module(model)
     if isinstance(model, nn.parallel.DistributedDataParallel):  # a copy would talk to the other processes
         raise ValueError("model must be the module inside of DistributedDataParallel, got the wrapper")
+    if any(map(nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ValueError("model must have run once, got one with lazy parameters, whose shapes are not known")
     for part in model.modules():
         scripted = isinstance(part, torch.jit.ScriptModule)
         if scripted or part._compiled_call_impl or hasattr(part, "_orig_mod"):  # torch.compile's wrapper

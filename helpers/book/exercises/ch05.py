@@ -28,7 +28,7 @@ def check_lower_peak(network_class):
         want, got = (net.eval()(x[:2]) for net in nets)
     compare("the output in eval mode", got, want, rtol=0, atol=0)
     before, peak = (trace.tensor_peak / (128 * 64 * 24 * 24 * 4) for trace in traces)
-    peaks = f"the peak must fall by 0.2 times y2; it was {before:.2f} and is {peak:.2f}"
+    peaks = f"the peak was {before:.2f} times y2 and is {peak:.2f}, and must fall by 0.2"
     require(before - peak > 0.2, f"{peaks}; which line makes the last tensor at the peak?")
 
 

@@ -17,7 +17,7 @@ WRONG = {
             ("2 * y", "3 * y", "three a block"),
             ("total = 0", "total = 4 * n * channels[0] * height * width", "the batch existed before"),
             ("- 2 * i) * (width - 2 * i)", ") * (width)", "makes an image smaller"),
-            ("- 2 * i) * (width - 2 * i)", "- 2) * (width - 2)", "but got 40320"),
+            ("- 2 * i) * (width - 2 * i)", "- 2) * (width - 2)", "expected 30144, got 40320"),
         ],
     },
     "02": {
@@ -71,7 +71,7 @@ WRONG = {
             ("return dx, dw, None", "return dx, dw", "return a tuple, (dx, dw, None for eps)"),
             ("conv_backward(dy, x, w)", "conv_backward(dz, x, w)", "step 4 turns dz into dy"),
             ("return dx, dw, None", "dz.zero_()\n    return dx, dw, None", "has been overwritten"),
-            ("return dx, dw, None", "return dx, dw, 0.0", "None for eps: None mismatch"),
+            ("return dx, dw, None", "return dx, dw, 0.0", "None for eps: expected None, got 0.0"),
         ],
         "check_repaired": [
             ("(2 * sqrt_var)", "(2 * denom)", "which of the per-channel numbers are 0"),

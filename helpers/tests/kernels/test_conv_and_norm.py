@@ -87,6 +87,8 @@ def test_depthwise_gradients_of_an_empty_batch():
             "weight must be a tensor, torch.float64 on cpu like input, got torch.float32",
         ),
         ({"grad_out": None}, "grad_out must be a tensor, .* got <class 'NoneType'>"),
+        ({"needs": (True, False)}, r"needs must be three bools, .* got \(True, False\)"),
+        ({"needs": True}, "needs must be three bools, .* got True"),
     ],
 )
 def test_conv2d_backward_names_the_bad_argument(change, message):

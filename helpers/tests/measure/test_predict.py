@@ -404,6 +404,11 @@ def test_a_compiled_model_is_named():
             predict_memory(model, (3, 2))
 
 
+def test_a_lazy_model_is_named():
+    with pytest.raises(ValueError, match="^model must have run once, got one with lazy parameters"):
+        predict_memory(nn.Sequential(nn.LazyLinear(2)), (3, 2))
+
+
 def test_other_generators_stay_as_they_are():
     class Drawing(nn.Linear):
         def forward(self, x):

@@ -71,7 +71,8 @@ def difference(got, want, **tolerances: float) -> str:
     try:
         assert_close(got, want, check_dtype=isinstance(want, Tensor), **tolerances)
     except AssertionError as error:
-        return " ".join(str(error).split()) if isinstance(want, Tensor) else f"expected {want}, got {got}"
+        tensors = isinstance(want, (Tensor, dict))
+        return " ".join(str(error).split()) if tensors else f"expected {want}, got {got}"
     except (TypeError, RuntimeError):  # the latter for a bool
         return f"expected {type(want).__name__}, got {type(got).__name__}"
     return ""

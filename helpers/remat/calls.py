@@ -93,6 +93,7 @@ def handler(bind: Callable) -> Callable:
 
 def fixed(v):
     """An argument that the caller cannot change any more."""
+    fit(not (isinstance(v, (list, tuple)) and any(isinstance(n, Tensor) for n in v)))
     return tuple(v) if isinstance(v, list) else v
 
 
@@ -213,10 +214,10 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
         a = mode.apply(operation, u)
         value = mode.table.note(a, ops.Activate(kind), (source,), operation)
         if operation.from_result:
-            value.private = kind.name == "hardtanh"  # PyTorch's node saves the input
-            mode.table.count_plain(source if value.private else value)
+            of_input = kind.name == "hardtanh"  # whose node saves the input
+            mode.table.count_plain(source if of_input else value)
             operation.value = mode.table.need(value, a)
-            value.first = operation.number
+            value.first, value.private = operation.number, of_input
         return a
 
     return run
@@ -376,11 +377,15 @@ def reshape(mode: Mode, function, x, /, *args, **named):
         if storage_of(out) is not storage_of(x):
             shape = out.shape[1:]
             recipe = ops.Again("reshape", lambda x: x.reshape(-1, *shape), 1.0)
-            recipe.whole = out.shape[0] != x.shape[0]
+            recipe.reshapes, recipe.whole = True, out.shape[0] != x.shape[0]
             mode.table.note(out, recipe, (mode.table.find(x),))
         return out
 
     return run
+
+
+def numbers_or_none(*values) -> bool:
+    return all(v is None or type(v) in (int, float) for v in values)
 
 
 def within_images(x: Tensor, *dims) -> bool:
@@ -512,6 +517,8 @@ ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for 
 DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimensions of a batch
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 RESIZE = again("resize", node=False)
+POWER = again("pow", fits=lambda x, exponent=2: numbers_or_none(exponent) and exponent in (2, 3))
+CLAMP = again("clamp", fits=lambda x, *limits, **named: numbers_or_none(*limits, *named.values()))
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
 FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
@@ -533,6 +540,8 @@ HANDLERS: dict[Callable, Callable] = {
     F.instance_norm: again(
         "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0
     ),
+    **dict.fromkeys(functions("pow __pow__ square"), POWER),
+    **dict.fromkeys(functions("clamp clip clamp_min clamp_max"), CLAMP),
     torch.prelu: again("prelu"),
     F.softplus: again("softplus"),
     F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),

@@ -247,6 +247,12 @@ def multiplied(dz: Tensor) -> bool:
 class Linear(Convolution):
     """y = a wᵀ + b, a 1x1 convolution in another layout."""
 
+    def forward(self, a, w, b):
+        a = self.input
+        # As of a single image whose pixels are tokens. Then PyTorch's gradient lies in columns, too.
+        self.in_columns = not a.is_contiguous() and a.movedim(-1, 0).is_contiguous()
+        return super().forward(a, w, b)
+
     def to_save(self, inputs):
         """As PyTorch does: nothing where the input needs no gradient, else a view of the weight."""
         a, w, _ = inputs
@@ -259,5 +265,11 @@ class Linear(Convolution):
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])
             del a
-        da = dz @ to(saved[0], self.dtype) if need_a else None
-        return [da, dw, rows.sum(0) if need_b else None]
+        da, db = None, rows.sum(0) if need_b else None
+        if need_a:
+            w = to(saved[0], self.dtype)
+            if self.in_columns:
+                da = aten._unsafe_view(w.T @ rows.T, (w.shape[1], *dz.shape[:-1])).movedim(0, -1)
+            else:
+                da = dz @ w
+        return [da, dw, db]

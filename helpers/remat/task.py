@@ -284,4 +284,4 @@ def stream_of(t: Tensor):
 def by_image(v: Value, reader: Value) -> bool:
     """Whether some images of ``reader`` need those of ``v`` alone: it is nothing that all images share."""
     shape, wanted = v.view.shape, reader.view.shape
-    return shape[:1] == wanted[:1] and (len(shape) == len(wanted) or isinstance(reader.recipe, Part))
+    return shape[:1] == wanted[:1] and (len(shape) == len(wanted) or reader.recipe.reshapes)

@@ -39,6 +39,7 @@ class Recipe:
     reuse: int | None = None  # which input ``run`` may write its result over
     parameter: weakref.ref | None = None  # the weight that it applies
     whole = False  # whether it must see all images at once
+    reshapes = False  # whether it takes each image's values in another shape
     joins = False  # whether its result has its parents' values in one tensor; they are often read again
     gives = False  # whether ``run`` needs no ``out``: it gives a tensor of its own, or a view
 
@@ -102,7 +103,7 @@ def span(shape, stride) -> int:
 class Part(Recipe):
     """A view: some channels, or the same values in another shape, which may be across images (``whole``)."""
 
-    name, passes, gives = "view", 0.0, True
+    name, passes, gives, reshapes = "view", 0.0, True, True
 
     def __init__(self, shape, stride, offset: int, whole: bool) -> None:
         self.shape, self.stride, self.offset, self.whole = shape, stride, offset, whole
@@ -270,11 +271,12 @@ class Table:
     def need(self, value: Value, t: Tensor, copied: bool = False) -> Value:
         """A node needs ``value``, whose tensor is ``t``: decide what to keep for it.
 
-        Where PyTorch's node would save a copy (``copied``), so do we, if ``t`` is part of a larger tensor.
+        Where PyTorch's node would save a copy (``copied``), so do we, if ``t`` is part of a larger tensor, or
+        once something may write to it.
         """
         if value.first is not None:
             return value
-        value.first = len(self.operations)
+        value.first, value.private = len(self.operations), copied
         self.add_row(value)
         if value.kept is None:
             if not self.affordable(value):
@@ -398,7 +400,8 @@ class Table:
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
             needed, t = value.first is not None and value.kept is None, value.live()
-            if needed and t is None and isinstance(value.recipe, Part):  # of which PyTorch's node has a view
+            if needed and t is None and isinstance(value.recipe, Part) and not value.private:
+                # PyTorch's node has a view.
                 (base,) = value.parents
                 base = base.live() if base.kept is None else base.kept
                 t = None if base is None else value.recipe.run(None, base)

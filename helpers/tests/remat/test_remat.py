@@ -1296,6 +1296,8 @@ COPIES = {
     "rolled": lambda a: torch.roll(a, shifts=(1, -2), dims=(2, -1)),
     "flipped": lambda a: a.flip(-1).flip((1, 2)),
     "a number less it": lambda a: 0.3 - (1 - a),
+    "squares": lambda a: (a - 0.5) ** 2 + a.pow(2.0) + torch.square(a) + torch.pow(a, 3),
+    "clamped": lambda a: torch.clamp(a - 0.5, min=0.0, max=1) + a.clip(0.1) + a.clamp_min(0.2),
     "rms norm": lambda a: F.rms_norm(a.transpose(1, 3), (8,), eps=1e-5).transpose(1, 3),
 }
 ACROSS = {
@@ -1303,6 +1305,8 @@ ACROSS = {
     "flipped": lambda a: a.flip(0) + a.flip(dims=[0, 1]) + torch.flip(a, (0,)),
     "reshaped": lambda a: a.transpose(0, 1).reshape(4, 8, 10, 9) + a.reshape(-1)[1:2],
     "a tensor less it": lambda a: torch.rsub(a, a.sigmoid()) + torch.rsub(a, 2, alpha=3),
+    "powers": lambda a: 2**a + (a + 3) ** 0.5 + a.sigmoid().pow(a) + a.exp().pow(-1),
+    "clamped by tensors": lambda a: a.clamp(torch.tensor(0.1), a.mean((2, 3), keepdim=True)),
 }
 
 
@@ -1351,6 +1355,52 @@ def test_no_more_is_held_than_in_pytorch(name, cost):
         assert out.requires_grad
         held.append(counted.held)
     assert 0 < held[1] <= held[0]
+
+
+def test_a_flattened_copy_larger_than_a_slab(monkeypatch):
+    """It starts from all images, of which each slab takes its own."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 500)
+
+    def make():
+        activations = nn.ReLU(), nn.SiLU()
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), activations[0], nn.Flatten(), activations[1], nn.Linear(448, 5)
+        )
+
+    wanted = step(make, [X], None, layout=torch.channels_last)
+    for cost in COSTS:
+        found = step(make, [X], cost, layout=torch.channels_last)
+        assert_same_forward(found, wanted)
+        assert_close(found.gradients, wanted.gradients)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("norm", ["eval", "no running statistics", "instance"])
+def test_a_norm_before_tokens(images, norm):
+    """Of one image, PyTorch's kernel takes a gradient in another layout than plain's for other values."""
+
+    def forward(self, x):
+        return self.l(self.act(self.n(self.c(x))).flatten(2).transpose(1, 2))
+
+    def make(activation):
+        return Net(forward, c=nn.Conv2d(3, 8, 1), n=NORMS[norm](), act=activation(), l=nn.Linear(8, 5))
+
+    for activation in (nn.Identity, nn.SiLU, nn.ReLU6):
+        check(functools.partial(make, activation), image(images, 3, 7, 7))
+
+
+@pytest.mark.parametrize("move", [torch.roll, torch.flip])
+def test_numbers_that_are_tensors_in_a_list(move):
+    """They may change after the call."""
+
+    def forward(self, x):
+        one = torch.tensor(1)
+        args = ([one], [2]) if move is torch.roll else ([one + 1],)
+        out = F.silu(move(F.silu(self.c(x)), *args))
+        args[0][0].add_(1)
+        return out
+
+    check(lambda: Net(forward, c=nn.Conv2d(3, 8, 3)), X)
 
 
 def test_a_computed_weight_may_be_a_view():
@@ -1413,6 +1463,8 @@ ALONE = {
     "prelu": lambda: nn.PReLU(8),
     "mish": nn.Mish,
     "silu": nn.SiLU,
+    "square": lambda: Net(lambda self, x: x**2),
+    "clamp": lambda: Net(lambda self, x: x.clamp(0, 1)),
 }
 
 

@@ -729,6 +729,13 @@ def alias_of_an_input(x, a, b):
     return F.conv2d(z, b)
 
 
+def source_of_a_linear_layers_copy(x, a, b):
+    h = F.conv2d(x, a, padding=1)
+    out = F.linear(h.permute(0, 2, 3, 1), a.flatten(1)[:, : h.shape[1]])
+    h.data.mul_(1.5)
+    return F.conv2d(out.permute(0, 3, 1, 2), b)
+
+
 def alias_of_a_norms_result(x, a, b):
     z = F.batch_norm(F.conv2d(x, a, padding=1), None, None, training=True)
     alias = z.detach().numpy()
@@ -800,6 +807,7 @@ def alias_of_a_weight(x, a, b):
         before_the_first_need,
         running_statistics,
         alias_of_an_input,
+        source_of_a_linear_layers_copy,
         alias_of_a_norms_result,
         alias_of_a_part,
         alias_of_a_small_operand,

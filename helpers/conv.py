@@ -46,7 +46,7 @@ def conv2d_backward(
 
     Raises:
         ValueError: ``input`` is no batch of images, a tensor's shape, dtype or device does not fit it, or
-            ``needs`` is something else.
+            ``needs`` is not three bools.
         RuntimeError or TypeError: PyTorch's own, if there is no such convolution.
     """
     check_images("input", input)

@@ -378,7 +378,8 @@ def largest_batch(
         low, high = (n, high) if needed(n) <= memory else (low, n)
         if high - low == 1:
             return low
-        # Nearly on a line, which finds the last batch that fits in a few steps; where not, by halves.
+        # Memory is nearly linear in n: a line through two sizes finds the answer in a few steps. Where it is
+        # not, every fourth step halves the interval.
         a, b = (low, high) if high < math.inf else (least, low)
         n = low + round((memory - needed(low)) * (b - a) / (needed(b) - needed(a)))
         if step % 4 == 0 and high < math.inf:

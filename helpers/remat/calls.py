@@ -92,7 +92,7 @@ def handler(bind: Callable) -> Callable:
 
 
 def fixed(v):
-    """An argument that the caller cannot change any more."""
+    """An argument that the caller cannot change any more; Unfit if it is a list with tensors."""
     fit(not (isinstance(v, (list, tuple)) and any(isinstance(n, Tensor) for n in v)))
     return tuple(v) if isinstance(v, list) else v
 
@@ -369,7 +369,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
 
 
 def reshape(mode: Mode, function, x, /, *args, **named):
-    """A view, or a copy that backward can make again."""
+    """Gives a view, or a copy that backward can make again: by image, if their number stays the same."""
     fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
 
     def run() -> Tensor:
@@ -389,7 +389,7 @@ def numbers_or_none(*values) -> bool:
 
 
 def within_images(x: Tensor, *dims) -> bool:
-    """Whether dimensions are given, as numbers or in tuples, and none is that of a batch's images."""
+    """Whether ``dims``, numbers or tuples of them, name some dimensions, but not the images'."""
     dims = [d for dim in dims for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
     return len(dims) > 0 and all(d % x.dim() for d in dims)
 
@@ -517,6 +517,7 @@ ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for 
 DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimensions of a batch
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 RESIZE = again("resize", node=False)
+# Of other exponents, a value's last bit may depend on its position in memory.
 POWER = again("pow", fits=lambda x, exponent=2: numbers_or_none(exponent) and exponent in (2, 3))
 CLAMP = again("clamp", fits=lambda x, *limits, **named: numbers_or_none(*limits, *named.values()))
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))

@@ -248,9 +248,10 @@ class Linear(Convolution):
     """y = a wᵀ + b, a 1x1 convolution in another layout."""
 
     def forward(self, a, w, b):
-        a = self.input
-        # As of a single image whose pixels are tokens. Then PyTorch's gradient lies in columns, too.
-        self.in_columns = not a.is_contiguous() and a.movedim(-1, 0).is_contiguous()
+        x = self.input  # in the dtype that is computed in
+        # Whether each channel is contiguous, as where one image's pixels became tokens. PyTorch's gradient
+        # then has this layout, and ours must: for another one, some norms' kernels give other values.
+        self.in_columns = not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
         return super().forward(a, w, b)
 
     def to_save(self, inputs):
@@ -265,11 +266,11 @@ class Linear(Convolution):
             a, _ = task.get(self.value)
             dw = rows.T @ a.reshape(-1, a.shape[-1])
             del a
-        da, db = None, rows.sum(0) if need_b else None
+        da = None
         if need_a:
             w = to(saved[0], self.dtype)
             if self.in_columns:
                 da = aten._unsafe_view(w.T @ rows.T, (w.shape[1], *dz.shape[:-1])).movedim(0, -1)
             else:
                 da = dz @ w
-        return [da, dw, db]
+        return [da, dw, rows.sum(0) if need_b else None]

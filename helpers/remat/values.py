@@ -399,14 +399,14 @@ class Table:
         key = id(storage)
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
-            needed, t = value.first is not None and value.kept is None, value.live()
-            if needed and t is None and isinstance(value.recipe, Part) and not value.private:
-                # PyTorch's node has a view.
+            needed, now = value.first is not None and value.kept is None, value.live()
+            if needed and now is None and isinstance(value.recipe, Part) and not value.private:
+                # The view is gone, but PyTorch's node would hold it and see the write: make it again.
                 (base,) = value.parents
                 base = base.live() if base.kept is None else base.kept
-                t = None if base is None else value.recipe.run(None, base)
-            if needed and t is not None and t._version == value.version:
-                self.keep(value, t)
+                now = None if base is None else value.recipe.run(None, base)
+            if needed and now is not None and now._version == value.version:
+                self.keep(value, now)
             if value.kept is None:
                 value.version = NO_VERSION
             elif value.kept._version == value.version:

@@ -1377,7 +1377,7 @@ def test_a_flattened_copy_larger_than_a_slab(monkeypatch):
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("norm", ["eval", "no running statistics", "instance"])
 def test_a_norm_before_tokens(images, norm):
-    """Of one image, PyTorch's kernel takes a gradient in another layout than plain's for other values."""
+    """Of one image, some kernels give other values if the gradient lies otherwise than in plain PyTorch."""
 
     def forward(self, x):
         return self.l(self.act(self.n(self.c(x))).flatten(2).transpose(1, 2))
@@ -1896,6 +1896,7 @@ def test_record():
         record.names("model")
 
 
+# The record is about operations that remat knows; of these two it knows nothing.
 COUNTED = [name for name in EVERY_ACTIVATION if "threshold" not in name and name != "dropout_"]
 
 

@@ -47,6 +47,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .remat import remat
 from .remat.compare import check_outside, deep_copy, ends_of, same_numbers_again
 from .remat.record import check_module
+from .remat.values import storage_of
 
 __all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
 
@@ -91,7 +92,7 @@ class Held(TorchDispatchMode):
         made = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, Tensor)]
         if func.is_view and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
             for t in made:
-                self.follow(t.untyped_storage(), 0)  # of a constant that was there before
+                self.follow(storage_of(t), 0)  # of a constant that was there before
         if isinstance(out, Tensor) and self.in_place_if_real(func, args[0]):
             self.waiting = out  # to be counted once the first argument has had the chance to go
         else:
@@ -113,14 +114,14 @@ class Held(TorchDispatchMode):
             return adds and self.in_linear  # a bias
         if adds:
             # Two gradients of one tensor, if nothing else holds the first, such as the base of a view.
-            return not first._is_view() and first.untyped_storage()._cdata not in self.ignored
+            return not first._is_view() and storage_of(first)._cdata not in self.ignored
         node = torch._C._current_autograd_node()
         in_place = func.overloadpacket.__name__ in ON_TEMPORARIES
         return in_place or (node is not None and node.name().startswith(IN_PLACE_FORMULAS))
 
     def count(self, t: Tensor) -> None:
         """Count the storage of ``t`` from now on, unless it counts already (``t`` is a view)."""
-        storage = t.untyped_storage()
+        storage = storage_of(t)
         self.follow(storage, math.ceil(storage.nbytes() / self.block) * self.block)
 
     def follow(self, storage: torch.UntypedStorage, nbytes: int) -> None:
@@ -138,7 +139,7 @@ class Held(TorchDispatchMode):
 
     def ignore(self, *tensors: Tensor) -> None:
         """These exist before the step. Their storages live on, so that no new one gets the number of one."""
-        self.ignored |= {(storage := t.untyped_storage())._cdata: storage for t in tensors}
+        self.ignored |= {(storage := storage_of(t))._cdata: storage for t in tensors}
         self.known |= self.ignored.keys()
 
 

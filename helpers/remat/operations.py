@@ -97,6 +97,18 @@ def layout_of(t: Tensor) -> torch.memory_format | None:
     return last if last and t.is_contiguous(memory_format=last) else None
 
 
+def one_image(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+    """Of one image the stride of the batch may be anything; if all have one layout, that of a larger batch.
+
+    PyTorch's elementwise kernels give it to their results then, and its backward of batch norm reads a layout
+    from it: for another one, the values would be others.
+    """
+    layouts = {layout_of(t) for t in tensors} if len(tensors[0]) == 1 else ()
+    if len(layouts) != 1 or None in layouts:
+        return tensors
+    return [t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors]
+
+
 # Norms -----------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +340,7 @@ class Activation(Operation):
                 y, *added = (task.start(v) for v in parents)
                 return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
+        x, dz = one_image(x, dz)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
         like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
@@ -358,7 +371,8 @@ class Product(Operation):
                 t, mine = task.get(self.values[1 - i])
                 # Only in PyTorch's layout: some norms' backward takes another one for the wrong values.
                 mine = mine and View.of(t) == View.of(dz)
-                grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
+                t, dz_i = one_image(t, dz) if mine else (t, dz)
+                grads[i] = torch.mul(dz_i, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
 
 
@@ -398,7 +412,9 @@ class Drop(Recipe):
             return z if out is None else out.copy_(z)
         noise = (mask.to(x.dtype) if out is None else out.copy_(mask)).div_(share)
         # A gradient must have PyTorch's layout.
-        return noise.mul_(x) if out is not None or noise.stride() == x.stride() else x * noise
+        if out is None and noise.stride() != x.stride():
+            return x * noise
+        return one_image(noise.mul_(x))[0]
 
 
 def rsub(p: Tensor, q: float, out: Tensor | None = None) -> Tensor:

@@ -404,6 +404,28 @@ def test_a_compiled_model_is_named():
             predict_memory(model, (3, 2))
 
 
+def test_a_function_that_saves_its_result():
+    class Tanh(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = torch.tanh(x)
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def backward(ctx, dy):
+            (y,) = ctx.saved_tensors
+            return dy * (1 - y * y)
+
+    class Between(nn.Conv2d):
+        def forward(self, x):
+            return F.silu(F.silu(Tanh.apply(super().forward(x))))
+
+    model, x = Between(4, 4, 1), torch.randn(2, 4, 16, 16)
+    for max_cost in (None, 0, 150):
+        assert predict_memory(model, x, max_cost=max_cost) == measure(model, x, max_cost)
+
+
 def test_a_lazy_model_is_named():
     with pytest.raises(ValueError, match="^model must have run once, got one with lazy parameters"):
         predict_memory(nn.Sequential(nn.LazyLinear(2)), (3, 2))

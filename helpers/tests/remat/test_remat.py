@@ -1374,19 +1374,32 @@ def test_a_flattened_copy_larger_than_a_slab(monkeypatch):
         assert_close(found.gradients, wanted.gradients)
 
 
+def tokens_through_a_layer(self, x):
+    return self.l(self.act(self.n(self.c(x))).flatten(2).transpose(1, 2))
+
+
+def tokens_of_a_sum(self, x):
+    if len(x) == 1:  # an image read as rows, columns, channels
+        x = x[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
+    return self.act(x + self.n(self.c(x))).flatten(2).transpose(1, 2)
+
+
+def norm_of_a_part(self, x):
+    y = F.silu(self.c(x.contiguous(memory_format=torch.channels_last)))
+    return self.act(self.n(torch.cat([y, y], 1).view(len(x), 16, 7, 6).chunk(2, 1)[1]))
+
+
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("norm", ["eval", "no running statistics", "instance"])
-def test_a_norm_before_tokens(images, norm):
+@pytest.mark.parametrize("forward", [tokens_through_a_layer, tokens_of_a_sum, norm_of_a_part])
+def test_norms_and_layouts(images, norm, forward):
     """Of one image, some kernels give other values if the gradient lies otherwise than in plain PyTorch."""
 
-    def forward(self, x):
-        return self.l(self.act(self.n(self.c(x))).flatten(2).transpose(1, 2))
-
     def make(activation):
-        return Net(forward, c=nn.Conv2d(3, 8, 1), n=NORMS[norm](), act=activation(), l=nn.Linear(8, 5))
+        return Net(forward, c=nn.Conv2d(8, 8, 1), n=NORMS[norm](), act=activation(), l=nn.Linear(8, 5))
 
     for activation in (nn.Identity, nn.SiLU, nn.ReLU6):
-        check(functools.partial(make, activation), image(images, 3, 7, 7))
+        check(functools.partial(make, activation), image(images, 8, 7, 6))
 
 
 @pytest.mark.parametrize("move", [torch.roll, torch.flip])

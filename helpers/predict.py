@@ -244,7 +244,7 @@ def predict_memory(
 def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") -> tuple[Prediction, float]:
     """The prediction, and the lowest price at which `remat` would recompute more; infinite without remat."""
     check_outside("predict_memory")
-    if device_type not in [*DEVICES]:
+    if device_type not in [*DEVICES]:  # a list, so that what cannot be hashed is named, too
         raise ValueError(f"device_type must be one of {', '.join(DEVICES)}, got {device_type!r}")
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")

@@ -520,6 +520,7 @@ RESIZE = again("resize", node=False)
 # Of other exponents, a value's last bit may depend on its position in memory.
 POWER = again("pow", fits=lambda x, exponent=2: numbers_or_none(exponent) and exponent in (2, 3))
 CLAMP = again("clamp", fits=lambda x, *limits, **named: numbers_or_none(*limits, *named.values()))
+LAYER_NORM = again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim())
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
 FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
 MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
@@ -536,8 +537,7 @@ HANDLERS: dict[Callable, Callable] = {
     F.batch_norm: handler(batch_norm),
     torch.batch_norm_elemt: synchronised_norm,
     F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),
-    F.layer_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
-    F.rms_norm: again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim()),
+    **dict.fromkeys((F.layer_norm, F.rms_norm), LAYER_NORM),
     F.instance_norm: again(
         "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0
     ),

@@ -97,7 +97,7 @@ def layout_of(t: Tensor) -> torch.memory_format | None:
     return last if last and t.is_contiguous(memory_format=last) else None
 
 
-def one_image(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Of one image the stride of the batch may be anything; if all have one layout, that of a larger batch.
 
     PyTorch's elementwise kernels give it to their results then, and its backward of batch norm reads a layout
@@ -106,7 +106,7 @@ def one_image(*tensors: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
     layouts = {layout_of(t) for t in tensors} if len(tensors[0]) == 1 else ()
     if len(layouts) != 1 or None in layouts:
         return tensors
-    return [t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors]
+    return tuple(t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors)
 
 
 # Norms -----------------------------------------------------------------------------------------------------

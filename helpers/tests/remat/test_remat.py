@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
-from helpers.memory import MemoryTrace
 from helpers.predict import Held, predict_memory
 from helpers.remat import convolutions, operations, passes, task, values
 from helpers.tests.kernels.rounding import apart, rounding
@@ -114,11 +113,11 @@ def assert_close(found, wanted, message=""):
             )
 
 
-def check(make, *inputs, costs=COSTS):
+def check(make, *inputs, costs=COSTS, **how):
     """Forward, buffers and gradients in float64 are PyTorch's, at each price."""
-    wanted = step(make, inputs, None)
+    wanted = step(make, inputs, None, **how)
     for cost in costs:
-        found = step(make, inputs, cost)
+        found = step(make, inputs, cost, **how)
         assert_same_forward(found, wanted)
         assert_close(found.gradients, wanted.gradients, f"max_cost {cost},")
 
@@ -381,11 +380,7 @@ def test_poolings(name, layout):
     def make():
         return nn.Sequential(block(), POOLS[name](), nn.Conv2d(8, 4, 1), nn.ReLU())
 
-    wanted = step(make, [X], None, layout=layout)
-    for cost in COSTS:
-        found = step(make, [X], cost, layout=layout)
-        assert_same_forward(found, wanted)
-        assert_close(found.gradients, wanted.gradients)
+    check(make, X, layout=layout)
 
 
 VOLUMES = {
@@ -1333,25 +1328,26 @@ def test_copies_across_images(monkeypatch, name):
     check(copied(ACROSS[name]), X)
 
 
+LITTLE_SAVED = {  # by PyTorch
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(784, 512)),
+    "product": lambda: Net(
+        lambda self, x: F.linear(x, self.w * self.factor),
+        w=nn.Parameter(torch.randn(512, 784)),
+        factor=nn.Parameter(torch.ones(1)),
+    ),
+    "few values": lambda: nn.Sequential(nn.Linear(784, 512), nn.BatchNorm1d(512)),
+    "few values, eval": lambda: nn.Sequential(nn.Linear(784, 512), nn.BatchNorm1d(512)).eval(),
+}
+
+
 @pytest.mark.parametrize("cost", COSTS)
-@pytest.mark.parametrize("name", ["weight norm", "product", "few values", "few values, eval"])
+@pytest.mark.parametrize("name", LITTLE_SAVED)
 def test_no_more_is_held_than_in_pytorch(name, cost):
     """Of a first layer's computed weight, and of a norm with few values in a channel."""
-    linear, norm, factor = nn.Linear(784, 512), nn.BatchNorm1d(512), torch.ones(1, requires_grad=True)
-    if name == "weight norm":
-        nn.utils.parametrizations.weight_norm(linear)
-    model = {
-        "weight norm": linear,
-        "product": lambda x: F.linear(x, linear.weight * factor),
-        "few values": nn.Sequential(linear, norm),
-        "few values, eval": nn.Sequential(linear, norm.eval()),
-    }[name]
+    model = Net(lambda self, x: F.relu(self.m(x)).mean(), m=LITTLE_SAVED[name]())
     held, x = [], image(4, 784, dtype=torch.float32)
     for price in (None, cost):
-        counted = Held()
-        counted.ignore(x, factor, *linear.parameters(), *norm.parameters(), *norm.buffers())
-        with counted, under(price):
-            out = F.relu(model(x)).mean()
+        out, counted = counted_forward(model, x, price)
         assert out.requires_grad
         held.append(counted.held)
     assert 0 < held[1] <= held[0]
@@ -1367,11 +1363,7 @@ def test_a_flattened_copy_larger_than_a_slab(monkeypatch):
             nn.Conv2d(3, 8, 3), activations[0], nn.Flatten(), activations[1], nn.Linear(448, 5)
         )
 
-    wanted = step(make, [X], None, layout=torch.channels_last)
-    for cost in COSTS:
-        found = step(make, [X], cost, layout=torch.channels_last)
-        assert_same_forward(found, wanted)
-        assert_close(found.gradients, wanted.gradients)
+    check(make, X, layout=torch.channels_last)
 
 
 def tokens_through_a_layer(self, x):
@@ -1917,14 +1909,11 @@ COUNTED = [name for name in EVERY_ACTIVATION if "threshold" not in name and name
 def test_the_record_counts_what_plain_pytorch_holds(name):
     model = nn.Sequential(block(activation=EVERY_ACTIVATION[name]), nn.Conv2d(8, 2, 1)).float()
     x = X.float()
-    with MemoryTrace("cpu") as trace:
-        out = model(x)
-        trace.mark("held")
-    del out
+    out, plain = counted_forward(model, x, None)
     with remat() as record:
-        out = model(x)
+        model(x)
     vectors = 3 * 8 * 4  # a norm's statistics; PReLU's weight is a parameter
-    assert 0 <= trace.marks["held"] - out.nbytes - (record.plain_bytes - x.nbytes) <= vectors
+    assert 0 <= plain.held - out.nbytes - (record.plain_bytes - x.nbytes) <= vectors
 
 
 @pytest.mark.parametrize("max_cost", [-1, float("nan"), True, "3", None, [0], 1j, -float("inf")])

@@ -240,8 +240,12 @@ def worth_a_cut(copies: int, w: Tensor) -> bool:
 
 
 def multiplied(dz: Tensor) -> bool:
-    """Whether PyTorch multiplies matrices for a 1x1 convolution; a transposed one then takes longer."""
-    return len(dz) < 16 and torch.get_num_threads() == 1 and dz.dtype in WIDE
+    """Whether PyTorch multiplies matrices for a 1x1 convolution; a transposed one then takes longer.
+
+    Not for images of one pixel, as in squeeze-and-excite: a batch of matrices times vectors is slow.
+    """
+    few = len(dz) < 16 and torch.get_num_threads() == 1 and dz.dtype in WIDE
+    return few and dz.shape[2:].numel() > 1
 
 
 class Linear(Convolution):

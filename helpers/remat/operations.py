@@ -16,7 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+from torch._prims_common import (
+    make_channels_last_strides_for,
+    make_contiguous_strides_for,
+    suggest_memory_format,
+)
 
 from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
@@ -97,16 +101,17 @@ def layout_of(t: Tensor) -> torch.memory_format | None:
     return last if last and t.is_contiguous(memory_format=last) else None
 
 
-def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Of one image the stride of the batch may be anything; if all have one layout, that of a larger batch.
+def in_layout(t: Tensor, layout: torch.memory_format | None) -> Tensor:
+    """``t`` with the strides of a new tensor of this layout, also where a dimension of size 1 allows others.
 
-    PyTorch's elementwise kernels give it to their results then, and its backward of batch norm reads a layout
-    from it: for another one, the values would be others.
+    PyTorch's backward of batch norm reads a layout from these strides, too: if it finds another one for dz
+    than for y, it takes their values for others.
     """
-    layouts = {layout_of(t) for t in tensors} if len(tensors[0]) == 1 else ()
-    if len(layouts) != 1 or None in layouts:
-        return tensors
-    return tuple(t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors)
+    if layout is None or 1 not in t.shape:
+        return t
+    last = layout is not torch.contiguous_format
+    strides = (make_channels_last_strides_for if last else make_contiguous_strides_for)(t.shape)
+    return t.contiguous(memory_format=layout).as_strided(t.shape, strides)
 
 
 # Norms -----------------------------------------------------------------------------------------------------
@@ -184,6 +189,8 @@ class BatchNorm(Operation):
             mask = [need_y, False, need_beta]
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
+        layout = layout_of(y)
+        y, dz = in_layout(y, layout), in_layout(dz, layout)
         alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype == self.mean.dtype
         if y.is_cpu and alike and self.training and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
@@ -224,11 +231,13 @@ class Rerun(Operation):
 
     def backward(self, task, dz, needs, saved):
         x, _ = task.get(self.value)
-        given = (x, *saved, *self.copies)
+        given = (in_layout(x, layout_of(x)), *saved, *self.copies)
         inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
         # Backward may run inside remat's context, or of saved-tensor hooks.
         with torch.enable_grad(), torch._C.DisableTorchFunction(), unhooked():
-            edge = torch.autograd.graph.get_gradient_edge(self.forward(*inputs))  # the result itself can go
+            z = self.forward(*inputs)
+            dz, edge = in_layout(dz, layout_of(z)), torch.autograd.graph.get_gradient_edge(z)
+            del z
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(torch.autograd.grad([edge], wanted, dz))
         return [next(grads) if need else None for need in needs]
@@ -340,7 +349,6 @@ class Activation(Operation):
                 y, *added = (task.start(v) for v in parents)
                 return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
-        x, dz = one_image(x, dz)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
         like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
@@ -371,8 +379,7 @@ class Product(Operation):
                 t, mine = task.get(self.values[1 - i])
                 # Only in PyTorch's layout: some norms' backward takes another one for the wrong values.
                 mine = mine and View.of(t) == View.of(dz)
-                t, dz_i = one_image(t, dz) if mine else (t, dz)
-                grads[i] = torch.mul(dz_i, t, out=t if mine else None).sum_to_size(self.shapes[i])
+                grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
 
 
@@ -414,7 +421,7 @@ class Drop(Recipe):
         # A gradient must have PyTorch's layout.
         if out is None and noise.stride() != x.stride():
             return x * noise
-        return one_image(noise.mul_(x))[0]
+        return noise.mul_(x)
 
 
 def rsub(p: Tensor, q: float, out: Tensor | None = None) -> Tensor:

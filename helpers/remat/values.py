@@ -91,8 +91,6 @@ def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [0] * len(shape), 1
     for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
         strides[i], step = step, step * shape[i]
-    if shape[:1] == (1,):
-        strides[0] = step  # of one image it may be anything, but kernels conclude a layout from it
     alike = all(n == 1 or s == t for n, s, t in zip(shape, stride, strides, strict=True))
     return stride if alike else tuple(strides)
 

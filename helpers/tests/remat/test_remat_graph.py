@@ -1895,17 +1895,15 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("act", [F.silu, F.tanh, F.relu6, F.gelu, F.elu, F.mish, F.hardswish, F.relu])
-def test_the_gradient_of_an_activation_has_pytorchs_layout(act):
-    """A norm before may take another one for the wrong values."""
+def test_the_gradient_of_an_activation_may_have_another_layout(act):
+    """The norm before it is not misled, as PyTorch's own may be."""
+    x, y = image(1, 4, 4, 2).requires_grad_(), image(1, 4, 4, 2, seed=1)
 
-    def scenario(context):
-        x, y = image(1, 4, 4, 2).requires_grad_(), image(1, 4, 4, 2, seed=1)
-        with context():
-            out = act(y.contiguous(memory_format=torch.channels_last) + F.instance_norm(x))
-        out.backward(image(1, 4, 4, 2, seed=2))
-        return named(out.detach(), x.grad)
+    def forward(x):
+        with remat():
+            return act(y.contiguous(memory_format=torch.channels_last) + F.instance_norm(x))
 
-    check(scenario)
+    assert torch.autograd.gradcheck(forward, x)
 
 
 @pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])

@@ -22,9 +22,11 @@ def check_bottleneck(answer):
             _, held = held_after(lambda: model(x).mean((2, 3)))
         return round(held / x[:, :1].nbytes)
 
-    for n, c0, k, b in ((1, 10, 4, 3), (4, 7, 5, 2)):
+    for n, c0, k, b in ((1, 11, 4, 3), (4, 7, 5, 2)):
         plain, recipes = want = channels(nullcontext, n, c0, k, b), channels(remat, n, c0, k, b)
         mistakes = {
+            "the pair is swapped: plain comes first": recipes,
+            "plain: the first layer reads c0 channels, the second c0 + k": plain + 2 * n * k,
             "plain: each layer has two tensors between its convolutions that are kept": plain - n * b * k,
             "recipes: the last layer's output is read by nothing that needs it in backward": recipes + k,
             "recipes: the norm behind the 1x1 convolution keeps its input, too": recipes - n * b * k,

@@ -15,11 +15,17 @@ def check_forward(answer):
     (x, w, gamma, beta), eps = new((3, 4, 5, 7), (24, 4, 1, 1), (24,), (24,)), 1e-5
     y, once = conv_flops(F.conv2d, x, w)
     (mean, var), m = batch_stats(y), y[:, 0].numel()
-    all_stats = (mean, var), (0 * mean, var), (mean, m * var)
-    z, not_centred, summed = (F.batch_norm(y, *stats, gamma, beta, eps=eps) for stats in all_stats)
+
+    def z_with(mean, var):
+        return F.batch_norm(y, mean, var, gamma, beta, eps=eps)
+
+    z = z_with(mean, var)
     mistakes = {
-        "the mean is still in z: centre x, or put -W x_mean into the bias": not_centred,
-        "R sums over the pixels; the variance is their mean: divide by m": summed,
+        "the mean is still in z: centre x, or put -scale W x_mean into the bias": z_with(0 * mean, var),
+        "R sums over the pixels; the variance is their mean: divide by m": z_with(mean, m * var),
+        "divide R by m, not by m - 1": z_with(mean, var * m / (m - 1)),
+        "R must be of centred x": z_with(mean, var + mean**2),
+        "the scale is gamma / sqrt(var + eps)": z_with(mean, var - eps),
     }
     with MemoryTrace() as trace:
         got, flops = conv_flops(call, answer, x, w, gamma, beta, eps)

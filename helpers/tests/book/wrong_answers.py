@@ -156,6 +156,8 @@ WRONG = {
             ("(n - 1) * k + n * b * k\n", "n * k + n * b * k\n", "the last layer's output"),
             ("(n - 1) * k + n * b * k\n", "(n - 1) * k\n", "behind the 1x1 convolution keeps its input"),
             ("2 * wide + 2 * n * b * k", "2 * wide + n * b * k", "two tensors between its convolutions"),
+            ("n * (n - 1) // 2", "n * (n + 1) // 2", "the first layer reads c0 channels"),
+            ("return plain, recipes", "return recipes, plain", "the pair is swapped"),
             ("return plain, recipes", "return plain", "return a tuple"),
             ("c0 + (n - 1) * k + n * b * k", "c0 + (n - 1) * (b + 1) + 12 * n", "expected 62, got 64"),
         ],
@@ -240,6 +242,9 @@ WRONG = {
         "check_forward": [
             ("F.conv2d(x_centred,", "F.conv2d(x,", "the mean is still in z"),
             ("sum(1) / m", "sum(1)", "divide by m"),
+            ("sum(1) / m", "sum(1) / (m - 1)", "not by m - 1"),
+            ("R = product(x_centred, x_centred)", "R = product(x, x)", "R must be of centred x"),
+            ("(var + eps)", "var", "sqrt(var + eps)"),
             ("centred(x)", "centred(x) + 0 * F.conv2d(x, w).sum()", "call F.conv2d once"),
             ("W, m = w", "return pair(x, w, gamma, beta)[0]\n    W, m = w", "y must not exist"),
         ],

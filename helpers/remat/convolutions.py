@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-import weakref
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .operations import WIDE, Operation, copy_of, fit, layout_of, to
-from .values import Recipe, Value, storage_of
+from .values import Recipe, Value, origin_of, storage_of
 
 aten = torch.ops.aten
 conv_backward = aten.convolution_backward.default  # whose overload need not be looked for at each call
@@ -91,7 +90,7 @@ class Convolve(Recipe):
 
     def __init__(self, function, weight: Tensor, bias: Tensor | None, arguments, work: float, dtype) -> None:
         self.function, self.arguments, self.dtype = function, arguments, dtype
-        self.name, self.work, self.parameter = function.__name__, work, weakref.ref(weight)
+        self.name, self.work, self.origin = function.__name__, work, origin_of(weight)
         parameters = (weight,) if bias is None else (weight, bias)
         self.parameters = [t if t.is_leaf else t.detach() for t in parameters]
         self.states = [state_of(t) for t in parameters]

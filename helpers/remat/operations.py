@@ -25,7 +25,7 @@ from torch._prims_common import (
 from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
 from .task import slabs
-from .values import Recipe, Value, View, storage_of
+from .values import Recipe, Value, View, origin_of, storage_of
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
@@ -124,7 +124,7 @@ class Normalise(Recipe):
 
     def __init__(self, gamma, beta, mean: Tensor, invstd: Tensor) -> None:
         # The statistics must be the recipe's alone; γ and β belong to the model, and may change.
-        self.parameter, self.norm = weak(gamma), passes.Norm(mean, invstd, copy_of(gamma), copy_of(beta))
+        self.origin, self.norm = origin_of(gamma), passes.Norm(mean, invstd, copy_of(gamma), copy_of(beta))
 
     def run(self, out, y):
         return passes.normalise(y, self.norm, out)
@@ -136,7 +136,7 @@ class Again(Recipe):
     gives = True
 
     def __init__(self, name: str, call: Callable[[Tensor], Tensor], passes: float, parameter=None) -> None:
-        self.name, self.call, self.passes, self.parameter = name, call, passes, weak(parameter)
+        self.name, self.call, self.passes, self.origin = name, call, passes, origin_of(parameter)
 
     def run(self, out, x):
         z = self.call(x)

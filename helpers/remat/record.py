@@ -45,11 +45,11 @@ class Record:
 
     def origin(self, row: Row) -> str:
         """The convolution or norm that a value comes from: a module's name, or the parameter's shape."""
-        parameter = row.origin and row.origin()
-        if parameter is None:
+        if row.origin is None:
             return ""
-        name = self._names.get(id(parameter))
-        return f"weight of shape {tuple(parameter.shape)}" if name is None else name.removesuffix(".weight")
+        number, shape = row.origin
+        name = self._names.get(number)
+        return f"weight of shape {tuple(shape)}" if name is None else name.removesuffix(".weight")
 
     def __str__(self) -> str:
         cells = [("tensor", "of", "shape", "MiB", "", "multiplications per value")]

@@ -37,7 +37,7 @@ class Recipe:
     work = 0.0  # multiplications per value; 0 for one that only passes over its inputs
     passes = 1.0  # over tensors of the result's size, for a recipe without work
     reuse: int | None = None  # which input ``run`` may write its result over
-    parameter: weakref.ref | None = None  # the weight that it applies
+    origin: tuple[int, torch.Size] | None = None  # id and shape of the weight that it applies
     whole = False  # whether it must see all images at once
     reshapes = False  # whether it takes each image's values in another shape
     joins = False  # whether its result has its parents' values in one tensor; they are often read again
@@ -119,7 +119,7 @@ class Row:
     """What `print(record)` says about one value. Holds no tensor."""
 
     recipe: str
-    origin: weakref.ref | None
+    origin: tuple[int, torch.Size] | None
     shape: torch.Size
     nbytes: int
     kept: bool = False
@@ -137,7 +137,7 @@ class Value:
     kept = None  # the tensor, if it is held from forward to backward; ``version`` is its version then
     snapshot = None  # a copy, taken when something got a way to write to the tensor unseen by autograd
     row = None  # its line in the record
-    origin = None  # a weak reference to the parameter of the last convolution or norm on the way here
+    origin = None  # id and shape of the parameter of the last convolution or norm on the way here
     operation = None  # a weak reference to the one that made it, whose node holds the recipe, if there is one
     first = None  # the number of the first operation whose node needs it, if one does
     read = False  # whether a recipe reads it
@@ -151,7 +151,7 @@ class Value:
         self.version, self.size, self.nbytes, self.live = t._version, t.numel(), t.nbytes, weakref.ref(t)
         self.recipe, self.parents, self.when, self.start = recipe, parents, when, when - 1
         if recipe is not None:
-            self.origin = recipe.parameter or parents[0].origin
+            self.origin = recipe.origin or parents[0].origin
             for parent in parents:
                 parent.read = True
                 if parent.start < self.start:
@@ -263,7 +263,8 @@ class Table:
             operation.output, value.operation = value, weakref.ref(operation)
             operation.source, value.start = weakref.ref(parents[0]), operation.number
             if recipe is None:
-                value.parents, value.name, value.origin = (), operation.name, operation.weight
+                value.parents, value.name = (), operation.name
+                value.origin = operation.weight and origin_of(operation.weight())
         return value
 
     # Deciding -------------------------------------------------------------------------------------------
@@ -432,6 +433,11 @@ def storage_of(t: Tensor) -> torch.UntypedStorage:
         return t.untyped_storage()
     with torch._C.DisableTorchFunction():
         return t.untyped_storage()
+
+
+def origin_of(weight: Tensor | None) -> tuple[int, torch.Size] | None:
+    """What a record needs of a weight. No weak reference: ``swap_tensors`` refuses a tensor that has one."""
+    return None if weight is None else (id(weight), weight.shape)
 
 
 def is_window(t: Tensor) -> bool:

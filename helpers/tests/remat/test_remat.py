@@ -1892,6 +1892,17 @@ def test_a_convolution_is_computed_again_at_most_once(name, depth, cost):
         assert most == 2  # the price was used
 
 
+def test_parameters_of_a_record_can_be_swapped():
+    """As `nn.Module.to` may do; swap_tensors refuses a tensor that somebody has a weak reference to."""
+    model = block()
+    with remat(1000) as record:
+        out = model(image(2, 3, 5, 5, dtype=torch.float32)).sum()
+    out.backward()
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().double()))
+    assert record.rows and model[0].weight.dtype == torch.float64
+
+
 def test_record():
     """What is kept and what is made again, by the names of the parameters."""
     model = nn.Sequential(block(), block(8, 8), nn.Conv2d(8, 2, 1))

@@ -368,6 +368,13 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
     return handler(bind)
 
 
+def addcmul(mode: Mode, _, p, q, x, **named):
+    """p + q x, of images ``x`` and of small tensors that are the same for all of them."""
+    fit(all(t.dim() < x.dim() or len(t) == 1 for t in (p, q)) and set(named) <= {"value"})
+    fit((p.numel() + q.numel()) * SMALL <= x.numel())
+    return lambda: ADDCMUL(mode, lambda x, q, p: torch.addcmul(p, q, x, **named), (x, q, p), {})
+
+
 def reshape(mode: Mode, function, x, /, *args, **named):
     """Gives a view, or a copy that backward can make again: by image, if their number stays the same."""
     fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
@@ -386,6 +393,11 @@ def reshape(mode: Mode, function, x, /, *args, **named):
 
 def numbers_or_none(*values) -> bool:
     return all(v is None or type(v) in (int, float) for v in values)
+
+
+def vector_norm_fits(x: Tensor, p=2, dim=None, keepdim=False, *, out=None, dtype=None, ord=2) -> bool:
+    """The arguments of torch.norm and of torch.linalg.vector_norm."""
+    return dim is not None and out is None and within_images(x, dim)
 
 
 def within_images(x: Tensor, *dims) -> bool:
@@ -520,6 +532,10 @@ RESIZE = again("resize", node=False)
 # Of other exponents, a value's last bit may depend on its position in memory.
 POWER = again("pow", fits=lambda x, exponent=2: numbers_or_none(exponent) and exponent in (2, 3))
 CLAMP = again("clamp", fits=lambda x, *limits, **named: numbers_or_none(*limits, *named.values()))
+ADDCMUL = again("addcmul", saves=1)
+VECTOR_NORM = again("vector norm", fits=vector_norm_fits)
+# Of a pooling to one pixel PyTorch saves nothing.
+ADAPTIVE_POOL = again("pool", fits=lambda x, size: size not in (1, (1, 1), [1, 1], (1, 1, 1), [1, 1, 1]))
 LAYER_NORM = again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim())
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
 FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
@@ -543,6 +559,12 @@ HANDLERS: dict[Callable, Callable] = {
     ),
     **dict.fromkeys(functions("pow __pow__ square"), POWER),
     **dict.fromkeys(functions("clamp clip clamp_min clamp_max"), CLAMP),
+    **dict.fromkeys(functions("addcmul"), handler(addcmul)),
+    **dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.vector_norm), VECTOR_NORM),
+    **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ADAPTIVE_POOL),
+    F.normalize: again(
+        "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: out is None and within_images(x, dim)
+    ),
     torch.prelu: again("prelu"),
     F.softplus: again("softplus"),
     F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),

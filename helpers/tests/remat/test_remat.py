@@ -1294,6 +1294,11 @@ COPIES = {
     "squares": lambda a: (a - 0.5) ** 2 + a.pow(2.0) + torch.square(a) + torch.pow(a, 3),
     "clamped": lambda a: torch.clamp(a - 0.5, min=0.0, max=1) + a.clip(0.1) + a.clamp_min(0.2),
     "rms norm": lambda a: F.rms_norm(a.transpose(1, 3), (8,), eps=1e-5).transpose(1, 3),
+    "pooled": lambda a: F.adaptive_avg_pool2d(a, (8, 7)),
+    "pooled, a volume": lambda a: F.adaptive_avg_pool3d(a[:, None], (None, 8, 7))[:, 0],
+    "pooled rows": lambda a: F.adaptive_avg_pool1d(a.flatten(2), 45)[..., None],
+    "unit vectors": lambda a: F.normalize(a - 0.5) + F.normalize(a, p=1, dim=-1),
+    "scaled and shifted": lambda a: torch.addcmul(a[0, 0, 0].detach(), torch.full((1, 1, 1), 2.0).to(a), a),
 }
 ACROSS = {
     "rolled": lambda a: torch.roll(a, 1, 0) + a.roll(1) + a.roll((1, 2), (0, 1)),
@@ -1301,6 +1306,10 @@ ACROSS = {
     "reshaped": lambda a: a.transpose(0, 1).reshape(4, 8, 10, 9) + a.reshape(-1)[1:2],
     "a tensor less it": lambda a: torch.rsub(a, a.sigmoid()) + torch.rsub(a, 2, alpha=3),
     "powers": lambda a: 2**a + (a + 3) ** 0.5 + a.sigmoid().pow(a) + a.exp().pow(-1),
+    "to one pixel": lambda a: a * F.adaptive_avg_pool2d(a, 1) * F.adaptive_avg_pool2d(a, [1, 1]),
+    "lengths": lambda a: a * a.norm() + a.norm(dim=0) + torch.linalg.vector_norm(a, 1, (0, 1), True),
+    "unit vectors": lambda a: F.normalize(a, dim=0),
+    "products": lambda a: torch.addcmul(a, a.sigmoid(), a, value=2) + torch.addcmul(a[:, :1], a[:, 1:2], a),
     "clamped by tensors": lambda a: a.clamp(torch.tensor(0.1), a.mean((2, 3), keepdim=True)),
 }
 
@@ -1326,6 +1335,34 @@ def test_copies_are_made_again(monkeypatch, name):
 def test_copies_across_images(monkeypatch, name):
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
     check(copied(ACROSS[name]), X)
+
+
+LENGTHS = {
+    "torch.norm": lambda a: torch.norm(a, p=2, dim=(2, 3), keepdim=True),
+    "method": lambda a: a.norm(2, (2, 3), True),
+    "vector norm": lambda a: torch.linalg.vector_norm(a, dim=[2, 3], keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_global_response_norm(name):
+    """As in ConvNeXt V2."""
+
+    def forward(self, x):
+        a = F.gelu(self.n(self.c(x)))
+        length = LENGTHS[name](a)
+        scaled = a * (length / (length.mean(1, keepdim=True) + 1e-6))
+        return self.last(a + torch.addcmul(self.beta, self.gamma, scaled))
+
+    def make():
+        vectors = {v: nn.Parameter(torch.rand(1, 8, 1, 1)) for v in ("gamma", "beta")}
+        return Net(forward, c=nn.Conv2d(3, 8, 1), n=nn.BatchNorm2d(8), last=nn.Conv2d(8, 2, 1), **vectors)
+
+    check(make, X)
+    with remat() as record:
+        make()(X.float())
+    large = [row.recipe for row in record.rows if row.kept and math.prod(row.shape) > 4 * 8]
+    assert large == ["given", "conv2d"]
 
 
 LITTLE_SAVED = {  # by PyTorch

@@ -46,6 +46,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
 from .remat.compare import check_outside, deep_copy, ends_of, same_numbers_again
+from .remat.mode import alone
 from .remat.record import check_module
 from .remat.values import storage_of
 
@@ -234,7 +235,8 @@ def predict_memory(
         ValueError: an argument that does not fit, or a model that cannot be copied or asks for values, as in
             ``if x.sum() > 0``.
         PyTorch's or the model's own error: shapes that the model does not take.
-        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
+        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain; or
+            the model enters ``remat`` itself.
     """
     return predicted(model, inputs, max_cost, autocast, device_type)[0]
 
@@ -251,8 +253,8 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
     device, block = DEVICES[device_type]
     if autocast is not None and device != device_type:
         raise ValueError(
-            f"autocast must be None for device_type={device_type!r}, where only the device itself can tell, "
-            f"got {autocast}; device_type='cpu' makes nearly the same tensors"
+            f"autocast needs device_type='cpu', whose prediction is close, got {device_type!r}: "
+            "what autocast keeps there, only the device itself can tell"
         )
     precision = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
@@ -270,7 +272,8 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
     held.ignore(*model.parameters(), *model.buffers(), *args)
     with fakes:
         try:
-            with same_numbers_again(), held, precision, Linears(held), recomputation as record:
+            run = alone("predict_memory", recomputation)
+            with same_numbers_again(), held, precision, Linears(held), run as record:
                 out = model(*args)
             ends = ends_of(out)
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
@@ -325,7 +328,7 @@ def checked(name: str, shape):
 def bytes_needed(model: nn.Module, inputs: list[Tensor], optimizer_copies: int, **how) -> tuple[int, float]:
     """Bytes of a step and of all that is there before it, as `largest_batch` lists it; and the next price."""
     if isinstance(optimizer_copies, bool) or not isinstance(optimizer_copies, int) or optimizer_copies < 0:
-        raise ValueError(f"optimizer_copies must be an int, at least 0, got {optimizer_copies!r}")
+        raise ValueError(f"optimizer_copies must be an int, at least 0, got {optimizer_copies!r:.80}")
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     there = sum({t: t.nbytes for t in (*model.parameters(), *model.buffers(), *inputs)}.values())
     prediction, next_cost = predicted(model, inputs, **how)
@@ -345,7 +348,7 @@ def largest_batch(
 
     This counts parameters and buffers, the optimizer's tensors, the batch of images, and the peak of
     `predict_memory`, which includes the gradients of the parameters. It does not count labels, the gradient
-    of the output, and what the driver and libraries take: leave room for these.
+    of the output, averaged copies of the model, and what the driver and libraries take: leave room for these.
 
     Args:
         image_shape: of one image, (C, H, W), in the dtype of the parameters.

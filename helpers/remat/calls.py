@@ -126,8 +126,11 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
 
     def run() -> Tensor:
         table, a, w, value, recipe = mode.table, input, weight, None, None
-        if dtype is not None and not w.is_leaf and w.dtype != dtype:
-            w = w.to(dtype)  # a computed weight, of which PyTorch keeps this copy alone
+        if dtype is not None and w.dtype != dtype:
+            if not w.is_leaf:
+                w = w.to(dtype)  # a computed weight, of which PyTorch keeps this copy alone
+            elif w.requires_grad and (function is not F.linear or a.requires_grad):
+                table.count_cast(w, dtype)
         if dtype is not None and input.dtype != dtype:
             a = input.detach().to(dtype)
             cast, now = ops.Again("cast", lambda x: x.to(dtype), 1.0), len(table.operations)

@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..memory import MemoryTrace
-from .mode import Mode, remat
+from .mode import Mode, alone, remat
 from .record import check_module
 
 
@@ -35,7 +35,8 @@ class Comparison:
             1/100 of the largest gradient's, since a bias before a batch norm gets only rounding errors.
         rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
             random numbers or does not run in float64.
-        held, peak: bytes that a step adds, at the end of forward and at its highest moment.
+        held, peak: bytes that a step adds, at the end of forward and at its highest moment; on a CPU the
+            peak of tensors alone, as in `predict_memory`, without what libraries take inside an operation.
         seconds: of a step; medians.
     """
 
@@ -78,7 +79,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
 
     Raises:
         ValueError: an argument that does not fit, or cannot be copied.
-        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain.
+        RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain; or
+            the model enters ``remat`` itself.
     """
     check_module(model)
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
@@ -87,6 +89,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     contexts, given = (contextlib.nullcontext(), remat(max_cost)), (inputs, kwargs)
     tensors = [*model.parameters(), *model.buffers(), *tensors_in(given)]
     device = next((t.device for t in tensors if t.device.type != "cpu"), torch.device("cpu"))
+    if device.type == "meta":
+        raise ValueError("model and inputs must have values, got device meta, which predict_memory takes")
     step, traces = functools.partial(one_step, device), (MemoryTrace(device), MemoryTrace(device))
     with torch.inference_mode(False), torch.enable_grad():
         start = step(model, given).start  # libraries allocate at first use
@@ -104,7 +108,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         difference, rounding = apart(ours.grads, plain.grads), apart(plain.grads, exact.grads)
         del plain, ours, exact
         times = [[step(model, given, start, context).seconds for context in contexts] for _ in range(rounds)]
-    held, peak = tuple(t.marks["held"] for t in traces), tuple(t.peak for t in traces)
+    held = tuple(t.marks["held"] for t in traces)
+    peak = tuple(t.peak if t.tensor_peak is None else t.tensor_peak for t in traces)
     seconds = tuple(map(statistics.median, zip(*times, strict=True)))
     return Comparison(max_cost, equal, difference, rounding, reference, held, peak, seconds)
 
@@ -137,7 +142,7 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
     with fork, same_numbers_again():
         before, since = random_state(device), clock(device)
         with trace or contextlib.nullcontext():
-            with context or contextlib.nullcontext():
+            with alone("compare", context or contextlib.nullcontext()):
                 out = model(*args, **kwargs)
             if trace:
                 trace.mark("held")

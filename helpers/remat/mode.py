@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import numbers
+import threading
 import weakref
 from collections.abc import Callable
 
@@ -155,6 +157,20 @@ class Mode(TorchFunctionMode):
         return self.table.need(value, t, copied)
 
 
+TOOL = threading.local()  # ``now``: the name of a tool that runs, and the one context that it enters itself
+
+
+@contextlib.contextmanager
+def alone(name: str, context):
+    """The tool ``name`` runs a model in ``context``, within which the model must not enter another one."""
+    TOOL.now = name, context
+    try:
+        with context as entered:
+            yield entered
+    finally:
+        del TOOL.now
+
+
 class remat:  # noqa: N801
     """Train the same function in less memory: backward recomputes cheap values instead of keeping them.
 
@@ -201,12 +217,17 @@ class remat:  # noqa: N801
 
     def __init__(self, max_cost: float = 0) -> None:
         if isinstance(max_cost, bool) or not isinstance(max_cost, numbers.Real) or not max_cost >= 0:
+            hint = " (write @remat(), or with remat(): model(x))" if callable(max_cost) else ""
             raise ValueError(
-                f"max_cost must be a number of multiplications per value, at least 0, got {max_cost!r}"
+                "max_cost must be a number of multiplications per value, at least 0, "
+                f"got {max_cost!r:.80}{hint}"
             )
         self.max_cost = max_cost
 
     def __enter__(self) -> Record:
+        name, context = getattr(TOOL, "now", ("", self))
+        if context is not self:
+            raise RuntimeError(f"{name} enters remat itself: pass it a model that does not")
         mode = Mode(float(self.max_cost), self)
         _push_mode(mode)
         return Record(mode.table)

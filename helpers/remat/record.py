@@ -21,7 +21,8 @@ class Record:
     Attributes:
         rows: one for each tensor that backward needs, in the order of forward: ``recipe`` (the operation
             that made it), ``shape``, ``nbytes``, ``kept``, and ``cost``, the multiplications per value that
-            recomputing it takes.
+            recomputing it takes. "given" was made outside, or by an operation without a recipe; "view" is
+            another tensor's memory; "cast" is autocast's copy, "mask" dropout's, "offsets" are a max-pool's.
     """
 
     def __init__(self, table: Table) -> None:
@@ -34,7 +35,7 @@ class Record:
 
     @property
     def plain_bytes(self) -> int:
-        """Bytes that PyTorch would have saved for the same operations."""
+        """Bytes that PyTorch would have saved for the same operations, with autocast's copies of weights."""
         return self._table.plain_bytes
 
     def names(self, model: nn.Module) -> Record:
@@ -52,6 +53,8 @@ class Record:
         return f"weight of shape {tuple(shape)}" if name is None else name.removesuffix(".weight")
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "no operation here needs a gradient (a frozen model? no_grad? another thread or context?)"
         cells = [("tensor", "of", "shape", "MiB", "", "multiplications per value")]
         for row in self.rows:
             again = "kept" if row.kept else "recomputed"

@@ -180,7 +180,7 @@ class Table:
     def __init__(self, max_cost: float) -> None:
         self.max_cost, self.rows = max_cost, []
         self.next_cost = math.inf  # the lowest price at which a value that was too expensive is not
-        self.plain_bytes = 0
+        self.plain_bytes, self._cast = 0, set()  # ids of the weights whose copies by autocast it includes
         # Weak references to recipes, by the storage of their weight or bias.
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations = []  # weak references, in forward's order
@@ -422,9 +422,16 @@ class Table:
         return not exposed or all(t is None or id(storage_of(t)) not in exposed for t in tensors)
 
     def count_plain(self, value: Value) -> None:
-        """PyTorch would save this value."""
+        """PyTorch would save this value; of a view, the memory behind it."""
+        (value,) = value.parents if isinstance(value.recipe, Part) else (value,)
         if not value.counted:
             value.counted, self.plain_bytes = True, self.plain_bytes + value.nbytes
+
+    def count_cast(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """PyTorch would save autocast's copy of this weight."""
+        if id(weight) not in self._cast:
+            self._cast.add(id(weight))
+            self.plain_bytes += weight.numel() * dtype.itemsize
 
 
 def storage_of(t: Tensor) -> torch.UntypedStorage:

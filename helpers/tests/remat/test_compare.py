@@ -50,9 +50,8 @@ def test_what_it_finds():
     found = compare(network(), IMAGES, max_cost=0, rounds=1)
     assert found.equal and found.reference == "float64"
     assert found.difference < 1e-4 and 0 < found.rounding < 1e-4
-    held = tuple(predict_memory(network(), IMAGES, max_cost=c).forward for c in (None, 0))
-    assert found.held == held and held[1] < held[0]
-    assert all(p >= h for p, h in zip(found.peak, held, strict=True)) and min(found.seconds) > 0
+    held, peak = zip(*(predict_memory(network(), IMAGES, max_cost=c) for c in (None, 0)), strict=True)
+    assert found.held == held and held[1] < held[0] and found.peak == peak and min(found.seconds) > 0
     dearer = compare(network(), IMAGES, max_cost=math.inf, rounds=1)
     assert dearer.equal and dearer.held[1] < held[1] and dearer.held[0] == held[0]
 
@@ -256,6 +255,18 @@ def test_plain_must_be_plain():
             compare(network(), IMAGES, rounds=1)
 
 
+@pytest.mark.parametrize("tool", [compare, predict_memory])
+def test_a_model_that_enters_remat_itself(tool):
+    """There plain PyTorch would not be plain, and the inner context's price would be taken."""
+    model = Model(remat(max_cost=0)(lambda network, x: network(x)))
+    with pytest.raises(
+        RuntimeError, match=f"^{tool.__name__} enters remat itself: pass it a model that does"
+    ):
+        tool(model, IMAGES)
+    with remat():  # it works as before
+        assert model(IMAGES).requires_grad
+
+
 def test_inside_of_inference_mode():
     with torch.inference_mode():
         assert compare(network(), IMAGES.clone(), rounds=1).equal
@@ -278,7 +289,7 @@ def test_inside_of_inference_mode():
             lambda: compare(Model(lambda net, x, lock: net(x)), IMAGES, threading.Lock()),
             "model and its arguments must allow copy.deepcopy, got TypeError: cannot pickle",
         ),
-        (lambda: compare(network(), IMAGES.to("meta")), "device must keep memory statistics, got meta"),
+        (lambda: compare(network(), IMAGES.to("meta")), "model and inputs must have values, got device meta"),
     ],
 )
 def test_errors_name_the_argument(call, message):

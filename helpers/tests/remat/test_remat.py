@@ -1953,6 +1953,22 @@ def test_record():
     assert "1.0" in text and "conv2d" in text and "relu" in text and "recomputed" in text
     with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got <class 'str'>"):
         record.names("model")
+    with remat() as record, torch.no_grad():
+        model(X.float())
+    assert str(record).startswith("no operation here needs a gradient")
+
+
+def test_the_record_counts_autocasts_copies_of_weights():
+    model, x = nn.Sequential(block(), block(8, 8), nn.Flatten(), nn.Linear(720, 9)), X.float()
+    for more in (lambda x: x, lambda x: model[1][0](model[0](x))):  # one weight is cast twice
+        with Held() as held:
+            held.ignore(x, *model.parameters(), *model.buffers())
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x), more(x)
+            plain = held.held - sum(t.nbytes for t in out if t is not x)
+        with torch.autocast("cpu", torch.bfloat16), remat() as record:
+            model(x), more(x)
+        assert abs(plain - record.plain_bytes) < 2048
 
 
 # The record is about operations that remat knows; of these two it knows nothing.
@@ -1975,6 +1991,11 @@ def test_price_that_is_none(max_cost):
     message = "^max_cost must be a number of multiplications per value, at least 0, got "
     with pytest.raises(ValueError, match=message):
         remat(max_cost=max_cost)
+
+
+def test_the_price_is_forgotten():
+    with pytest.raises(ValueError, match=r"got <function .*\(write @remat\(\), or with remat\(\): model"):
+        remat(test_record)
 
 
 async def a_coroutine():

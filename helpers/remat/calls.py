@@ -173,7 +173,10 @@ def batch_norm(
 
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
-        value = mode.needed(input) if need else mode.table.find(input)
+        value = mode.table.find(input)
+        mode.table.count_plain(value)  # in any case
+        if need:
+            mode.table.need(value, input)
         if training and running_mean is not None:  # they will change without a new version
             mode.table.before_write(running_mean)
             mode.table.before_write(running_var)
@@ -314,8 +317,10 @@ def concatenate(mode, function, tensors, dim=0):
     def run() -> Tensor:
         values = [mode.table.find(t) for t in tensors]
         out = function(tensors, dim)
-        made = mode.table.note(out, ops.Concatenate(dim), tuple(values))
-        mode.table.waiting[made] = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
+        made, waiting = mode.table.note(out, ops.Concatenate(dim), tuple(values)), mode.table.waiting
+        for other in {*waiting} - {*values}:  # that nothing needed so far
+            del waiting[other]
+        waiting[made] = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
         return out
 
     return run

@@ -1958,6 +1958,28 @@ def test_record():
     assert str(record).startswith("no operation here needs a gradient")
 
 
+@pytest.mark.parametrize("norm", ["eval", "frozen", "no affine, eval", "no running statistics", "two groups"])
+def test_the_record_counts_every_norms_input(norm):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), NORMS[norm](), nn.Conv2d(8, 2, 1)), X.float()
+    with remat() as record:
+        model(x)
+    assert record.plain_bytes == x.nbytes + 2 * (4 * 8 * 8 * 7) * 4
+
+
+def test_parts_of_concatenations_do_not_pile_up():
+    """Where nothing decides what is kept of them."""
+    peaks = []
+    for cost in (None, 0):
+        conv, held, x = nn.Conv2d(3, 16, 3, padding=1), Held(), image(2, 3, 32, 32, dtype=torch.float32)
+        held.ignore(x, *conv.parameters())
+        with held, under(cost):
+            y = conv(x)
+            for _ in range(8):
+                y = torch.sin(torch.cat([y.cumsum(2), y.cumsum(3)], 1))[:, :16]
+        peaks.append(held.peak)
+    assert peaks[1] <= peaks[0] + 2 * y.nbytes  # the last one's
+
+
 def test_the_record_counts_autocasts_copies_of_weights():
     model, x = nn.Sequential(block(), block(8, 8), nn.Flatten(), nn.Linear(720, 9)), X.float()
     for more in (lambda x: x, lambda x: model[1][0](model[0](x))):  # one weight is cast twice

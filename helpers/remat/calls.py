@@ -212,7 +212,7 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 
     def run() -> Tensor:
         source = mode.table.find(u)
-        operation = ops.Activation(lambda u: function(u, *args, **kwargs), kind, source, in_place)
+        operation = ops.Activation((function, args, kwargs), kind, source, in_place)
         if not operation.from_result:
             mode.needed(u, source)
         if in_place:

@@ -334,11 +334,15 @@ class NormActivate(Recipe):
 class Activation(Operation):
     """Its backward takes the result where possible: it is often held already."""
 
-    def __init__(self, call: Callable[[Tensor], Tensor], kind: Kind, value: Value, in_place: bool) -> None:
-        self.forward, self.kind, self.value, self.in_place = call, kind, value, in_place
+    def __init__(self, call: tuple, kind: Kind, value: Value, in_place: bool) -> None:
+        self.call, self.kind, self.value, self.in_place = call, kind, value, in_place
         self.backward_in_place = IN_PLACE.get(kind.name) if in_place else None
         # Then `value` is to be the result's.
         self.from_result = self.backward_in_place is not None or passes.takes_result(kind, value.view.dtype)
+
+    def forward(self, u):
+        (function, args, kwargs), self.call = self.call, None
+        return function(u, *args, **kwargs)
 
     def backward(self, task, dz, needs, saved):
         if task.at_hand(self.value) is None:  # an accelerator can do without it

@@ -50,7 +50,7 @@ class Record:
             return ""
         number, shape = row.origin
         name = self._names.get(number)
-        return f"weight of shape {tuple(shape)}" if name is None else name.removesuffix(".weight")
+        return f"weight of shape {shape}" if name is None else name.removesuffix(".weight")
 
     def __str__(self) -> str:
         if not self.rows:

@@ -37,7 +37,7 @@ class Recipe:
     work = 0.0  # multiplications per value; 0 for one that only passes over its inputs
     passes = 1.0  # over tensors of the result's size, for a recipe without work
     reuse: int | None = None  # which input ``run`` may write its result over
-    origin: tuple[int, torch.Size] | None = None  # id and shape of the weight that it applies
+    origin: tuple[int, tuple[int, ...]] | None = None  # id and shape of the weight that it applies
     whole = False  # whether it must see all images at once
     reshapes = False  # whether it takes each image's values in another shape
     joins = False  # whether its result has its parents' values in one tensor; they are often read again
@@ -65,7 +65,7 @@ class View(NamedTuple):
 
     @classmethod
     def of(cls, t: Tensor) -> View:
-        return cls(t.shape, t.stride(), t.dtype, t.device)
+        return view_of(t.shape, t.stride(), t.dtype, t.device)
 
     def empty(self, images: int | None = None) -> Tensor:
         """Memory for a tensor of this form, or for some images of it."""
@@ -83,6 +83,10 @@ class View(NamedTuple):
     def dense(self) -> bool:
         """Whether its values fill their memory without gaps or overlaps."""
         return packed(self.shape, self.stride) == self.stride
+
+
+# One for all tensors of a form: the fewer objects a step makes, the less often Python looks for cycles.
+view_of = functools.lru_cache(maxsize=4096)(View)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -119,7 +123,7 @@ class Row:
     """What `print(record)` says about one value. Holds no tensor."""
 
     recipe: str
-    origin: tuple[int, torch.Size] | None
+    origin: tuple[int, tuple[int, ...]] | None
     shape: torch.Size
     nbytes: int
     kept: bool = False
@@ -442,9 +446,9 @@ def storage_of(t: Tensor) -> torch.UntypedStorage:
         return t.untyped_storage()
 
 
-def origin_of(weight: Tensor | None) -> tuple[int, torch.Size] | None:
+def origin_of(weight: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
     """What a record needs of a weight. No weak reference: ``swap_tensors`` refuses a tensor that has one."""
-    return None if weight is None else (id(weight), weight.shape)
+    return None if weight is None else (id(weight), tuple(weight.shape))
 
 
 def is_window(t: Tensor) -> bool:

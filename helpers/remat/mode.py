@@ -183,7 +183,8 @@ class remat:  # noqa: N801
     layers, norms (of vectors, too), activations, products, squares, cubes, clamps, poolings, paddings and
     dropout get nodes that keep inputs as *recipes*: backward recomputes a norm, an activation, a
     concatenation, a copy or a sum from what is kept. Everything else runs as always: other operations,
-    ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other threads.
+    ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other threads (as
+    `nn.DataParallel`'s).
     Of two contexts the inner one decides. Nothing in the model changes. Under torch.compile the compiler
     decides by the same price; by its own rules for what is compiled inside a checkpoint.
 

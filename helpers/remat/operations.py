@@ -104,8 +104,8 @@ def layout_of(t: Tensor) -> torch.memory_format | None:
 def in_layout(t: Tensor, layout: torch.memory_format | None) -> Tensor:
     """``t`` with the strides of a new tensor of this layout, also where a dimension of size 1 allows others.
 
-    PyTorch's backward of batch norm reads a layout from these strides, too: if it finds another one for dz
-    than for y, it takes their values for others.
+    PyTorch's backward of batch norm reads a layout from these strides, too. If it finds different ones for y
+    and dz, it pairs the wrong values.
     """
     if layout is None or 1 not in t.shape:
         return t

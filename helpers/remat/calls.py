@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # follows expensive. In multiplications per value, times the input's bytes per byte of the output.
 BOTTLENECK = 4096
 TENSORS = (Tensor, nn.Parameter, FakeTensor)
+OTHER_NORMS = {0, "nuc"}  # one without a gradient, one that takes another algorithm without a graph
 
 
 def quiet() -> bool:
@@ -129,7 +130,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         if dtype is not None and w.dtype != dtype:
             if not w.is_leaf:
                 w = w.to(dtype)  # a computed weight, of which PyTorch keeps this copy alone
-            elif w.requires_grad and (function is not F.linear or a.requires_grad):
+            elif function is not F.linear or a.requires_grad:
                 table.count_cast(w, dtype)
         if dtype is not None and input.dtype != dtype:
             a = input.detach().to(dtype)
@@ -213,6 +214,9 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
     def run() -> Tensor:
         source = mode.table.find(u)
         operation = ops.Activation((function, args, kwargs), kind, source, in_place)
+        of_input = kind.name == "hardtanh"  # whose node saves the input
+        if of_input and not in_place and source.kept is None and not mode.table.affordable(source):
+            operation.from_result = False  # it is held by PyTorch, perhaps for others too
         if not operation.from_result:
             mode.needed(u, source)
         if in_place:
@@ -220,7 +224,6 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
         a = mode.apply(operation, u)
         value = mode.table.note(a, ops.Activate(kind), (source,), operation)
         if operation.from_result:
-            of_input = kind.name == "hardtanh"  # whose node saves the input
             mode.table.count_plain(source if of_input else value)
             operation.value = mode.table.need(value, a)
             value.first, value.private = operation.number, of_input
@@ -326,7 +329,9 @@ def concatenate(mode, function, tensors, dim=0):
     return run
 
 
-def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: int = 2) -> Callable:
+def again(
+    name: str, passes: float = 1.0, node: bool = True, fits=None, saves: int = 2, reads_layout: bool = False
+) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
     Args:
@@ -335,6 +340,7 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
         fits: whether one image alone can be computed, from all arguments, where not always.
         saves: how many of the parameters PyTorch's node saves; the others may change before backward.
+        reads_layout: whether its backward does, see `operations.in_layout`.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -358,7 +364,8 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
             small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
             copies = [ops.copy_of(t) if small or i >= saves else None for i, t in enumerate(parameters)]
             if node:
-                operation = ops.Rerun(call, table.need(value, x), len(parameters[:saves]), copies[saves:])
+                value = table.need(value, x)
+                operation = ops.Rerun(call, value, len(parameters[:saves]), copies[saves:], reads_layout)
             out = mode.apply(operation, x, *parameters) if node else call(x, *parameters)
             if node and out.dtype == x.dtype:
                 table.count_plain(value)
@@ -378,8 +385,9 @@ def again(name: str, passes: float = 1.0, node: bool = True, fits=None, saves: i
 
 def addcmul(mode: Mode, _, p, q, x, **named):
     """p + q x, of images ``x`` and of small tensors that are the same for all of them."""
-    fit(all(t.dim() < x.dim() or len(t) == 1 for t in (p, q)) and set(named) <= {"value"})
-    fit((p.numel() + q.numel()) * SMALL <= x.numel())
+    fit(all(t.dim() < x.dim() or len(t) == 1 for t in (p, q)))
+    fit(set(named) <= {"value"} and numbers_or_none(*named.values()))
+    fit((p.numel() + q.numel()) * SMALL <= x.numel() and q.requires_grad)  # else PyTorch does not save x
     return lambda: ADDCMUL(mode, lambda x, q, p: torch.addcmul(p, q, x, **named), (x, q, p), {})
 
 
@@ -405,7 +413,12 @@ def numbers_or_none(*values) -> bool:
 
 def vector_norm_fits(x: Tensor, p=2, dim=None, keepdim=False, *, out=None, dtype=None, ord=2) -> bool:
     """The arguments of torch.norm and of torch.linalg.vector_norm."""
-    return dim is not None and out is None and within_images(x, dim)
+    return dim is not None and out is None and within_images(x, dim) and not {p, ord} & OTHER_NORMS
+
+
+def pool_fits(x: Tensor, output_size) -> bool:
+    """Of a pooling to one pixel PyTorch saves nothing."""
+    return any(n != 1 for n in (output_size if isinstance(output_size, tuple | list) else [output_size]))
 
 
 def within_images(x: Tensor, *dims) -> bool:
@@ -542,8 +555,7 @@ POWER = again("pow", fits=lambda x, exponent=2: numbers_or_none(exponent) and ex
 CLAMP = again("clamp", fits=lambda x, *limits, **named: numbers_or_none(*limits, *named.values()))
 ADDCMUL = again("addcmul", saves=1)
 VECTOR_NORM = again("vector norm", fits=vector_norm_fits)
-# Of a pooling to one pixel PyTorch saves nothing.
-ADAPTIVE_POOL = again("pool", fits=lambda x, size: size not in (1, (1, 1), [1, 1], (1, 1, 1), [1, 1, 1]))
+ADAPTIVE_POOL = again("pool", fits=pool_fits)
 LAYER_NORM = again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim())
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
 FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
@@ -563,7 +575,11 @@ HANDLERS: dict[Callable, Callable] = {
     F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),
     **dict.fromkeys((F.layer_norm, F.rms_norm), LAYER_NORM),
     F.instance_norm: again(
-        "norm", 3.0, fits=lambda x, running_mean=None, *_, **__: running_mean is None, saves=0
+        "norm",
+        3.0,
+        fits=lambda x, running_mean=None, *_, **__: running_mean is None,
+        saves=0,
+        reads_layout=True,
     ),
     **dict.fromkeys(functions("pow __pow__ square"), POWER),
     **dict.fromkeys(functions("clamp clip clamp_min clamp_max"), CLAMP),
@@ -571,7 +587,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.vector_norm), VECTOR_NORM),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ADAPTIVE_POOL),
     F.normalize: again(
-        "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: out is None and within_images(x, dim)
+        "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: vector_norm_fits(x, p, dim, out=out)
     ),
     torch.prelu: again("prelu"),
     F.softplus: again("softplus"),

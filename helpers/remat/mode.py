@@ -163,12 +163,12 @@ TOOL = threading.local()  # ``now``: the name of a tool that runs, and the one c
 @contextlib.contextmanager
 def alone(name: str, context):
     """The tool ``name`` runs a model in ``context``, within which the model must not enter another one."""
-    TOOL.now = name, context
+    before, TOOL.now = getattr(TOOL, "now", None), (name, context)
     try:
         with context as entered:
             yield entered
     finally:
-        del TOOL.now
+        TOOL.now = before
 
 
 class remat:  # noqa: N801
@@ -183,10 +183,10 @@ class remat:  # noqa: N801
     layers, norms (of vectors, too), activations, products, squares, cubes, clamps, poolings, paddings and
     dropout get nodes that keep inputs as *recipes*: backward recomputes a norm, an activation, a
     concatenation, a copy or a sum from what is kept. Everything else runs as always: other operations,
-    ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other threads (as
-    `nn.DataParallel`'s).
-    Of two contexts the inner one decides. Nothing in the model changes. Under torch.compile the compiler
-    decides by the same price; by its own rules for what is compiled inside a checkpoint.
+    ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other threads
+    such as those of `nn.DataParallel`. Of two contexts the inner one decides. Nothing in the model changes.
+    Under torch.compile the compiler decides by the same price; by its own rules for what is compiled inside a
+    checkpoint.
 
     `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
     such as remat's and then leave their fast path: results differ in the last digits, and at padded
@@ -226,7 +226,7 @@ class remat:  # noqa: N801
         self.max_cost = max_cost
 
     def __enter__(self) -> Record:
-        name, context = getattr(TOOL, "now", ("", self))
+        name, context = getattr(TOOL, "now", None) or ("", self)
         if context is not self:
             raise RuntimeError(f"{name} enters remat itself: pass it a model that does not")
         mode = Mode(float(self.max_cost), self)

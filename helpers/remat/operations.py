@@ -101,6 +101,18 @@ def layout_of(t: Tensor) -> torch.memory_format | None:
     return last if last and t.is_contiguous(memory_format=last) else None
 
 
+def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Of one image the stride of the batch may be anything; if all have one layout, that of a larger batch.
+
+    PyTorch's elementwise kernels give it to their results then. Gradients that leave remat's nodes need it,
+    since the backward of a norm outside of remat may conclude a layout from it (see `in_layout`).
+    """
+    layouts = {layout_of(t) for t in tensors} if len(tensors[0]) == 1 else ()
+    if len(layouts) != 1 or None in layouts:
+        return tensors
+    return tuple(t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors)
+
+
 def in_layout(t: Tensor, layout: torch.memory_format | None) -> Tensor:
     """``t`` with the strides of a new tensor of this layout, also where a dimension of size 1 allows others.
 
@@ -219,24 +231,26 @@ def grads_in_slabs(dz: Tensor, y: Tensor, mine: bool, gamma: Tensor | None, mean
 class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
-    For norms by group, layer and image, and PReLU. Like PyTorch's node it saves the first ``saves``
-    parameters; of the others it has ``copies``.
+    For norms by group, layer and image, PReLU, and what else `calls.again` serves. Like PyTorch's node it
+    saves the first ``saves`` parameters; of the others it has ``copies``. ``reads_layout``: see `in_layout`.
     """
 
     beside = True
 
-    def __init__(self, call, value: Value, saves: int, copies: list[Tensor]) -> None:
-        self.forward, self.value, self.copies = call, value, copies
+    def __init__(self, call, value: Value, saves: int, copies: list[Tensor], reads_layout: bool) -> None:
+        self.forward, self.value, self.copies, self.reads_layout = call, value, copies, reads_layout
         self.saved = tuple(range(1, 1 + saves))
 
     def backward(self, task, dz, needs, saved):
         x, _ = task.get(self.value)
-        given = (in_layout(x, layout_of(x)), *saved, *self.copies)
+        x = in_layout(x, layout_of(x)) if self.reads_layout else x
+        given = (x, *saved, *self.copies)
         inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
         # Backward may run inside remat's context, or of saved-tensor hooks.
         with torch.enable_grad(), torch._C.DisableTorchFunction(), unhooked():
             z = self.forward(*inputs)
-            dz, edge = in_layout(dz, layout_of(z)), torch.autograd.graph.get_gradient_edge(z)
+            dz = in_layout(dz, layout_of(z)) if self.reads_layout else dz
+            edge = torch.autograd.graph.get_gradient_edge(z)
             del z
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
         grads = iter(torch.autograd.grad([edge], wanted, dz))
@@ -353,6 +367,7 @@ class Activation(Operation):
                 y, *added = (task.start(v) for v in parents)
                 return [passes.act_backward(dz, y, recipe.normalise.norm, self.kind, *added)]
         x, mine = task.get(self.value)
+        x, dz = one_image(x, dz)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
         like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
@@ -383,7 +398,8 @@ class Product(Operation):
                 t, mine = task.get(self.values[1 - i])
                 # Only in PyTorch's layout: some norms' backward takes another one for the wrong values.
                 mine = mine and View.of(t) == View.of(dz)
-                grads[i] = torch.mul(dz, t, out=t if mine else None).sum_to_size(self.shapes[i])
+                t, dz_i = one_image(t, dz) if mine else (t, dz)
+                grads[i] = torch.mul(dz_i, t, out=t if mine else None).sum_to_size(self.shapes[i])
         return grads
 
 
@@ -425,7 +441,7 @@ class Drop(Recipe):
         # A gradient must have PyTorch's layout.
         if out is None and noise.stride() != x.stride():
             return x * noise
-        return noise.mul_(x)
+        return one_image(noise.mul_(x))[0]
 
 
 def rsub(p: Tensor, q: float, out: Tensor | None = None) -> Tensor:

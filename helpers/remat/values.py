@@ -95,6 +95,8 @@ def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [0] * len(shape), 1
     for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
         strides[i], step = step, step * shape[i]
+    if shape[:1] == (1,):
+        strides[0] = step  # of one image it may be anything, but kernels conclude a layout from it
     alike = all(n == 1 or s == t for n, s, t in zip(shape, stride, strides, strict=True))
     return stride if alike else tuple(strides)
 
@@ -343,7 +345,7 @@ class Table:
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)
                 return
-        if copied and is_window(t):
+        if copied and storage_of(t).nbytes() > t.nbytes:
             self.keep(value, t.detach().clone())  # with the strides that its views count on
         else:
             self.keep_whole(value, t)
@@ -432,9 +434,10 @@ class Table:
             value.counted, self.plain_bytes = True, self.plain_bytes + value.nbytes
 
     def count_cast(self, weight: Tensor, dtype: torch.dtype) -> None:
-        """PyTorch would save autocast's copy of this weight."""
+        """PyTorch would save autocast's copy of this weight, one for all calls if it is trained."""
         if id(weight) not in self._cast:
-            self._cast.add(id(weight))
+            if weight.requires_grad:
+                self._cast.add(id(weight))
             self.plain_bytes += weight.numel() * dtype.itemsize
 
 

@@ -267,6 +267,14 @@ def test_a_model_that_enters_remat_itself(tool):
         assert model(IMAGES).requires_grad
 
 
+def test_a_tool_in_a_model():
+    def forward(network, x):
+        predict_memory(nn.Conv2d(3, 2, 1), tuple(x.shape), max_cost=0)
+        return network(x)
+
+    assert predict_memory(Model(forward), tuple(IMAGES.shape)) == predict_memory(network(), IMAGES)
+
+
 def test_inside_of_inference_mode():
     with torch.inference_mode():
         assert compare(network(), IMAGES.clone(), rounds=1).equal

@@ -1284,6 +1284,10 @@ def test_of_a_view_the_small_source_is_kept(name):
     assert held.held == nbytes + out.nbytes
 
 
+def factor_like(a):
+    return torch.full((1, 1, 1), 2.0, dtype=a.dtype, requires_grad=True)
+
+
 COPIES = {
     "shuffled channels": lambda a: a.view(4, 2, 4, 10, 9).transpose(1, 2).reshape(4, 8, 10, 9),
     "flattened": lambda a: a.transpose(1, 2).flatten(2).view(4, 10, 8, 9).transpose(1, 2),
@@ -1298,7 +1302,7 @@ COPIES = {
     "pooled, a volume": lambda a: F.adaptive_avg_pool3d(a[:, None], (None, 8, 7))[:, 0],
     "pooled rows": lambda a: F.adaptive_avg_pool1d(a.flatten(2), 45)[..., None],
     "unit vectors": lambda a: F.normalize(a - 0.5) + F.normalize(a, p=1, dim=-1),
-    "scaled and shifted": lambda a: torch.addcmul(a[0, 0, 0].detach(), torch.full((1, 1, 1), 2.0).to(a), a),
+    "scaled and shifted": lambda a: torch.addcmul(a[0, 0, 0].detach(), factor_like(a), a, value=3),
 }
 ACROSS = {
     "rolled": lambda a: torch.roll(a, 1, 0) + a.roll(1) + a.roll((1, 2), (0, 1)),
@@ -1308,6 +1312,9 @@ ACROSS = {
     "powers": lambda a: 2**a + (a + 3) ** 0.5 + a.sigmoid().pow(a) + a.exp().pow(-1),
     "to one pixel": lambda a: a * F.adaptive_avg_pool2d(a, 1) * F.adaptive_avg_pool2d(a, [1, 1]),
     "lengths": lambda a: a * a.norm() + a.norm(dim=0) + torch.linalg.vector_norm(a, 1, (0, 1), True),
+    "other lengths": lambda a: (
+        a * torch.linalg.vector_norm(a, 0, 1, True) + torch.norm(a, "nuc", (2, 3), True)
+    ),
     "unit vectors": lambda a: F.normalize(a, dim=0),
     "products": lambda a: torch.addcmul(a, a.sigmoid(), a, value=2) + torch.addcmul(a[:, :1], a[:, 1:2], a),
     "clamped by tensors": lambda a: a.clamp(torch.tensor(0.1), a.mean((2, 3), keepdim=True)),
@@ -1388,6 +1395,47 @@ def test_no_more_is_held_than_in_pytorch(name, cost):
         assert out.requires_grad
         held.append(counted.held)
     assert 0 < held[1] <= held[0]
+
+
+def relu6_first(x, c, w):
+    y = F.avg_pool2d(x, 1)
+    return F.relu6(y).mean((2, 3)).sum() + F.conv2d(y, c).sum()
+
+
+NOT_SAVED = {  # by PyTorch, or once
+    "a frozen factor": lambda x, c, w: torch.addcmul(x.new_zeros(1), x.new_ones(8, 1, 1), x * 1).sum(),
+    "pooled to one": lambda x, c, w: F.adaptive_avg_pool1d((x * 1).flatten(2), (1,)).sum(),
+    "relu6": lambda x, c, w: F.relu6(x).mean((2, 3)).sum(),
+    "relu6 first": relu6_first,
+    "half of the channels": lambda x, c, w: F.linear((x * 1)[:, :4].permute(0, 2, 3, 1), w).sum(),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", NOT_SAVED)
+def test_what_pytorch_does_not_save(name, cost):
+    leaves = [image(*s).requires_grad_() for s in ((2, 8, 12, 10), (8, 8, 1, 1), (8, 4))]
+    counted = []
+    for price in (None, cost):
+        with Held() as held, under(price):
+            held.ignore(*leaves)
+            out = NOT_SAVED[name](*leaves)
+        assert out.requires_grad
+        counted.append(held.held)
+    assert counted[1] <= counted[0] + 256
+
+
+def test_a_number_that_is_a_tensor():
+    """It may change after the call."""
+
+    def forward(self, x):
+        value = torch.tensor(2.0)
+        out = F.silu(torch.addcmul(self.beta, self.gamma, F.silu(self.c(x)), value=value))
+        value.fill_(50)
+        return out
+
+    vectors = {v: nn.Parameter(torch.rand(8, 1, 1)) for v in ("gamma", "beta")}
+    check(lambda: Net(forward, c=nn.Conv2d(3, 8, 3), **copy.deepcopy(vectors)), X)
 
 
 def test_a_flattened_copy_larger_than_a_slab(monkeypatch):

@@ -1906,6 +1906,21 @@ def test_the_gradient_of_an_activation_may_have_another_layout(act):
     assert torch.autograd.gradcheck(forward, x)
 
 
+@pytest.mark.parametrize("act", [torch.square, F.softplus, F.silu, F.normalize])
+@pytest.mark.parametrize("norm", [F.instance_norm, functools.partial(F.batch_norm, training=True)])
+def test_a_norm_outside_of_the_context(norm, act):
+    """It gets a gradient with the strides of plain PyTorch's."""
+    none = (None, None) if norm is not F.instance_norm else ()
+    x = image(1, 4, 4, 2).requires_grad_()
+
+    def forward(x):
+        y = norm(x, *none).contiguous(memory_format=torch.channels_last)
+        with remat():
+            return act(y)
+
+    assert torch.autograd.gradcheck(forward, x)
+
+
 @pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])
 def test_a_frozen_norms_gradient_has_its_inputs_layout(layouts):
     of_input, of_gradient = ((torch.contiguous_format, torch.channels_last)[i] for i in layouts)

@@ -175,9 +175,10 @@ def batch_norm(
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
         value = mode.table.find(input)
-        mode.table.count_plain(value)  # in any case
         if need:
-            mode.table.need(value, input)
+            mode.needed(input, value)
+        else:
+            mode.table.count_plain(value)  # PyTorch saves it all the same
         if training and running_mean is not None:  # they will change without a new version
             mode.table.before_write(running_mean)
             mode.table.before_write(running_var)

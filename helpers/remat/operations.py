@@ -113,13 +113,13 @@ def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors)
 
 
-def in_layout(t: Tensor, layout: torch.memory_format | None) -> Tensor:
-    """``t`` with the strides of a new tensor of this layout, also where a dimension of size 1 allows others.
+def in_layout(t: Tensor, like: Tensor) -> Tensor:
+    """Where a dimension of size 1 may have any stride: ``t`` with those of a new tensor in ``like``'s layout.
 
     PyTorch's backward of batch norm reads a layout from these strides, too. If it finds different ones for y
     and dz, it pairs the wrong values.
     """
-    if layout is None or 1 not in t.shape:
+    if 1 not in t.shape or (layout := layout_of(like)) is None:
         return t
     last = layout is not torch.contiguous_format
     strides = (make_channels_last_strides_for if last else make_contiguous_strides_for)(t.shape)
@@ -201,8 +201,7 @@ class BatchNorm(Operation):
             mask = [need_y, False, need_beta]
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
-        layout = layout_of(y)
-        y, dz = in_layout(y, layout), in_layout(dz, layout)
+        y, dz = in_layout(y, y), in_layout(dz, y)
         alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype == self.mean.dtype
         if y.is_cpu and alike and self.training and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
@@ -243,13 +242,13 @@ class Rerun(Operation):
 
     def backward(self, task, dz, needs, saved):
         x, _ = task.get(self.value)
-        x = in_layout(x, layout_of(x)) if self.reads_layout else x
+        x = in_layout(x, x) if self.reads_layout else x
         given = (x, *saved, *self.copies)
         inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
         # Backward may run inside remat's context, or of saved-tensor hooks.
         with torch.enable_grad(), torch._C.DisableTorchFunction(), unhooked():
             z = self.forward(*inputs)
-            dz = in_layout(dz, layout_of(z)) if self.reads_layout else dz
+            dz = in_layout(dz, z) if self.reads_layout else dz
             edge = torch.autograd.graph.get_gradient_edge(z)
             del z
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]

@@ -167,6 +167,9 @@ def compare_function(
     compare("the output", out, reference(*inputs), note=note)
     more = (held - out.nbytes) / out.numel()
     require(more < kept + 0.5, f"the output is right, but {more:.1f} bytes a value are kept for backward")
+    attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
+    wrong = [f"ctx.{name}" for name, value in attributes if isinstance(value, Tensor)]
+    require(not wrong, f"{', '.join(wrong)} must not be a tensor: save_for_backward checks its version")
     dout = torch.randn_like(out)
     if dout.dim() == 4:  # some layers' gradients have this layout
         dout = dout.contiguous(memory_format=torch.channels_last)

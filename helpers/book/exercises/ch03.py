@@ -27,10 +27,19 @@ def check_grad_from_output(answer):
     norm = partial(F.batch_norm, running_mean=None, running_var=None, weight=gamma, bias=beta, training=True)
     z, std = norm(y), (y.var(CHANNELS, correction=0) + 1e-5).sqrt()
     scale = per_channel(gamma / std)
-    mean_dz, mean_dz_z = (t.mean(CHANNELS, keepdim=True) for t in (dz, dz * z))
+    mean_dz, m = dz.mean(CHANNELS, keepdim=True), y.numel() / 2
+
+    def along(y_hat):
+        return y_hat * (dz * y_hat).mean(CHANNELS, keepdim=True)
+
+    without_beta = z / per_channel(gamma)
+    y_hat = without_beta - per_channel(beta / gamma)
     mistakes = {
-        "z is not y_hat: undo gamma and beta first": scale * (dz - mean_dz - z * mean_dz_z),
+        "z is not y_hat: undo gamma and beta first": scale * (dz - mean_dz - along(z)),
+        "beta is still in y_hat: subtract it before you divide": scale * (dz - mean_dz - along(without_beta)),
         "that is eval mode; in training mean and variance depend on y": scale * dz,
+        "the term with y_hat is missing: the variance, too, depends on y": scale * (dz - mean_dz),
+        "the sums must be divided by m": scale * (dz - m * mean_dz - m * along(y_hat)),
     }
     compare("dy", call(answer, dz, z, gamma, beta, std), *grads(norm, (y,), dz), mistakes)
 

@@ -52,6 +52,13 @@ WRONG = {
         "check_grad_from_output": [
             ("(z - per_channel(beta)) / per_channel(gamma)", "z", "undo gamma and beta"),
             ("(dz - per_channel(dbeta_m) - y_hat * per_channel(dgamma_m))", "dz", "that is eval mode"),
+            (" - per_channel(beta)", "", "beta is still in y_hat"),
+            (" - y_hat * per_channel(dgamma_m)", "", "the term with y_hat is missing"),
+            (
+                "mean(OVER)\n    dgamma_m = (dz * y_hat).mean(OVER)",
+                "sum(OVER)\n    dgamma_m = (dz * y_hat).sum(OVER)",
+                "must be divided by m",
+            ),
         ],
         "check_grads_group_norm": [
             (
@@ -80,7 +87,12 @@ WRONG = {
         "check_conv_bn_relu": [
             ("z.relu_()", "z", "the output: Tensor-likes are not close!"),
             ("z > 0)", "z)", "8.1 bytes a value are kept"),
-            ("dz * mask", "dz", "without ReLU"),
+            ("da * mask", "da", "without ReLU"),
+            (
+                "z > 0)\n        ctx.eps = eps",
+                "gamma)\n        ctx.eps, ctx.mask = eps, z > 0",
+                "ctx.mask must not be a tensor",
+            ),
         ],
     },
     # From here on: the chapters that measure.

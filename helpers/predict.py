@@ -45,7 +45,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
-from .remat.compare import check_outside, deep_copy, ends_of, same_numbers_again
+from .remat.compare import attributes, check_outside, deep_copy, ends_of, same_numbers_again
 from .remat.mode import alone
 from .remat.record import check_module
 from .remat.values import storage_of
@@ -291,8 +291,7 @@ def fake_copy(model: nn.Module, inputs: list[Tensor], fake: Callable[[Tensor], T
     Single whole numbers stay real: a batch norm without momentum divides by its counter. So do constants on
     a CPU that are no buffers, unless they are computed, as by an older weight_norm: these cannot be copied.
     """
-    attributes = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-    others = (t for t in attributes if not (t.is_leaf and t.is_cpu))
+    others = (t for t in attributes(model) if not (t.is_leaf and t.is_cpu))
     copies = {id(t): fake(t) for t in (*model.parameters(), *model.buffers(), *others, *inputs)}
     for t in model.buffers():
         if t.dim() == 0 and not t.is_floating_point():

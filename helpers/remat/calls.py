@@ -252,13 +252,14 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     tensors = [p, q] if isinstance(q, Tensor) else [p]
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
-    fit(not kwargs and plain(*tensors) and p.dtype == tensors[-1].dtype and mode.table.is_safe(*tensors))
+    fit(not kwargs and plain(*tensors) and mode.table.is_safe(*tensors))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     fit(type(q) in (int, float) or (len(tensors) == 2 and operator is not ops.rsub))
     if in_place:  # forward may write to a place before it reads it, or several times
         fit(not p._is_view() and (len(tensors) == 1 or storage_of(p) is not storage_of(q)))
     product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
-    fit(not (product and in_place) and (operator is not torch.div or not needs_grad(*tensors[1:])))
+    fit(not product or (not in_place and p.dtype == q.dtype))
+    fit(operator is not torch.div or not needs_grad(*tensors[1:]))
     if operator in (torch.add, torch.mul):
         tensors.sort(key=Tensor.numel, reverse=True)  # the result has the first one's shape
     first = tensors[0]
@@ -271,14 +272,18 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
             operation = ops.Product(forward, *values)
             out = mode.apply(operation, *tensors)
         else:
-            for t, value in zip(tensors[1:], values[1:], strict=True):
-                if value.recipe is None and value.kept is None and t.numel() * SMALL <= first.numel():
-                    # It may change after the context; PyTorch would have saved the result.
-                    mode.table.keep(value, ops.copy_of(t))
+            for t, value in zip(tensors, values, strict=True):
+                if value.recipe is None and value.kept is None:
+                    if t.numel() * SMALL <= first.numel():
+                        # It may change after the context; PyTorch would have saved the result.
+                        mode.table.keep(value, ops.copy_of(t))
+                    elif operator in (torch.mul, torch.div) and not t.requires_grad:
+                        mode.table.count_plain(value)  # a mask, which PyTorch's node saves
+                        mode.table.keep_whole(value, t)
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)
-        if first.shape == out.shape and out.dtype == p.dtype:
+        if first.shape == out.shape:
             recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
             mode.table.note(out, recipe, tuple(values), operation)
         return out
@@ -314,7 +319,7 @@ def concatenate(mode, function, tensors, dim=0):
     fit(isinstance(tensors, (tuple, list)) and len(tensors) > 0 and plain(*tensors) and type(dim) is int)
     first = tensors[0]
     dim = dim if dim >= 0 else dim + first.dim()
-    fit(dim >= 0 and all(t.dim() == first.dim() and t.dtype == first.dtype for t in tensors))
+    fit(dim >= 0 and all(t.dim() == first.dim() for t in tensors))
     fit(any(t.requires_grad for t in tensors) and all(t.numel() for t in tensors))
     fit(mode.table.is_safe(*tensors))
 
@@ -392,15 +397,16 @@ def addcmul(mode: Mode, _, p, q, x, **named):
     return lambda: ADDCMUL(mode, lambda x, q, p: torch.addcmul(p, q, x, **named), (x, q, p), {})
 
 
-def reshape(mode: Mode, function, x, /, *args, **named):
-    """Gives a view, or a copy that backward can make again: by image, if their number stays the same."""
+def copied(mode: Mode, function, x, /, *args, **named):
+    """The same values: a view, or a copy that backward can make again, by image if their number stays."""
     fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
 
     def run() -> Tensor:
         out = leave(mode, function, (x, *args), named)
-        if storage_of(out) is not storage_of(x):
-            shape = out.shape[1:]
-            recipe = ops.Again("reshape", lambda x: x.reshape(-1, *shape), 1.0)
+        if plain(out) and out.device == x.device and storage_of(out) is not storage_of(x):
+            shape, dtype = out.shape[1:], out.dtype
+            name = "cast" if dtype != x.dtype else "copy" if out.shape == x.shape else "reshape"
+            recipe = ops.Again(name, lambda x: x.to(dtype).reshape(-1, *shape), 1.0)
             recipe.reshapes, recipe.whole = True, out.shape[0] != x.shape[0]
             mode.table.note(out, recipe, (mode.table.find(x),))
         return out
@@ -455,7 +461,7 @@ def pad(context: Mode, function, x, /, pad, mode="constant", value=None):
     fit(plain(x) and x.requires_grad and x.numel() > 0 and context.table.is_safe(x))
     how, n = fixed(pad), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
-    known = mode in PADDINGS and len(how) == 2 * n and value is None
+    known = mode in PADDINGS and len(how) == 2 * n and not value
     fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
     if not (known and fits) or torch.are_deterministic_algorithms_enabled():
         return lambda: RESIZE(context, function, (x, pad, mode, value), {})
@@ -519,7 +525,8 @@ def leave(mode: Mode, function, args, kwargs):
 
 def functions(names: str) -> list[Callable]:
     """PyTorch's functions and methods with these names."""
-    return [getattr(owner, n) for n in names.split() for owner in (torch, Tensor, F) if hasattr(owner, n)]
+    found = [getattr(owner, name, None) for name in names.split() for owner in (torch, Tensor, F)]
+    return [function for function in found if callable(function)]
 
 
 # How an activation's kind follows from the arguments behind its input.
@@ -550,7 +557,9 @@ OPERATIONS = {
 ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
 DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimensions of a batch
 PADDINGS = {"reflect": "reflection", "replicate": "replication"}
+COPIES = "reshape flatten contiguous clone to type_as double float half bfloat16"
 RESIZE = again("resize", node=False)
+UNARY = {name: again(name, node=name != "neg", fits=lambda x: True) for name in ("abs", "cos", "neg", "sin")}
 # Of other exponents, a value's last bit may depend on its position in memory.
 POWER = again("pow", fits=lambda x, exponent=2: numbers_or_none(exponent) and exponent in (2, 3))
 CLAMP = again("clamp", fits=lambda x, *limits, **named: numbers_or_none(*limits, *named.values()))
@@ -566,8 +575,9 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
     **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
-    **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, Tensor.contiguous), RESIZE),
-    **dict.fromkeys(functions("reshape flatten"), handler(reshape)),
+    **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle), RESIZE),
+    **dict.fromkeys(functions(COPIES), handler(copied)),
+    **{function: made for name, made in UNARY.items() for function in functions(f"{name} __{name}__")},
     **dict.fromkeys(functions("roll"), ROLL),
     **dict.fromkeys(functions("flip"), FLIP),
     F.pad: handler(pad),

@@ -103,7 +103,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
                 to_float64 = functools.cache(lambda t: t.double() if t.is_floating_point() else t)
                 arguments = tree_map_only(Tensor, to_float64, (given, start))
                 no_autocast = torch.autocast(device.type, enabled=False)
-                exact, reference = step(copy.deepcopy(model).double(), *arguments, no_autocast), "float64"
+                wide_model = deep_copy("model", model, computed(model)).double()
+                exact, reference = step(wide_model, *arguments, no_autocast), "float64"
         exact = exact or step(model, given, start)
         difference, rounding = apart(ours.grads, plain.grads), apart(plain.grads, exact.grads)
         del plain, ours, exact
@@ -134,7 +135,7 @@ class Step(NamedTuple):
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
     given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
-    model, (args, kwargs) = deep_copy("model and its arguments", (model, given))
+    model, (args, kwargs) = deep_copy("model and its arguments", (model, given), computed(model))
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
     others = [] if device.type == "cpu" else [device]
@@ -149,7 +150,8 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
             ends = ends_of(out)
             if start is None:
                 noise = torch.Generator().manual_seed(0)
-                start = [torch.randn(t.shape, generator=noise, device="cpu").to(t) for t in ends]
+                normal = [torch.randn(t.shape, generator=noise, device="cpu") for t in ends]
+                start = [torch.empty_like(t).copy_(n) for t, n in zip(ends, normal, strict=True)]
             torch.autograd.backward(ends, start)
         seconds, fixed = clock(device) - since, before == random_state(device)
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
@@ -166,7 +168,17 @@ def ends_of(out) -> list[Tensor]:
     return ends
 
 
-def deep_copy(name: str, original, copies: dict | None = None):
+def attributes(model: nn.Module) -> list[Tensor]:
+    """The modules' tensors that are neither parameters nor buffers."""
+    return [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+
+
+def computed(model: nn.Module) -> dict[int, Tensor]:
+    """Copies of those that have a graph, as an older weight_norm's, by their ids: deepcopy takes none."""
+    return {id(t): t.detach().clone() for t in attributes(model) if not t.is_leaf}
+
+
+def deep_copy(name: str, original, copies: dict):
     """A deep copy, with these copies of some parts by their ids; a ValueError if there can be none."""
     try:
         return copy.deepcopy(original, copies)

@@ -154,6 +154,8 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
+        if need_a and self.layout is not None and not dz.is_meta:  # there a convolution knows no layout
+            dz = dz.contiguous(memory_format=self.layout)  # as PyTorch does
         parts = self.parts(dz, w, task.room())
         if need_w:
             a, _ = task.get(self.value)
@@ -170,7 +172,7 @@ class Convolution(Operation):
                 read_i.copy_(self.grad_input(dz_i, w, skips))
         elif need_a:
             da = self.grad_input(dz, w)
-        if need_a and self.layout is not None and not da.is_meta:  # there a convolution knows no layout
+        if need_a and self.layout is not None and not da.is_meta:
             da = da.contiguous(memory_format=self.layout)  # as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 

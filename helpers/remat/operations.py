@@ -325,8 +325,8 @@ class Activate(Recipe):
             return None
         if isinstance(z.recipe, Elementwise) and z.recipe.function is torch.add and len(z.parents) == 2:
             for norm, other in (z.parents, z.parents[::-1]):
-                same = norm.view[:1] == other.view[:1] == z.view[:1]
-                if same and isinstance(norm.recipe, Normalise) and alone(norm):
+                forms = {(v.view.shape, v.view.dtype) for v in (norm, other, z)}
+                if len(forms) == 1 and isinstance(norm.recipe, Normalise) and alone(norm):
                     z, added = norm, (other,)
                     break
         if not isinstance(z.recipe, Normalise):

@@ -155,6 +155,8 @@ class Value:
     ) -> None:
         self.view = View.of(t)
         self.version, self.size, self.nbytes, self.live = t._version, t.numel(), t.nbytes, weakref.ref(t)
+        if 0 in self.view.stride:  # expanded, as a mask for all channels
+            self.nbytes = min(t.nbytes, storage_of(t).nbytes())
         self.recipe, self.parents, self.when, self.start = recipe, parents, when, when - 1
         if recipe is not None:
             self.origin = recipe.origin or parents[0].origin

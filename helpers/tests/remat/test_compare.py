@@ -131,6 +131,23 @@ def test_a_model_that_knows_no_float64():
     assert found.equal and found.reference == "a second run"
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_an_older_weight_norm():
+    """Its weights are computed, and could not be copied."""
+    model = nn.Sequential(*(nn.utils.weight_norm(nn.Conv2d(3, 3, 3)) for _ in range(2)))
+    found = compare(model, IMAGES, rounds=1)
+    assert found.equal and found.reference == "float64" and max(found.difference, found.rounding) < 1e-4
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_backward_starts_from_the_outputs_layout(layout):
+    """As in `predict_memory`, where a loss would give it."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ELU(), nn.Conv2d(8, 8, 3), nn.ELU())
+    images = IMAGES.contiguous(memory_format=layout)
+    found = compare(model, images, rounds=1)
+    assert found.peak == tuple(predict_memory(model, images, max_cost=c).peak for c in (None, 0))
+
+
 def test_a_bias_before_a_norm_does_not_hide_the_others():
     """Its gradient is rounding alone, so that its own relative difference would be about 1."""
     assert compare(network(), IMAGES, rounds=1).rounding < 1e-4

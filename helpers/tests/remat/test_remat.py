@@ -596,7 +596,7 @@ def test_a_pooling_of_volumes_holds_its_positions_alone(width, nbytes):
 @pytest.mark.parametrize("name", ["max 3 stride 2 padding 1", "mean", "mean 3 stride 1 padding 1"])
 def test_a_pooling_keeps_the_layout(name, layout):
     """Its gradient is laid out as its input; copies into another layout would cost passes."""
-    x, found = X.contiguous(memory_format=layout).requires_grad_(), []
+    x, found = X.clone(memory_format=layout).requires_grad_(), []
     with remat():
         y = x * 1
         y.register_hook(lambda dy: found.append(dy.stride()))
@@ -1292,6 +1292,11 @@ COPIES = {
     "shuffled channels": lambda a: a.view(4, 2, 4, 10, 9).transpose(1, 2).reshape(4, 8, 10, 9),
     "flattened": lambda a: a.transpose(1, 2).flatten(2).view(4, 10, 8, 9).transpose(1, 2),
     "windows": lambda a: a.reshape(4, 8, 5, 2, 3, 3).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 2, 3),
+    "channels shuffled by PyTorch": lambda a: F.channel_shuffle(a, 4),
+    "copied": lambda a: torch.clone(a).contiguous(memory_format=torch.channels_last),
+    "another sign": lambda a: -a + (-(a - 0.5)).neg().abs() + torch.abs(0.5 - a),
+    "waves": lambda a: torch.sin(a) + a.cos() ** 2,
+    "reflected": lambda a: F.pad(a, (1, 1, 1, 1), "reflect", 0.0)[:, :, 1:-1, 1:-1],
     "rolled": lambda a: torch.roll(a, shifts=(1, -2), dims=(2, -1)),
     "flipped": lambda a: a.flip(-1).flip((1, 2)),
     "a number less it": lambda a: 0.3 - (1 - a),
@@ -1342,6 +1347,59 @@ def test_copies_are_made_again(monkeypatch, name):
 def test_copies_across_images(monkeypatch, name):
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
     check(copied(ACROSS[name]), X)
+
+
+def halves(a):
+    """In two dtypes, as where a layer casts by itself."""
+    half, one = a.to(torch.bfloat16), a.float()
+    mixed = torch.cat([half, one[:, :4]], 1)[:, 4:] + half * 2 - one.type_as(half)
+    return ((half + 1).add_(one) + mixed).to(one) / 3
+
+
+def test_values_in_several_dtypes():
+    """Autocast's casts, and the model's own, are made again."""
+    x, make = X.float(), copied(halves)
+    for autocast in (None, torch.bfloat16):
+        how = {"dtype": torch.float32, "autocast": autocast}
+        wanted, found = (step(make, [x], cost, **how) for cost in (None, 0))
+        assert_same_forward(found, wanted)
+        torch.testing.assert_close(found.gradients, wanted.gradients, rtol=1e-2, atol=1e-2)
+        with torch.autocast("cpu", autocast, enabled=autocast is not None), remat() as record:
+            make()(x)
+        kept = [row.recipe for row in record.rows if row.kept]
+        assert kept == [("given" if autocast is None else "cast"), "conv2d"]
+
+
+MASKS = {
+    "a mask": lambda a, mask: a * mask,
+    "a mask first": lambda a, mask: mask * a,
+    "in place": lambda a, mask: (a + 1).mul_(mask),
+    "divided": lambda a, mask: a / (mask + 1),
+    "for all channels": lambda a, mask: a * mask[:, :1].clone().expand(a.shape),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask_is_kept_as_in_pytorch(name):
+    mask = (image(4, 8, 10, 9) > 0).double()
+    make = copied(lambda a: MASKS[name](a, mask))
+    check(make, X)
+    model = make().double()
+    with remat() as record:
+        loss = model(X).sum()
+    rows = [row for row in record.rows if row.kept]
+    assert [row.recipe for row in rows] == ["given", "conv2d", "given"]
+    assert rows[-1].nbytes == (mask.nbytes / 8 if "channels" in name else mask.nbytes)
+    loss.backward()
+
+
+def test_a_mask_that_is_changed_is_an_error():
+    mask, model = torch.ones(4, 8, 10, 9), copied(lambda a: a * mask)()
+    with remat():
+        loss = model(X.float()).sum()
+    mask.zero_()
+    with pytest.raises(RuntimeError, match="changed by an inplace operation|modified by an inplace"):
+        loss.backward()
 
 
 LENGTHS = {

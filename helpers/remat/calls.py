@@ -248,7 +248,7 @@ def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]
 
 
 def elementwise(mode: Mode, function, p, q, **kwargs):
-    """PyTorch's own node, but for a product of two tensors that need gradients, and a recipe."""
+    """PyTorch's own node, but for two factors, or a dividend and a divisor, with gradients; and a recipe."""
     tensors = [p, q] if isinstance(q, Tensor) else [p]
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
@@ -257,19 +257,18 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     fit(type(q) in (int, float) or (len(tensors) == 2 and operator is not ops.rsub))
     if in_place:  # forward may write to a place before it reads it, or several times
         fit(not p._is_view() and (len(tensors) == 1 or storage_of(p) is not storage_of(q)))
-    product = operator is torch.mul and len(tensors) == 2 and p.requires_grad and q.requires_grad
-    fit(not product or (not in_place and p.dtype == q.dtype))
-    fit(operator is not torch.div or not needs_grad(*tensors[1:]))
+    kind = ops.PAIRS.get(operator) if len(tensors) == 2 and p.requires_grad and q.requires_grad else None
+    fit(not (kind and in_place) and (operator is not torch.div or p.requires_grad))
     if operator in (torch.add, torch.mul):
         tensors.sort(key=Tensor.numel, reverse=True)  # the result has the first one's shape
     first = tensors[0]
     fit(first.dim() > 1)
 
     def run() -> Tensor:
-        operation, values = None, [(mode.needed if product else mode.table.find)(t) for t in tensors]
-        if product:
+        operation, values = None, [(mode.needed if kind else mode.table.find)(t) for t in tensors]
+        if kind:
             forward = function if first is p else lambda q, p: function(p, q)
-            operation = ops.Product(forward, *values)
+            operation = kind(forward, *values)
             out = mode.apply(operation, *tensors)
         else:
             for t, value in zip(tensors, values, strict=True):
@@ -317,16 +316,16 @@ def dropout(mode, function, input, p=0.5, training=True, inplace=False):
 
 def concatenate(mode, function, tensors, dim=0):
     fit(isinstance(tensors, (tuple, list)) and len(tensors) > 0 and plain(*tensors) and type(dim) is int)
-    first = tensors[0]
-    dim = dim if dim >= 0 else dim + first.dim()
-    fit(dim >= 0 and all(t.dim() == first.dim() for t in tensors))
+    first, join = tensors[0], torch.stack if function is torch.stack else torch.cat
+    dim = dim if dim >= 0 else dim + first.dim() + (join is torch.stack)
+    fit(dim >= 0 and all(t.dim() == first.dim() > 0 for t in tensors))
     fit(any(t.requires_grad for t in tensors) and all(t.numel() for t in tensors))
     fit(mode.table.is_safe(*tensors))
 
     def run() -> Tensor:
         values = [mode.table.find(t) for t in tensors]
         out = function(tensors, dim)
-        made, waiting = mode.table.note(out, ops.Concatenate(dim), tuple(values)), mode.table.waiting
+        made, waiting = mode.table.note(out, ops.Join(join, dim), tuple(values)), mode.table.waiting
         for other in {*waiting} - {*values}:  # that nothing needed so far
             del waiting[other]
         waiting[made] = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
@@ -574,7 +573,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
-    **dict.fromkeys((torch.cat, torch.concat), handler(concatenate)),
+    **dict.fromkeys((torch.cat, torch.concat, torch.stack), handler(concatenate)),
     **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle), RESIZE),
     **dict.fromkeys(functions(COPIES), handler(copied)),
     **{function: made for name, made in UNARY.items() for function in functions(f"{name} __{name}__")},

@@ -402,6 +402,20 @@ class Product(Operation):
         return grads
 
 
+class Quotient(Product):
+    """x = p / q, where both need gradients: a norm that is written out."""
+
+    def backward(self, task, dz, needs, saved):
+        (q, _), dq = task.get(self.values[1]), None
+        if needs[1]:
+            p, _ = task.get(self.values[0])
+            dq = (p / q).div_(q).mul_(dz).neg_().sum_to_size(self.shapes[1])
+        return [(dz / q).sum_to_size(self.shapes[0]) if needs[0] else None, dq]
+
+
+PAIRS = {torch.mul: Product, torch.div: Quotient}  # of tensors that both need gradients
+
+
 class Dropout(Operation):
     """Keeps one byte a value. On a CPU PyTorch keeps the noise that it multiplies by."""
 
@@ -460,16 +474,16 @@ class Elementwise(Recipe):
         return self.function(p, *(q or (self.number,)), out=out)
 
 
-class Concatenate(Recipe):
-    """torch.cat, of channels or of images."""
+class Join(Recipe):
+    """torch.cat or torch.stack, of channels or of images."""
 
-    name, joins = "cat", True
+    joins = reshapes = True
 
-    def __init__(self, dim: int) -> None:
-        self.dim, self.whole = dim, dim == 0
+    def __init__(self, function, dim: int) -> None:
+        self.function, self.name, self.dim, self.whole = function, function.__name__, dim, dim == 0
 
     def run(self, out, *parts):
-        return torch.cat(parts, self.dim, out=out)
+        return self.function(parts, self.dim, out=out)
 
 
 class FromShape(Operation):

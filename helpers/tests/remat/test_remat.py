@@ -1293,6 +1293,8 @@ COPIES = {
     "flattened": lambda a: a.transpose(1, 2).flatten(2).view(4, 10, 8, 9).transpose(1, 2),
     "windows": lambda a: a.reshape(4, 8, 5, 2, 3, 3).permute(0, 2, 4, 1, 3, 5).reshape(-1, 8, 2, 3),
     "channels shuffled by PyTorch": lambda a: F.channel_shuffle(a, 4),
+    "stacked": lambda a: torch.stack([a[:, :4], 1 - a[:, 4:]], 2).flatten(1, 2),
+    "stacked rows": lambda a: torch.stack([a[..., :4], a[..., 4:8]], -1).flatten(3),
     "copied": lambda a: torch.clone(a).contiguous(memory_format=torch.channels_last),
     "another sign": lambda a: -a + (-(a - 0.5)).neg().abs() + torch.abs(0.5 - a),
     "waves": lambda a: torch.sin(a) + a.cos() ** 2,
@@ -1312,6 +1314,8 @@ COPIES = {
 ACROSS = {
     "rolled": lambda a: torch.roll(a, 1, 0) + a.roll(1) + a.roll((1, 2), (0, 1)),
     "flipped": lambda a: a.flip(0) + a.flip(dims=[0, 1]) + torch.flip(a, (0,)),
+    "stacked": lambda a: torch.stack([a, a.sigmoid()]).square().mean(0) + torch.stack((a, a), -5).sum(0),
+    "quotients": lambda a: a / (a.sigmoid() + 1) + a[:, :1] / (a + 9) + a[:1] / 3 / a.exp() + 1 / (a + 9),
     "reshaped": lambda a: a.transpose(0, 1).reshape(4, 8, 10, 9) + a.reshape(-1)[1:2],
     "a tensor less it": lambda a: torch.rsub(a, a.sigmoid()) + torch.rsub(a, 2, alpha=3),
     "powers": lambda a: 2**a + (a + 3) ** 0.5 + a.sigmoid().pow(a) + a.exp().pow(-1),
@@ -1352,7 +1356,7 @@ def test_copies_across_images(monkeypatch, name):
 def halves(a):
     """In two dtypes, as where a layer casts by itself."""
     half, one = a.to(torch.bfloat16), a.float()
-    mixed = torch.cat([half, one[:, :4]], 1)[:, 4:] + half * 2 - one.type_as(half)
+    mixed = torch.cat([half, one[:, :4]], 1)[:, 4:] + half * 2 - one.type_as(half) * one
     return ((half + 1).add_(one) + mixed).to(one) / 3
 
 
@@ -1400,6 +1404,26 @@ def test_a_mask_that_is_changed_is_an_error():
     mask.zero_()
     with pytest.raises(RuntimeError, match="changed by an inplace operation|modified by an inplace"):
         loss.backward()
+
+
+def test_a_norm_that_is_written_out():
+    """Of each tensor of the image's size that it makes, nothing is kept but the centred image."""
+
+    def forward(self, x):
+        x = self.c(x)
+        x = x - x.mean(1, keepdim=True)
+        x = x / (x.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()
+        return self.last(F.gelu(self.gamma * x + self.beta))
+
+    def make():
+        vectors = {v: nn.Parameter(torch.rand(32, 1, 1)) for v in ("gamma", "beta")}
+        return Net(forward, c=nn.Conv2d(3, 32, 1), last=nn.Conv2d(32, 2, 1), **vectors)
+
+    check(make, X)
+    with remat() as record:
+        make()(X.float())
+    large = [row.recipe for row in record.rows if row.kept and row.shape == (4, 32, 10, 9)]
+    assert large == ["sub"]
 
 
 LENGTHS = {

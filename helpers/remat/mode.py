@@ -180,13 +180,13 @@ class remat:  # noqa: N801
         print(record.names(model))
 
     Also a decorator: ``@remat(max_cost=150)``. Forward is PyTorch's, bit for bit. Convolutions, linear
-    layers, norms (of vectors, too), activations, products, quotients, squares, cubes, sines, clamps, poolings,
-    paddings and dropout get nodes that keep inputs as *recipes*: backward recomputes a norm, an activation, a
-    concatenation, a cast, a copy or a sum from what is kept. Everything else runs as always: other operations,
-    ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint, other threads
-    such as those of `nn.DataParallel`. Of two contexts the inner one decides. Nothing in the model changes.
-    Under torch.compile the compiler decides by the same price; by its own rules for what is compiled inside a
-    checkpoint.
+    layers, norms (of vectors, too), activations, products, quotients, squares, cubes, sines, clamps,
+    poolings, paddings and dropout get nodes that keep inputs as *recipes*: backward recomputes a norm, an
+    activation, a concatenation, a cast, a copy or a sum from what is kept. Everything else runs as always:
+    other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint,
+    other threads such as those of `nn.DataParallel`. Of two contexts the inner one decides. Nothing in the
+    model changes. Under torch.compile the compiler decides by the same price; by its own rules for what is
+    compiled inside a checkpoint.
 
     `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
     such as remat's and then leave their fast path: results differ in the last digits, and at padded

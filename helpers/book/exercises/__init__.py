@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.memory import MemoryTrace
@@ -168,8 +169,8 @@ def compare_function(
     more = (held - out.nbytes) / out.numel()
     require(more < kept + 0.5, f"the output is right, but {more:.1f} bytes a value are kept for backward")
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
-    wrong = [f"ctx.{name}" for name, value in attributes if isinstance(value, Tensor)]
-    require(not wrong, f"{', '.join(wrong)} must not be a tensor: save_for_backward checks its version")
+    wrong = [f"ctx.{name}" for name, v in attributes if any(isinstance(t, Tensor) for t in tree_leaves(v))]
+    require(not wrong, f"{', '.join(wrong)} must not be or hold a tensor: save_for_backward checks versions")
     dout = torch.randn_like(out)
     if dout.dim() == 4:  # some layers' gradients have this layout
         dout = dout.contiguous(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import conv2d_backward
-from helpers.batch_norm import CHANNELS
+from helpers.batch_norm import CHANNELS, per_channel
 from helpers.book.exercises import call, compare, compare_function, conv_flops, exercise, grads, new, require
 from helpers.memory import MemoryTrace
 
@@ -22,12 +22,15 @@ def check_frozen(answer):
     x, w, gamma, beta, mean, dz = new((6, 2, 14, 12), (8, 2, 3, 3), (8,), (8,), (8,), (6, 8, 14, 12))
     var, eps = torch.rand_like(gamma) + 0.5, 0.1
 
-    def layer(x, w, gamma, beta):
+    def layer(x, w, gamma, beta, eps):
         return F.batch_norm(convolve(x, w), mean, var, gamma, beta, eps=eps)
 
-    want, (dx, dw) = grads(layer, (x, w, gamma, beta), dz), grads(convolve, (x, w), dz)
-    no_mean = (dz * convolve(x, w)).sum(CHANNELS) / (var + eps).sqrt()
+    want, other = (grads(layer, (x, w, gamma, beta), dz, eps=e) for e in (eps, 1e-5))
+    (dx, dw), inv_std = grads(convolve, (x, w), dz), (var + eps).rsqrt()
+    no_mean, no_y = ((dz * t).sum(CHANNELS) * inv_std for t in (convolve(x, w), -per_channel(mean)))
     mistakes = {
+        "use the eps that is passed in": other[0],
+        "the sum needs w itself, not the scaled one": gamma * inv_std * no_mean + no_y,
         "z is γ/σ times y, and the factor is missing from dx": dx,
         "z is γ/σ times y, and the factor is missing from dw": dw,
         "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,

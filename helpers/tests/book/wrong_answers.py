@@ -91,7 +91,7 @@ WRONG = {
             (
                 "z > 0)\n        ctx.eps = eps",
                 "gamma)\n        ctx.eps, ctx.mask = eps, z > 0",
-                "ctx.mask must not be a tensor",
+                "ctx.mask must not be or hold a tensor",
             ),
         ],
     },
@@ -138,8 +138,15 @@ WRONG = {
             ("dbeta = dz.sum(OVER)", "dbeta = (dz + 0).sum(OVER)", "buffers of y's size"),
             ("dbeta = dz.sum(OVER)", "dbeta = dz.sum(OVER); dz.zero_()", "has been overwritten"),
             (", dgamma, dbeta\n", ", dgamma\n", "return a tuple"),
+            ("(var + eps)", "(var + 1e-5)", "use the eps that is passed in"),
+            ("(g * w)", "(g * w * scale)", "the sum needs w itself"),
         ],
         "check_norm_leaky": [
+            (
+                "ctx.function, ctx.alpha = ",
+                "ctx.all, ctx.function, ctx.alpha = recipe, ",
+                "ctx.all must not be or hold",
+            ),
             (".mul_(da)", ".mul_(0).add_(da)", "without leaky ReLU"),
             (
                 "z.gt_(0).mul_(1 - ctx.alpha).add_(ctx.alpha).mul_(da)",
@@ -223,8 +230,8 @@ WRONG = {
         ],
         "check_only_input": [
             ("stride**2 * y1", "y1", "at max_cost 52 this is still kept: y2"),
-            ("max(y1, y2, y3)", "y2", "still kept: y3"),
-            ("max(y1, y2, y3)", "y1 + y2 + y3", "a lower price is enough"),
+            ("max(y2, y3)", "y2", "still kept: y3"),
+            ("max(y2, y3)", "y1 + y2 + y3", "a lower price is enough"),
             ("math.ceil", "int", "still kept: y3"),
             ("math.ceil", "", "return an integer"),
         ],

@@ -252,7 +252,8 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     tensors = [p, q] if isinstance(q, Tensor) else [p]
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
-    fit(not kwargs and plain(*tensors) and mode.table.is_safe(*tensors))
+    fit(not kwargs and plain(*[t for t in tensors if t.requires_grad]) and all(map(ordinary, tensors)))
+    fit(mode.table.is_safe(*tensors))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     fit(type(q) in (int, float) or (len(tensors) == 2 and operator is not ops.rsub))
     if in_place:  # forward may write to a place before it reads it, or several times
@@ -272,17 +273,21 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
             out = mode.apply(operation, *tensors)
         else:
             for t, value in zip(tensors, values, strict=True):
-                if value.recipe is None and value.kept is None:
-                    if t.numel() * SMALL <= first.numel():
-                        # It may change after the context; PyTorch would have saved the result.
-                        mode.table.keep(value, ops.copy_of(t))
-                    elif operator in (torch.mul, torch.div) and not t.requires_grad:
-                        mode.table.count_plain(value)  # a mask, which PyTorch's node saves
-                        mode.table.keep_whole(value, t)
+                if value.recipe is not None or value.kept is not None:
+                    continue
+                saved = (
+                    operator in (torch.mul, torch.div) and not t.requires_grad and not (in_place and t is p)
+                )
+                if saved:  # by PyTorch's node, too: a mask
+                    mode.table.count_plain(value)
+                if t.numel() * SMALL <= first.numel():  # it may change after the context
+                    mode.table.keep(value, ops.copy_of(t))
+                elif saved:
+                    mode.table.keep(value, t, shared=True)
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)
-        if first.shape == out.shape:
+        if first.shape == out.shape and out.is_floating_point():
             recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
             mode.table.note(out, recipe, tuple(values), operation)
         return out

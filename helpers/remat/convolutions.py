@@ -145,6 +145,8 @@ class Convolution(Operation):
     def forward(self, a, w, b):
         a, self.input = self.input, None
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
+        if y.dim() > 3 and self.layout in (None, torch.contiguous_format):  # the weight's, or none of them
+            self.layout = layout_of(y)
         if y.is_cpu and y.is_contiguous() and w.dim() > 2:  # a linear layer's input is read in place
             strided = max(self.geometry.stride) > 1 and not self.skips_pixels(y, w)
             copies = a.nbytes + (max(a.nbytes, y.nbytes) if strided else y.nbytes)
@@ -154,11 +156,12 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
+        room = task.room()
+        a = task.get(self.value)[0] if need_w else None
         if need_a and self.layout is not None and not dz.is_meta:  # there a convolution knows no layout
             dz = dz.contiguous(memory_format=self.layout)  # as PyTorch does
-        parts = self.parts(dz, w, task.room())
+        parts = self.parts(dz, w, room)
         if need_w:
-            a, _ = task.get(self.value)
             dw = self.grad_weight(dz, a, w, parts)
             del a
         if need_b:

@@ -409,7 +409,7 @@ class Quotient(Product):
         (q, _), dq = task.get(self.values[1]), None
         if needs[1]:
             p, _ = task.get(self.values[0])
-            dq = (p / q).div_(q).mul_(dz).neg_().sum_to_size(self.shapes[1])
+            dq = (-dz * (p / q).div_(q)).sum_to_size(self.shapes[1])  # in PyTorch's order: dz has the layout
         return [(dz / q).sum_to_size(self.shapes[0]) if needs[0] else None, dq]
 
 

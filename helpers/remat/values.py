@@ -219,7 +219,10 @@ class Table:
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
         entry = self._storages.pop(key, None)
-        return [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
+        found = [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
+        for value in found:
+            self._living.pop(id(value), None)
+        return found
 
     def find(self, t: Tensor) -> Value:
         """The value of ``t``; a new one, without a recipe or as part of another, if ``t`` is unknown."""
@@ -380,13 +383,14 @@ class Table:
             found.update(parts)
         return found
 
-    def keep(self, value: Value, t: Tensor) -> None:
-        """Hold ``t`` until backward, as long as a node holds the value."""
+    def keep(self, value: Value, t: Tensor, shared: bool = False) -> None:
+        """Hold ``t`` until backward, as long as a node holds the value; if ``shared``, or ``t`` is there."""
         value.kept, value.version = t.detach(), t._version
         self.add_row(value)
         value.row.kept = True
         value.recipe, value.parents = None, ()
-        self._living.pop(id(value), None)
+        if not shared:
+            self._living.pop(id(value), None)
         operation = value.operation and value.operation()
         if operation is not None:  # its node outlives those that need the tensor
             operation.output = None

@@ -1397,6 +1397,61 @@ def test_a_mask_is_kept_as_in_pytorch(name):
     loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64], ids=str)
+def test_a_mask_of_another_dtype(dtype):
+    mask = torch.ones(4, 8, 10, 9, dtype=dtype)
+    make = copied(lambda a: mask * a / (mask + 1))
+    check(make, X)
+    with remat() as record:
+        make().double()(X)
+    kept = [(row.recipe, row.nbytes) for row in record.rows if row.kept]
+    assert kept == [
+        ("given", X.nbytes),
+        ("conv2d", 4 * 8 * 90 * 8),
+        ("given", mask.nbytes),
+        ("given", 4 * 720 * 8),
+    ]
+
+
+def test_a_mask_counts_once():
+    mask, y = torch.ones(4, 8, 10, 9), image(4, 8, 10, 9, dtype=torch.float32).requires_grad_()
+    with remat() as record:
+        sum((y * mask).sum() for _ in range(3)).backward()
+    assert record.plain_bytes == record.kept_bytes == mask.nbytes
+
+
+def test_a_factor_in_place_is_copied_once():
+    """As in PyTorch, whose node saves it."""
+    peaks, q = [], torch.rand(8, 32, 32, 32).requires_grad_()
+    for context in (contextlib.nullcontext(), remat()):
+        held = Held()
+        held.ignore(q)
+        with held, context:
+            torch.ones(8, 32, 32, 32).mul_(q)
+        peaks.append(held.peak)
+    assert peaks == [2 * q.nbytes] * 2
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["quotient", "product", "convolution", "weight"])
+def test_gradients_have_pytorchs_strides(name, layout):
+    """A norm outside of remat may conclude a layout from them."""
+    found = []
+    for context in (contextlib.nullcontext(), remat(), remat(1e9)):
+        x, w = image(4, 8, 6, 5), image(8, 8, 3, 3)
+        x, other = (t.requires_grad_() for t in (x.contiguous(memory_format=layout), x[:, :, :, ::1] + 3))
+        with context:
+            if name in ("quotient", "product"):
+                y = x.tanh() / other if name == "quotient" else x.tanh() * other
+            else:
+                w = w.contiguous(memory_format=torch.channels_last) if name == "weight" else w
+                y = F.conv2d(x.tanh() if name == "weight" else other[:, :, :, 1:], w.requires_grad_())
+        for dy in (y.detach(), y.detach().transpose(1, 3).contiguous().transpose(1, 3)):
+            grads = torch.autograd.grad(y, (x, other), dy, retain_graph=True, allow_unused=True)
+            found.append([g if g is None else g.stride() for g in grads])
+    assert found[2:4] == found[:2] and found[4:] == found[:2]
+
+
 def test_a_mask_that_is_changed_is_an_error():
     mask, model = torch.ones(4, 8, 10, 9), copied(lambda a: a * mask)()
     with remat():

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
+from operator import index
 from typing import TYPE_CHECKING
 
 import torch
@@ -324,16 +325,16 @@ def concatenate(mode, function, tensors, dim=0):
     first, join = tensors[0], torch.stack if function is torch.stack else torch.cat
     dim = dim if dim >= 0 else dim + first.dim() + (join is torch.stack)
     fit(dim >= 0 and all(t.dim() == first.dim() > 0 for t in tensors))
-    fit(any(t.requires_grad for t in tensors) and all(t.numel() for t in tensors))
-    fit(mode.table.is_safe(*tensors))
+    parts = [t for t in tensors if t.numel()]
+    fit(any(t.requires_grad for t in parts) and mode.table.is_safe(*parts))
 
     def run() -> Tensor:
-        values = [mode.table.find(t) for t in tensors]
+        values = [mode.table.find(t) for t in parts]
         out = function(tensors, dim)
         made, waiting = mode.table.note(out, ops.Join(join, dim), tuple(values)), mode.table.waiting
         for other in {*waiting} - {*values}:  # that nothing needed so far
             del waiting[other]
-        waiting[made] = [t for t, v in zip(tensors, values, strict=True) if v.kept is None]
+        waiting[made] = [t for t, v in zip(parts, values, strict=True) if v.kept is None]
         return out
 
     return run
@@ -463,12 +464,12 @@ def avg_pool(
 def pad(context: Mode, function, x, /, pad, mode="constant", value=None):
     """With zeros, or with what is in the image."""
     fit(plain(x) and x.requires_grad and x.numel() > 0 and context.table.is_safe(x))
-    how, n = fixed(pad), x.dim() - 2
+    how, n = tuple(map(index, pad)), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
     known = mode in PADDINGS and len(how) == 2 * n and not value
     fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
     if not (known and fits) or torch.are_deterministic_algorithms_enabled():
-        return lambda: RESIZE(context, function, (x, pad, mode, value), {})
+        return lambda: RESIZE(context, function, (x, how, mode, value), {})
     return from_shape(context, f"{PADDINGS[mode]}_pad{n}d", (how,), x, lambda x: function(x, how, mode))
 
 
@@ -503,6 +504,9 @@ def max_pool(
         table.count_plain(table.find(input))
         operation = ops.MaxPool((k, s, p, [1] * len(k), ceil_mode), x)
         y = mode.apply(operation, x)
+        if n > 1 and x.numel() < 2 * y.numel():  # else the result is so small that it may be kept
+            recipe = ops.Again("max_pool", lambda x: function(x, k, s, p, 1, ceil_mode), 2.0)
+            table.note(y, recipe, (table.find(input),), operation)
         table.plain_bytes += 8 * y.numel()
         offsets = operation.offsets
         table.rows.append(Row("offsets", None, offsets.shape, offsets.nbytes, kept=True))
@@ -578,7 +582,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),
     **dict.fromkeys(ELEMENTWISE, handler(elementwise)),
-    **dict.fromkeys((torch.cat, torch.concat, torch.stack), handler(concatenate)),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), handler(concatenate)),
     **dict.fromkeys((F.interpolate, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle), RESIZE),
     **dict.fromkeys(functions(COPIES), handler(copied)),
     **{function: made for name, made in UNARY.items() for function in functions(f"{name} __{name}__")},

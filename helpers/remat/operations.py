@@ -520,7 +520,7 @@ class MaxPool(Operation):
             self.offsets = index.to(torch.int16 if x.shape[2:].numel() <= 1 << 15 else torch.int32)
             return y
         y = None
-        for images in slabs(x):
+        for images in slabs(x, 8):  # of an index
             y_s, index = pool(x[images], *self.how)
             if y is None:
                 y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
@@ -559,7 +559,7 @@ class MaxPool(Operation):
         dx = torch.empty(self.shape, **how)
         kernel = getattr(aten, f"max_pool{dx.dim() - 2}d_with_indices_backward")
         starts = self.starts(self.offsets) if self.in_window else None
-        for images in slabs(dx):
+        for images in slabs(dx, 8):
             dx_s = dx[images]
             # Of the input the library reads the shape and the layout: those of its result.
             kernel.grad_input(

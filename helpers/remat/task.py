@@ -267,11 +267,14 @@ def takers(operation) -> list[tuple[int, int]]:
     return found
 
 
-def slabs(like: Tensor) -> list[slice]:
-    """Slices of images to compute at once; for fake tensors the first alone, which has the memory of any."""
+def slabs(like: Tensor, bytes_each: int = 0) -> list[slice]:
+    """Slices of images to compute at once; for fake tensors the first alone, which has the memory of any.
+
+    On the way there are ``bytes_each`` for a value, if that is more than its own.
+    """
     images = per_slab = len(like)
     if like.is_cpu and like.nbytes:
-        per_slab = max(1, SLAB_BYTES * images // like.nbytes)
+        per_slab = max(1, SLAB_BYTES * images // (like.numel() * max(like.itemsize, bytes_each)))
     cut = [slice(i, min(i + per_slab, images)) for i in range(0, images, per_slab or 1)]
     return cut[:1] if isinstance(like, FakeTensor) else cut
 

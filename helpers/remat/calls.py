@@ -70,6 +70,11 @@ def plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def is_mask(t) -> bool:
+    """Whether this is an ordinary tensor of bools or whole numbers."""
+    return ordinary(t) and not (t.is_floating_point() or t.is_complex())
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether PyTorch would make a node."""
     for t in tensors:
@@ -253,9 +258,10 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     tensors = [p, q] if isinstance(q, Tensor) else [p]
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
-    fit(not kwargs and plain(*[t for t in tensors if t.requires_grad]) and all(map(ordinary, tensors)))
-    fit(mode.table.is_safe(*tensors))
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
+    scales = operator in (torch.mul, torch.div)
+    fit(plain(*tensors) or (scales and all(plain(t) or is_mask(t) for t in tensors)))
+    fit(not kwargs and mode.table.is_safe(*tensors))
     fit(type(q) in (int, float) or (len(tensors) == 2 and operator is not ops.rsub))
     if in_place:  # forward may write to a place before it reads it, or several times
         fit(not p._is_view() and (len(tensors) == 1 or storage_of(p) is not storage_of(q)))
@@ -276,9 +282,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
             for t, value in zip(tensors, values, strict=True):
                 if value.recipe is not None or value.kept is not None:
                     continue
-                saved = (
-                    operator in (torch.mul, torch.div) and not t.requires_grad and not (in_place and t is p)
-                )
+                saved = scales and not t.requires_grad and not (in_place and t is p)
                 if saved:  # by PyTorch's node, too: a mask
                     mode.table.count_plain(value)
                 if t.numel() * SMALL <= first.numel():  # it may change after the context
@@ -288,7 +292,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
             if in_place:
                 mode.table.before_write(p)
             out = function(p, q)
-        if first.shape == out.shape and out.is_floating_point():
+        if first.shape == out.shape:
             recipe = ops.Elementwise(operator, None if len(tensors) == 2 else q)
             mode.table.note(out, recipe, tuple(values), operation)
         return out
@@ -419,6 +423,11 @@ def copied(mode: Mode, function, x, /, *args, **named):
     return run
 
 
+def is_whole(n) -> bool:
+    """Whether this is a number that PyTorch takes for a size."""
+    return type(n) is int or (isinstance(n, Tensor) and not (n.dim() or n.dtype == torch.bool))
+
+
 def numbers_or_none(*values) -> bool:
     return all(v is None or type(v) in (int, float) for v in values)
 
@@ -464,6 +473,7 @@ def avg_pool(
 def pad(context: Mode, function, x, /, pad, mode="constant", value=None):
     """With zeros, or with what is in the image."""
     fit(plain(x) and x.requires_grad and x.numel() > 0 and context.table.is_safe(x))
+    fit(isinstance(pad, (tuple, list)) and all(is_whole(n) for n in pad))
     how, n = tuple(map(index, pad)), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
     known = mode in PADDINGS and len(how) == 2 * n and not value

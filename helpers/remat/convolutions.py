@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from .operations import WIDE, Operation, copy_of, fit, layout_of, to
 from .values import Recipe, Value, origin_of, storage_of
@@ -145,8 +146,8 @@ class Convolution(Operation):
     def forward(self, a, w, b):
         a, self.input = self.input, None
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
-        if y.dim() > 3 and self.layout in (None, torch.contiguous_format):  # the weight's, or none of them
-            self.layout = layout_of(y)
+        if y.dim() > 3:  # PyTorch chose it by a and w; for one channel or pixel, strides tell
+            self.layout = suggest_memory_format(y) if 1 in y.shape[1:] else layout_of(y)
         if y.is_cpu and y.is_contiguous() and w.dim() > 2:  # a linear layer's input is read in place
             strided = max(self.geometry.stride) > 1 and not self.skips_pixels(y, w)
             copies = a.nbytes + (max(a.nbytes, y.nbytes) if strided else y.nbytes)

@@ -219,10 +219,10 @@ class Table:
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
         entry = self._storages.pop(key, None)
-        found = [] if entry is None else [value for ref in entry[1].values() if (value := ref()) is not None]
-        for value in found:
-            self._living.pop(id(value), None)
-        return found
+        refs = [] if entry is None else [*entry[1].values()]
+        for ref in refs:
+            self._living.pop(id(ref()), None)  # one that nothing else holds is gone then
+        return [value for ref in refs if (value := ref()) is not None]
 
     def find(self, t: Tensor) -> Value:
         """The value of ``t``; a new one, without a recipe or as part of another, if ``t`` is unknown."""

@@ -1434,6 +1434,41 @@ def test_a_mask_of_another_dtype(dtype):
     ]
 
 
+def test_a_negative_mask():
+    """Other values in the same memory."""
+    x, z, found = image(4, 8, 6, 6).requires_grad_(), torch.view_as_complex(image(4, 8, 6, 6, 2)), []
+    for context in (contextlib.nullcontext(), remat()):
+        with context:
+            a = x.sin()
+            y = (a * z.imag).relu().sin() + 3 * (a * z.conj().imag).relu().sin()
+        found += torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.zero_, lambda t: t.data], ids=["in place", "exposed"])
+def test_masks_that_nothing_needs_are_not_copied(write):
+    held, x = Held(), torch.ones(4, 8, 6, 6).requires_grad_()
+    held.ignore(x)
+    with held, remat():
+        masks = torch.rand(8, 4, 8, 6, 6)
+        for mask in masks:
+            x * mask
+        write(masks)
+    assert held.peak <= 9 * x.nbytes + 8
+
+
+def test_a_mask_that_is_added_may_change():
+    """PyTorch keeps nothing of it."""
+    found = []
+    for context in (contextlib.nullcontext(), remat()):
+        mask, x = image(4, 8, 6, 6) > 0, image(4, 8, 6, 6, seed=1).requires_grad_()
+        with context:
+            y = torch.sin(torch.relu(x.sin()) + mask)
+        mask.logical_not_()
+        found += torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(*found)
+
+
 def test_a_mask_counts_once():
     mask, y = torch.ones(4, 8, 10, 9), image(4, 8, 10, 9, dtype=torch.float32).requires_grad_()
     with remat() as record:
@@ -1454,7 +1489,7 @@ def test_a_factor_in_place_is_copied_once():
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("name", ["quotient", "product", "convolution", "weight"])
+@pytest.mark.parametrize("name", ["quotient", "product", "convolution", "weight", "weight of one channel"])
 def test_gradients_have_pytorchs_strides(name, layout):
     """A norm outside of remat may conclude a layout from them."""
     found = []
@@ -1465,8 +1500,9 @@ def test_gradients_have_pytorchs_strides(name, layout):
             if name in ("quotient", "product"):
                 y = x.tanh() / other if name == "quotient" else x.tanh() * other
             else:
-                w = w.contiguous(memory_format=torch.channels_last) if name == "weight" else w
-                y = F.conv2d(x.tanh() if name == "weight" else other[:, :, :, 1:], w.requires_grad_())
+                w = w[:1] if "one" in name else w
+                w = w.contiguous(memory_format=torch.channels_last) if "weight" in name else w
+                y = F.conv2d(x.tanh() if "weight" in name else other[:, :, :, 1:], w.requires_grad_())
         for dy in (y.detach(), y.detach().transpose(1, 3).contiguous().transpose(1, 3)):
             grads = torch.autograd.grad(y, (x, other), dy, retain_graph=True, allow_unused=True)
             found.append([g if g is None else g.stride() for g in grads])

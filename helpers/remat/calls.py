@@ -259,7 +259,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     if not needs_grad(*tensors):
         return None  # a counter of batches, for example
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
-    scales = operator in (torch.mul, torch.div)
+    scales = operator in ops.PAIRS
     fit(plain(*tensors) or (scales and all(plain(t) or is_mask(t) for t in tensors)))
     fit(not kwargs and mode.table.is_safe(*tensors))
     fit(type(q) in (int, float) or (len(tensors) == 2 and operator is not ops.rsub))
@@ -511,12 +511,13 @@ def max_pool(
 
     def run() -> Tensor:
         table, x = mode.table, input.unsqueeze(2) if n == 1 else input
-        table.count_plain(table.find(input))
+        value = table.find(input)
+        table.count_plain(value)
         operation = ops.MaxPool((k, s, p, [1] * len(k), ceil_mode), x)
         y = mode.apply(operation, x)
         if n > 1 and x.numel() < 2 * y.numel():  # else the result is so small that it may be kept
             recipe = ops.Again("max_pool", lambda x: function(x, k, s, p, 1, ceil_mode), 2.0)
-            table.note(y, recipe, (table.find(input),), operation)
+            table.note(y, recipe, (value,), operation)
         table.plain_bytes += 8 * y.numel()
         offsets = operation.offsets
         table.rows.append(Row("offsets", None, offsets.shape, offsets.nbytes, kept=True))

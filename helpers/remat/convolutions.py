@@ -140,14 +140,14 @@ class Convolution(Operation):
     ) -> None:
         self.function, self.arguments, self.geometry = function, arguments, geometry
         self.value, self.dtype = value, dtype
-        self.name, self.layout = function.__name__, layout_of(a)
+        self.name, self.layout = function.__name__, None
         self.input, self.shape = a, a.shape  # until `forward`: nothing here may hold the input
 
     def forward(self, a, w, b):
         a, self.input = self.input, None
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
-        if y.dim() > 3:  # PyTorch chose it by a and w; for one channel or pixel, strides tell
-            self.layout = suggest_memory_format(y) if 1 in y.shape[1:] else layout_of(y)
+        # That of da: of images, PyTorch chose it for y, by a and w.
+        self.layout = suggest_memory_format(y) if w.dim() > 3 else layout_of(a)
         if y.is_cpu and y.is_contiguous() and w.dim() > 2:  # a linear layer's input is read in place
             strided = max(self.geometry.stride) > 1 and not self.skips_pixels(y, w)
             copies = a.nbytes + (max(a.nbytes, y.nbytes) if strided else y.nbytes)
@@ -157,10 +157,11 @@ class Convolution(Operation):
     def backward(self, task, dz, needs, saved):
         w, (need_a, need_w, need_b) = to(saved[0], self.dtype), needs
         da = dw = db = None
+        layout = None if dz.is_meta else self.layout  # there a convolution knows none
         room = task.room()
         a = task.get(self.value)[0] if need_w else None
-        if need_a and self.layout is not None and not dz.is_meta:  # there a convolution knows no layout
-            dz = dz.contiguous(memory_format=self.layout)  # as PyTorch does
+        if need_a and layout is not None:
+            dz = dz.contiguous(memory_format=layout)  # as PyTorch does
         parts = self.parts(dz, w, room)
         if need_w:
             dw = self.grad_weight(dz, a, w, parts)
@@ -176,8 +177,8 @@ class Convolution(Operation):
                 read_i.copy_(self.grad_input(dz_i, w, skips))
         elif need_a:
             da = self.grad_input(dz, w)
-        if need_a and self.layout is not None and not da.is_meta:
-            da = da.contiguous(memory_format=self.layout)  # as PyTorch's: some backward kernels rely on that
+        if need_a and layout is not None:
+            da = da.contiguous(memory_format=layout)  # as PyTorch's: some backward kernels rely on that
         return [da, dw, db]
 
     def skips_pixels(self, dz: Tensor, w: Tensor) -> bool:

@@ -413,7 +413,8 @@ class Quotient(Product):
         return [(dz / q).sum_to_size(self.shapes[0]) if needs[0] else None, dq]
 
 
-PAIRS = {torch.mul: Product, torch.div: Quotient}  # of tensors that both need gradients
+# Of functions whose node saves one tensor for the other's gradient: the operation if both need gradients.
+PAIRS = {torch.mul: Product, torch.div: Quotient}
 
 
 class Dropout(Operation):

@@ -384,7 +384,10 @@ class Table:
         return found
 
     def keep(self, value: Value, t: Tensor, shared: bool = False) -> None:
-        """Hold ``t`` until backward, as long as a node holds the value; if ``shared``, or ``t`` is there."""
+        """Hold ``t`` until backward, as long as a node holds the value.
+
+        ``shared``: with a caller who may use it again, so that the value is also there as long as ``t`` is.
+        """
         value.kept, value.version = t.detach(), t._version
         self.add_row(value)
         value.row.kept = True

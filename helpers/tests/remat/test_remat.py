@@ -1495,7 +1495,7 @@ def test_gradients_have_pytorchs_strides(name, layout):
     found = []
     for context in (contextlib.nullcontext(), remat(), remat(1e9)):
         x, w = image(4, 8, 6, 5), image(8, 8, 3, 3)
-        x, other = (t.requires_grad_() for t in (x.contiguous(memory_format=layout), x[:, :, :, ::1] + 3))
+        x, other = (t.requires_grad_() for t in (x.contiguous(memory_format=layout), x + 3))
         with context:
             if name in ("quotient", "product"):
                 y = x.tanh() / other if name == "quotient" else x.tanh() * other

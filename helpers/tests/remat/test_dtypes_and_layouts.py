@@ -1,0 +1,343 @@
+"""Dtypes, autocast and memory formats: values, strides and gradients as PyTorch has them."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers import remat
+from helpers.predict import Held
+from helpers.tests.kernels.rounding import apart, rounding
+from helpers.tests.remat.examples import LAYOUTS, NORMS, PRECISIONS, mixed
+from helpers.tests.remat.support import (
+    COSTS,
+    Net,
+    X,
+    assert_same_forward,
+    check,
+    check_scenario,
+    image,
+    leaf,
+    named,
+    randomised,
+    step,
+    under,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_dtypes(precision, layout):
+    """Forward is PyTorch's, and gradients are no farther from the exact ones than PyTorch's."""
+    how = {**PRECISIONS[precision], "layout": LAYOUTS[layout]}
+    eps = torch.bfloat16 if precision == "autocast" else how["dtype"]
+    exact, wanted = step(mixed, [X], None).gradients, step(mixed, [X], None, **how)
+    for cost in COSTS:
+        found = step(mixed, [X], cost, **how)
+        assert_same_forward(found, wanted)
+        for name, w in wanted.gradients.items():
+            # What is exact has float64's rounding itself.
+            allowed = 1.5 * apart(w, exact[name]) + rounding(eps, 4) + rounding(torch.float64, 400)
+            assert apart(found.gradients[name], exact[name]) <= allowed, (cost, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_into_a_norm_under_autocast(dtype):
+    """Statistics of large values, in float32 as PyTorch's."""
+
+    def make():
+        norms = nn.BatchNorm2d(1), nn.BatchNorm2d(8)
+        return nn.Sequential(norms[0], nn.Conv2d(1, 8, 3), norms[1], nn.ReLU(), nn.Conv2d(8, 4, 3))
+
+    x = 1e4 * image(4, 1, 8, 8, dtype=torch.float32).abs() - 80
+    wanted = step(make, [x], None, dtype=torch.float32, autocast=dtype)
+    for cost in COSTS:
+        found = step(make, [x], cost, dtype=torch.float32, autocast=dtype)
+        assert_same_forward(found, wanted)
+        for name in ("0.weight", "2.weight", "4.weight"):
+            assert apart(found.gradients[name], wanted.gradients[name]) <= rounding(dtype, terms=200)
+
+
+BY_IMAGE = {
+    "group_norm": lambda: nn.GroupNorm(2, 8),
+    "layer_norm": lambda: nn.LayerNorm(9),
+    "instance_norm": lambda: nn.InstanceNorm2d(8, affine=True),
+    "prelu": lambda: nn.PReLU(8),
+}
+
+
+@pytest.fixture(params=["in half precision", "in float32"])
+def policy(request):
+    """What autocast does with norms: a CPU's leaves them in half precision, a GPU's casts them to float32."""
+    if request.param == "in half precision":
+        return (yield torch.bfloat16)
+    library = torch.library.Library("aten", "IMPL")
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def cast(operator, *args):
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operator(*(t.float() if isinstance(t, Tensor) else t for t in args))
+
+    for name in BY_IMAGE:
+        library.impl(name, functools.partial(cast, getattr(torch.ops.aten, name)), "AutocastCPU")
+    yield torch.float32
+    library._destroy()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", BY_IMAGE)
+def test_norms_by_image_under_autocast(name, policy):
+    """Backward calls them as forward did, whether it runs in autocast itself or not."""
+
+    def make():
+        norms = BY_IMAGE[name](), BY_IMAGE[name]()
+        convs = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 2, 1)
+        return nn.Sequential(convs[0], norms[0], nn.SiLU(), convs[1], norms[1], nn.Tanh(), convs[2])
+
+    x, found = X.float(), {}
+    for cost in (None, 0, 1e9):
+        for inside in (False, True):
+            torch.manual_seed(0)
+            model = randomised(make())
+            with torch.autocast("cpu", torch.bfloat16), under(cost) as record:
+                out = model(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                out.backward(image(*out.shape, seed=1).bfloat16())
+            assert cost is None or all(row.recipe in ("cast", "conv2d") for row in record.rows if row.kept)
+            found[cost, inside] = out.detach(), [p.grad for p in model.parameters()]
+    assert model[:2](x).dtype == torch.float32  # outside of autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[:2](x).dtype == policy
+    out, grads = found.pop((None, False))
+    for ours, theirs in found.values():
+        assert torch.equal(ours, out)
+        for f, w in zip(theirs, grads, strict=True):
+            assert apart(f, w) <= rounding(torch.float32, terms=100)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_computed_weight_under_autocast(cost):
+    """Of it PyTorch keeps the copy in half precision that autocast makes, and so does remat."""
+    convs = [nn.utils.parametrizations.weight_norm(nn.Conv2d(64, 64, 3)) for _ in range(2)]
+    model, x, held = nn.Sequential(convs[0], nn.ReLU(), convs[1]), image(1, 64, 6, 6).float(), []
+    for context in (contextlib.nullcontext(), remat(cost)):
+        counted = Held()
+        counted.ignore(x, *model.parameters())
+        with counted, torch.autocast("cpu", torch.bfloat16), context:
+            out = model(x)
+        held.append(counted.held)
+        out.sum().backward()
+    assert held[1] <= held[0]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_dead_channels(precision):
+    """A norm's result that is 0 exactly is 0 when made again: else the ReLU's mask flips, and dβ is not 0."""
+    how = PRECISIONS[precision]
+
+    def gradient(cost):
+        torch.manual_seed(0)
+        model = randomised(
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        )
+        with torch.no_grad():
+            model[0].weight[:3], model[0].bias[:3], model[1].bias[:3] = 0, 0.5, 0  # y = μ = 0.5, exactly
+        model.to(how["dtype"])
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in how), under(cost):
+            out = model(X.to(how["dtype"]))
+        out.backward(image(*out.shape).to(out))
+        return model[1].bias.grad
+
+    wanted = gradient(None)
+    assert not wanted[:3].any() and wanted[3:].all()
+    for cost in COSTS:
+        found = gradient(cost)
+        assert not found[:3].any()
+        assert apart(found, wanted) <= rounding(torch.bfloat16, terms=4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["quotient", "product", "convolution", "weight", "weight of one channel"])
+def test_gradients_have_pytorchs_strides(name, layout):
+    """A norm outside of remat may conclude a layout from them."""
+    found = []
+    for context in (contextlib.nullcontext(), remat(), remat(1e9)):
+        x, w = image(4, 8, 6, 5), image(8, 8, 3, 3)
+        x, other = (t.requires_grad_() for t in (x.contiguous(memory_format=layout), x + 3))
+        with context:
+            if name in ("quotient", "product"):
+                y = x.tanh() / other if name == "quotient" else x.tanh() * other
+            else:
+                w = w[:1] if "one" in name else w
+                w = w.contiguous(memory_format=torch.channels_last) if "weight" in name else w
+                y = F.conv2d(x.tanh() if "weight" in name else other[:, :, :, 1:], w.requires_grad_())
+        for dy in (y.detach(), y.detach().transpose(1, 3).contiguous().transpose(1, 3)):
+            grads = torch.autograd.grad(y, (x, other), dy, retain_graph=True, allow_unused=True)
+            found.append([g if g is None else g.stride() for g in grads])
+    assert found[2:4] == found[:2] and found[4:] == found[:2]
+
+
+def tokens_through_a_layer(self, x):
+    return self.l(self.act(self.n(self.c(x))).flatten(2).transpose(1, 2))
+
+
+def tokens_of_a_sum(self, x):
+    if len(x) == 1:  # an image read as rows, columns, channels
+        x = x[0].permute(1, 2, 0).contiguous().permute(2, 0, 1)[None]
+    return self.act(x + self.n(self.c(x))).flatten(2).transpose(1, 2)
+
+
+def norm_of_a_part(self, x):
+    y = F.silu(self.c(x.contiguous(memory_format=torch.channels_last)))
+    y = torch.cat([y, y], 1)
+    return self.act(self.n(y.view(y.shape).chunk(2, 1)[1]))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 3, 2), (2, 8, 3, 1), (2, 8, 3, 2)], ids=str)
+@pytest.mark.parametrize("norm", ["eval", "no running statistics", "instance"])
+@pytest.mark.parametrize("forward", [tokens_through_a_layer, tokens_of_a_sum, norm_of_a_part])
+def test_norms_and_layouts(shape, norm, forward):
+    """Of one image or column, PyTorch may read a gradient in another layout wrongly."""
+
+    def make(activation):
+        return Net(forward, c=nn.Conv2d(8, 8, 1), n=NORMS[norm](), act=activation(), l=nn.Linear(8, 5))
+
+    for activation in (nn.Identity, nn.SiLU):
+        torch.manual_seed(0)
+        x, model = image(*shape).requires_grad_(), randomised(make(activation)).double()
+        for cost in COSTS:
+            assert torch.autograd.gradcheck(remat(cost)(model), x)
+        if 1 not in shape:
+            check(functools.partial(make, activation), x.detach())
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4, affine=True)
+
+    def forward(self, x):
+        h = self.conv(x)
+        return (self.norm(h) * h.sigmoid()).flatten(1)
+
+
+class PooledRow(nn.Module):
+    """A row of pixels in a layout that is PyTorch's for channels first and last at once, but for the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        z = self.norm(x.unflatten(1, (4, -1)).flatten(2, 3)[:, :, :1] * 1).transpose(2, 3)
+        return F.avg_pool2d(z.contiguous(memory_format=torch.channels_last).transpose(2, 3), 2, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "layout"),
+    [(Gated, (1, 3, 8, 8), torch.channels_last), (PooledRow, (2, 4, 1, 6), torch.contiguous_format)],
+)
+def test_gradients_have_pytorchs_layout(make, shape, layout):
+    """PyTorch's own norms take a gradient in another layout for the wrong values."""
+    model, grads = make().double(), []
+    for cost in (None, 0):
+        x = image(*shape).contiguous(memory_format=layout).requires_grad_()
+        with under(cost):
+            out = model(x)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, *model.norm.parameters()]))
+    for p, q in zip(*grads, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("function", [F.conv2d, lambda x, w: F.linear(x.flatten(1), w.flatten(1))])
+def test_autocast_leaves_float64(function):
+    found = []
+    for cost in (None, 0):
+        with torch.autocast("cpu", torch.bfloat16), under(cost):
+            found.append(function(leaf(image(2, 3, 3, 3)), leaf(image(4, 3, 3, 3))))
+    assert found[0].dtype == found[1].dtype and torch.equal(*found)
+
+
+@pytest.mark.parametrize("act", [F.silu, F.tanh, F.relu6, F.gelu, F.elu, F.mish, F.hardswish, F.relu])
+def test_the_gradient_of_an_activation_may_have_another_layout(act):
+    """The norm before it is not misled, as PyTorch's own may be."""
+    x, y = image(1, 4, 4, 2).requires_grad_(), image(1, 4, 4, 2, seed=1)
+
+    def forward(x):
+        with remat():
+            return act(y.contiguous(memory_format=torch.channels_last) + F.instance_norm(x))
+
+    assert torch.autograd.gradcheck(forward, x)
+
+
+BATCH_STATISTICS = {"running_mean": None, "running_var": None, "training": True}
+
+
+@pytest.mark.parametrize("act", [torch.square, F.softplus, F.silu, F.normalize])
+@pytest.mark.parametrize("norm", [F.instance_norm, functools.partial(F.batch_norm, **BATCH_STATISTICS)])
+def test_a_norm_outside_of_the_context(norm, act):
+    """It gets a gradient with the strides of plain PyTorch's."""
+    x = image(1, 4, 4, 2).requires_grad_()
+
+    def forward(x):
+        y = norm(x).contiguous(memory_format=torch.channels_last)
+        with remat():
+            return act(y)
+
+    assert torch.autograd.gradcheck(forward, x)
+
+
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])
+def test_a_frozen_norms_gradient_has_its_inputs_layout(layouts):
+    of_input, of_gradient = ((torch.contiguous_format, torch.channels_last)[i] for i in layouts)
+
+    def scenario(context):
+        x, one = image(2, 4, 4, 3).requires_grad_(), torch.ones(4).double()
+        with context():
+            h = F.instance_norm(x).contiguous(memory_format=of_input)
+            out = F.batch_norm(h, one, one)
+        h.register_hook(lambda dh: found.append(dh.stride()))
+        out.backward(image(2, 4, 4, 3, seed=1).contiguous(memory_format=of_gradient))
+        assert found.pop() == h.stride()
+        return named(x.grad)
+
+    found = []
+    check_scenario(scenario)
+
+
+@pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("groups, kernel", [(1, 1), (1, 3), (2, 3)])
+def test_the_gradient_of_an_input_has_its_layout(groups, kernel, layouts):
+    """Also where the output's gradient has another: a norm before may take it for the wrong values."""
+    of_input, of_gradient = ((torch.contiguous_format, torch.channels_last)[i] for i in layouts)
+    conv, x = nn.Conv2d(4, 4, kernel, groups=groups).double(), image(2, 4, 9, 8).requires_grad_()
+    with remat():
+        h = F.silu(x.contiguous(memory_format=of_input))
+        out = conv(h)
+    h.register_hook(lambda dh: found.append(dh.is_contiguous(memory_format=of_input)))
+    found = []
+    out.backward(image(*out.shape, seed=1).contiguous(memory_format=of_gradient))
+    assert found == [True]
+
+
+@pytest.mark.parametrize("cost", [0, 1e9])
+def test_a_convolution_of_a_view_with_gaps(cost):
+    """What is made again has forward's strides, or its views would be read with others."""
+    torch.manual_seed(0)
+    first, conv, last = nn.Linear(4, 12), nn.Conv2d(2, 2, 3, padding=1, groups=2), nn.Linear(2, 3)
+    model, x = nn.ModuleList([first, conv, last]).double(), torch.randn(2, 5, 5, 4).double()
+
+    def forward():
+        y = conv(first(x)[..., :2].permute(0, 3, 1, 2))
+        return last(y.permute(0, 2, 3, 1))
+
+    plain = forward()
+    grad = torch.randn_like(plain)
+    wanted = torch.autograd.grad(plain, list(model.parameters()), grad)
+    with remat(cost):
+        out = forward()
+    assert torch.equal(out, plain)
+    torch.testing.assert_close(torch.autograd.grad(out, list(model.parameters()), grad), wanted)

@@ -1,0 +1,300 @@
+"""What is held at the end of forward: less at a higher price, never more than PyTorch holds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from helpers import remat
+from helpers.predict import Held
+from helpers.tests.remat.examples import EVERY_ACTIVATION, example
+from helpers.tests.remat.support import (
+    COSTS,
+    Net,
+    block,
+    counted_forward,
+    held_plainly_and_under_remat,
+    image,
+    under,
+)
+
+
+def held_by(name, cost):
+    """Bytes at the end of forward, by a model and a batch that need no memory."""
+    with torch.device("meta"):
+        model, x = getattr(torchvision.models, name)(weights=None), torch.empty(8, 3, 64, 64)
+    out, held = counted_forward(model, x, cost)
+    assert out.requires_grad
+    return held.held
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "efficientnet_b0", "vgg11_bn"]
+)
+def test_a_higher_price_never_holds_more(name):
+    held = [held_by(name, cost) for cost in (0, 9, 32, 64, 150, 300, 600, 1000)]
+    assert held == sorted(held, reverse=True)
+    assert held[-1] < held[0] < 0.6 * held_by(name, None)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("recipe", [True, False])
+def test_a_linear_layer_on_some_tokens_keeps_them_alone(recipe, bias):
+    """PyTorch makes a matrix of them first. Without a recipe they are part of a product that nobody needs."""
+    scale, layer, norm = torch.tensor(2.0), nn.Linear(64, 8, bias=bias).double(), nn.LayerNorm(64).double()
+    results = []
+    for cost in (None, 0):
+        x, held = image(8, 256, 64).requires_grad_(recipe), Held()
+        held.ignore(x, scale, *layer.parameters(), *norm.parameters())
+        layer.zero_grad()
+        with held, under(cost):
+            tokens = norm(x) if recipe else x * scale
+            out = layer(tokens[:, :16])
+            del tokens
+        results.append(held.held)
+        if not recipe:  # the copy is safe from this
+            with torch.no_grad():
+                x.mul_(0)
+        out.square().sum().backward()
+        results.append(layer.weight.grad.clone())
+    assert results[2] <= results[0] + 1024
+    torch.testing.assert_close(results[3], results[1])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_other_views_of_what_a_linear_layer_copies(order):
+    """A part of a larger tensor, which is transposed for the layer, and read as it is by others."""
+    reads = [
+        lambda h, v, w, u: F.linear(h.mT, v),
+        lambda h, v, w, u: F.conv1d(h, w).square(),
+        lambda h, v, w, u: F.linear(h, u).sin(),
+        lambda h, v, w, u: F.silu(h.mT),
+    ]
+    found = []
+    for cost in (None, 0, 100):
+        x, *weights = (image(*shape).requires_grad_() for shape in ((8, 4, 6), (5, 4), (3, 4, 1), (3, 6)))
+        with under(cost):
+            h = x.exp()[2:4]
+            out = sum(read(h, *weights).sum() for read in reads[::order])
+        out.backward()
+        found.append([t.grad for t in (x, *weights)])
+    torch.testing.assert_close(found[1:], found[:1] * 2)
+
+
+def test_an_empty_result_of_a_transposed_convolution():
+    x, w = image(2, 4, 1, 1).float().requires_grad_(), image(4, 3, 1, 1).float().requires_grad_()
+    with remat():
+        y = F.conv_transpose2d(x, w, None, 2, [1, 0], 1)
+    assert y.shape == (2, 3, 0, 2)
+    y.sum().backward()
+    assert not x.grad.any() and not w.grad.any()
+
+
+ENLARGED = {
+    "half of an enlarged image": lambda y: F.interpolate(y, scale_factor=2).chunk(2, 1)[0],
+    "an enlarged half": lambda y: F.interpolate(y.chunk(2, 1)[0], scale_factor=2),
+    "a padding without a batch": lambda y: F.pad(y.flatten(0, 1), (9, 9, 9, 9), "reflect"),
+}
+
+
+@pytest.mark.parametrize("name", ENLARGED)
+def test_of_a_view_the_small_source_is_kept(name):
+    conv, held, x = nn.Conv2d(3, 8, 3), Held(), image(2, 3, 16, 16, dtype=torch.float32)
+    held.ignore(x, *conv.parameters())
+    with held, remat() as record:
+        y = conv(x)
+        out = F.silu(ENLARGED[name](y)).mean((-1, -2))
+        nbytes = y.nbytes
+        del y
+    assert record.kept_bytes == nbytes + x.nbytes
+    assert held.held == nbytes + out.nbytes
+
+
+LITTLE_SAVED = {  # by PyTorch
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(784, 512)),
+    "product": lambda: Net(
+        lambda self, x: F.linear(x, self.w * self.factor),
+        w=nn.Parameter(torch.randn(512, 784)),
+        factor=nn.Parameter(torch.ones(1)),
+    ),
+    "few values": lambda: nn.Sequential(nn.Linear(784, 512), nn.BatchNorm1d(512)),
+    "few values, eval": lambda: nn.Sequential(nn.Linear(784, 512), nn.BatchNorm1d(512)).eval(),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", LITTLE_SAVED)
+def test_no_more_is_held_than_in_pytorch(name, cost):
+    """Of a first layer's computed weight, and of a norm with few values in a channel."""
+    model = Net(lambda self, x: F.relu(self.m(x)).mean(), m=LITTLE_SAVED[name]())
+    held, x = [], image(4, 784, dtype=torch.float32)
+    for price in (None, cost):
+        out, counted = counted_forward(model, x, price)
+        assert out.requires_grad
+        held.append(counted.held)
+    assert 0 < held[1] <= held[0]
+
+
+def relu6_first(x, c, w):
+    y = F.avg_pool2d(x, 1)
+    return F.relu6(y).mean((2, 3)).sum() + F.conv2d(y, c).sum()
+
+
+NOT_SAVED = {  # by PyTorch, or once
+    "a frozen factor": lambda x, c, w: torch.addcmul(x.new_zeros(1), x.new_ones(8, 1, 1), x * 1).sum(),
+    "pooled to one": lambda x, c, w: F.adaptive_avg_pool1d((x * 1).flatten(2), (1,)).sum(),
+    "relu6": lambda x, c, w: F.relu6(x).mean((2, 3)).sum(),
+    "relu6 first": relu6_first,
+    "half of the channels": lambda x, c, w: F.linear((x * 1)[:, :4].permute(0, 2, 3, 1), w).sum(),
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", NOT_SAVED)
+def test_what_pytorch_does_not_save(name, cost):
+    leaves = [image(*s).requires_grad_() for s in ((2, 8, 12, 10), (8, 8, 1, 1), (8, 4))]
+    counted = []
+    for price in (None, cost):
+        with Held() as held, under(price):
+            held.ignore(*leaves)
+            out = NOT_SAVED[name](*leaves)
+        assert out.requires_grad
+        counted.append(held.held)
+    assert counted[1] <= counted[0] + 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_of_volumes_hold_no_more_than_their_values(dtype):
+    """A CPU's kernel makes them in a padded tensor's memory."""
+    conv, x = nn.Conv3d(4, 4, 2, padding=1).to(dtype), image(6, 4, 5, 5, 5, dtype=dtype).requires_grad_()
+    with remat():
+        y = conv(x)
+    y.sum().backward()
+    assert x.grad.untyped_storage().nbytes() == x.grad.nbytes
+
+
+@pytest.mark.parametrize("name", ["leaky_relu_", "elu_", "celu_", "selu_"])
+def test_an_activation_in_place_holds_its_result_alone(name):
+    activation = EVERY_ACTIVATION[name]()
+    convs = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(convs[0], activation, convs[1], activation)
+    x, found = image(4, 3, 32, 32, dtype=torch.float32), []
+    for cost in (None, 0):
+        out, held = counted_forward(model, x, cost)
+        found.append((held.held, held.peak))
+    assert found[1] == found[0] and out.grad_fn is not None
+
+
+CUTS = {  # what a convolution reads of eight channels' images
+    "crops": lambda ys: torch.cat([y[..., :4, :4] for y in ys], 1),
+    "one channel each": lambda ys: torch.cat([y[:, :1] for y in ys], 1),
+    "what is added to all images": lambda ys: sum([y[:1, :, :1, :1] for y in ys[1:]], F.silu(ys[0])),
+    "halves": lambda ys: torch.cat([half for y in ys for half in y.chunk(2, 1)], 1),
+    "one image each": lambda ys: torch.cat([y[:1] for y in ys]),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_small_part_does_not_hold_the_whole(cut):
+    def run(self, x):
+        return self.last(CUTS[cut]([conv(x) for conv in self.convs]))
+
+    with torch.device("meta"):
+        convs, x = nn.ModuleList(nn.Conv2d(3, 8, 3, padding=1) for _ in range(4)), torch.empty(4, 3, 32, 32)
+        channels = CUTS[cut]([conv(x) for conv in convs]).shape[1]
+        found = held_plainly_and_under_remat(Net(run, convs=convs, last=nn.Conv2d(channels, 2, 1)), x)
+    assert 0 < found[1] <= found[0]
+
+
+def test_images_put_together_are_recomputed():
+    with torch.device("meta"):
+        model, x = example("norms of few images")().to("meta"), torch.empty(6, 3, 32, 32)
+    found = held_plainly_and_under_remat(model, x)
+    # Of 8 channels plain has the 6 images of y, 6 behind ReLU and 12 put together; of 4 channels the 12 of y.
+    image = x[:1, :1].nbytes
+    assert found[0] // image >= 8 * (6 + 6 + 12) + 4 * 12 and found[1] // image == 8 * 6 + 4 * 12
+
+
+def test_a_concatenation_that_pytorch_holds_anyway():
+    """Its parts, which plain PyTorch drops, are not held beside it."""
+
+    def run(self, x):
+        z = torch.cat([conv(x) for conv in self.convs], 1)
+        weights = self.last(z).flatten(2).softmax(2)
+        return torch.bmm(z.flatten(2), weights.mT)
+
+    with torch.device("meta"):
+        convs, x = nn.ModuleList(nn.Conv2d(3, 8, 3) for _ in range(2)), torch.empty(4, 3, 32, 32)
+        model = Net(run, convs=convs, last=nn.Conv2d(16, 1, 1))
+    found = held_plainly_and_under_remat(model, x)
+    assert 0 < found[1] <= found[0]
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("after", ["a layer", "a layer with the gradient of its input", "a sum", "a product"])
+def test_the_graph_behind_a_detached_tensor_goes(after, cost):
+    def run(self, x):
+        h = self.body(x)  # alive as long as forward runs
+        detached = h.detach()
+        if after == "a sum":
+            detached = detached + self.other(x)
+        elif after == "a product":
+            detached = detached * self.other(x)
+        return self.last(detached.requires_grad_() if "gradient" in after else detached)
+
+    with torch.device("meta"):
+        body, other = nn.Sequential(block(), nn.AvgPool2d(2)), nn.Conv2d(3, 8, 2, stride=2)
+        model, x = Net(run, body=body, other=other, last=nn.Conv2d(8, 4, 1)), torch.empty(4, 3, 32, 32)
+    found = held_plainly_and_under_remat(model, x, cost)
+    assert 0 < found[1] <= found[0]
+
+
+def test_a_padding_that_pytorch_holds_anyway():
+    """Its input, nearly as large, is not held beside it."""
+
+    def run(self, x):
+        for conv in self.convs:
+            padded = F.pad(x, (1, 1, 1, 1))
+            x = conv(padded) + padded.abs()[:, :, 1:-1, 1:-1]
+        return x
+
+    with torch.device("meta"):
+        convs = nn.ModuleList(nn.Conv2d(8, 8, 3) for _ in range(4))
+        model, x = Net(run, convs=convs), torch.empty(4, 8, 32, 32, requires_grad=True)
+    found = held_plainly_and_under_remat(model, x)
+    assert 0 < found[1] <= found[0]
+
+
+def test_images_in_another_shape_are_recomputed():
+    with torch.device("meta"):
+        model, x = example("groups as images")().to("meta"), torch.empty(6, 3, 32, 32)
+    found = [nbytes // x[:, :1].nbytes for nbytes in held_plainly_and_under_remat(model, x)]
+    # Plain has both norms' inputs, SiLU's and its result, of 8 channels, and behind that ReLU's result and y.
+    assert found[0] >= 4 * 8 + 2 * 4 and found[1] == 8 + 2 * 4
+
+
+def test_the_parts_of_a_concatenation_go_with_the_context():
+    """Also where no node will need it: before layers that are not trained."""
+    with torch.device("meta"):
+        first, frozen = nn.Conv2d(3, 8, 3), nn.Conv2d(16, 8, 1).requires_grad_(False)
+        x = torch.empty(4, 3, 32, 32)
+    held = Held()
+    held.ignore(x, *first.parameters(), *frozen.parameters())
+    with held, remat(9):
+        y = frozen(torch.cat([torch.cumsum(first(x), i) for i in (2, 3)], 1)).mean()
+    assert y.requires_grad and held.held == y.nbytes
+
+
+def test_parts_of_concatenations_do_not_pile_up():
+    """Where nothing decides what is kept of them."""
+    peaks = []
+    for cost in (None, 0):
+        conv, held, x = nn.Conv2d(3, 16, 3, padding=1), Held(), image(2, 3, 32, 32, dtype=torch.float32)
+        held.ignore(x, *conv.parameters())
+        with held, under(cost):
+            y = conv(x)
+            for _ in range(8):
+                y = torch.sin(torch.cat([y.cumsum(2), y.cumsum(3)], 1))[:, :16]
+        peaks.append(held.peak)
+    assert peaks[1] <= peaks[0] + 2 * y.nbytes  # the last one's

@@ -1,0 +1,135 @@
+"""The price and the record: what is said, what is counted, what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from helpers import remat
+from helpers.predict import Held
+from helpers.tests.remat.examples import EVERY_ACTIVATION, NORMS, example
+from helpers.tests.remat.support import Net, X, block, check, counted_forward, image
+
+
+def test_the_record_says_what_recomputing_costs():
+    model, first, second = nn.Sequential(block(), block(8, 8)).double(), 3 * 9, 8 * 9
+    with remat(first + second) as record:
+        model(X)
+    costs = [row.cost for row in record.rows if not row.kept]
+    assert costs == [first, first, first + second, first + second]
+
+
+def test_the_record_counts_the_memory_behind_a_view():
+    """A half that is kept holds the whole."""
+    convs = nn.ModuleList(nn.Conv1d(16, 32, 7, padding=3) for _ in range(3))
+
+    def forward(self, x):
+        for conv in self.convs:
+            a, b = conv(x).chunk(2, 1)
+            x = a * torch.sigmoid(b)
+        return x
+
+    held, x = Held(), image(2, 16, 200, dtype=torch.float32)
+    held.ignore(x, *convs.parameters())
+    with held, remat() as record:
+        out = Net(forward, convs=convs)(x)
+    assert record.kept_bytes == held.held - out.nbytes + x.nbytes
+    assert sum(row.recipe == "view" and row.kept for row in record.rows) == 0
+
+
+def test_parameters_of_a_record_can_be_swapped():
+    """As `nn.Module.to` may do; swap_tensors refuses a tensor that somebody has a weak reference to."""
+    model = block()
+    with remat(1000) as record:
+        out = model(image(2, 3, 5, 5, dtype=torch.float32)).sum()
+    out.backward()
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, nn.Parameter(p.detach().double()))
+    assert record.rows and model[0].weight.dtype == torch.float64
+
+
+def test_record():
+    """What is kept and what is made again, by the names of the parameters."""
+    model = nn.Sequential(block(), block(8, 8), nn.Conv2d(8, 2, 1))
+    with remat() as record:
+        model(X.float())
+    kept, again = ([row for row in record.rows if row.kept == kept] for kept in (True, False))
+    assert record.kept_bytes == sum(row.nbytes for row in kept) < record.plain_bytes
+    assert record.plain_bytes == X.numel() * 4 + 4 * (4 * 8 * 90) * 4
+    assert len(again) == 2 and all(row.nbytes == math.prod(row.shape) * 4 for row in again)
+    text = str(record.names(model))
+    assert "1.0" in text and "conv2d" in text and "relu" in text and "recomputed" in text
+    with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got <class 'str'>"):
+        record.names("model")
+    with remat() as record, torch.no_grad():
+        model(X.float())
+    assert str(record).startswith("no operation here needs a gradient")
+
+
+@pytest.mark.parametrize("norm", ["eval", "frozen", "no affine, eval", "no running statistics", "two groups"])
+def test_the_record_counts_every_norms_input(norm):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), NORMS[norm](), nn.Conv2d(8, 2, 1)), X.float()
+    with remat() as record:
+        model(x)
+    assert record.plain_bytes == x.nbytes + 2 * (4 * 8 * 8 * 7) * 4
+
+
+def test_the_record_counts_autocasts_copies_of_weights():
+    model, x = nn.Sequential(block(), block(8, 8), nn.Flatten(), nn.Linear(720, 9)), X.float()
+    for more in (lambda x: x, lambda x: model[1][0](model[0](x))):  # one weight is cast twice
+        with Held() as held:
+            held.ignore(x, *model.parameters(), *model.buffers())
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x), more(x)
+            plain = held.held - sum(t.nbytes for t in out if t is not x)
+        with torch.autocast("cpu", torch.bfloat16), remat() as record:
+            model(x), more(x)
+        assert abs(plain - record.plain_bytes) < 2048
+
+
+# The record is about operations that remat knows; of these two it knows nothing.
+COUNTED = [name for name in EVERY_ACTIVATION if "threshold" not in name and name != "dropout_"]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_record_counts_what_plain_pytorch_holds(name):
+    model = nn.Sequential(block(activation=EVERY_ACTIVATION[name]), nn.Conv2d(8, 2, 1)).float()
+    x = X.float()
+    out, plain = counted_forward(model, x, None)
+    with remat() as record:
+        model(x)
+    vectors = 3 * 8 * 4  # a norm's statistics; PReLU's weight is a parameter
+    assert 0 <= plain.held - out.nbytes - (record.plain_bytes - x.nbytes) <= vectors
+
+
+@pytest.mark.parametrize("max_cost", [-1, float("nan"), True, "3", None, [0], 1j, -float("inf")])
+def test_price_that_is_none(max_cost):
+    message = "^max_cost must be a number of multiplications per value, at least 0, got "
+    with pytest.raises(ValueError, match=message):
+        remat(max_cost=max_cost)
+
+
+def test_the_price_is_forgotten():
+    with pytest.raises(ValueError, match=r"got <function .*\(write @remat\(\), or with remat\(\): model"):
+        remat(test_record)
+
+
+async def a_coroutine():
+    pass
+
+
+async def an_async_generator():
+    yield
+
+
+@pytest.mark.parametrize("function", [a_coroutine, an_async_generator, 5, None])
+def test_what_it_cannot_decorate(function):
+    with pytest.raises(TypeError, match="^remat decorates a function that is not async, got "):
+        remat()(function)
+
+
+@pytest.mark.parametrize("max_cost", [0, 0.5, 64, np.int64(64), 1e9, float("inf")])
+def test_prices(max_cost):
+    check(example("residual"), X, costs=[max_cost])

@@ -165,33 +165,13 @@ def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
     axes[-1].set_xlabel("allocations and releases of backward, one after the other")
 
 
-def memory_by_stage(axes, steps: dict[str, tuple[list[tuple[str, int]], int]]) -> dict[str, dict[str, int]]:
-    """Chapter 9: what one training step holds, stacked by name; one panel a step, all on one scale.
-
-    ``steps``: title -> (the bytes that come and go, in order, each with its name; where backward starts).
-    Returns title -> name -> bytes at the moment of the peak.
-    """
-    last = {"vectors": "#999999", "weight gradients": "#444444", "backward": "#AA3377"}
-    stages = dict.fromkeys(name for log, _ in steps.values() for name, _ in log if name not in last)
-    shades = plt.get_cmap("viridis")(np.linspace(0.9, 0.15, len(stages)))
-    colours = dict(zip(stages, shades, strict=True)) | last
-    at_peak, top = {}, 0
-    for ax, (title, (log, start)) in zip(axes, steps.items(), strict=True):
-        held = np.cumsum([[nbytes * (of == name) for of, nbytes in log] for name in colours], axis=1)
-        moment = held.sum(0).argmax()
-        at_peak[title] = {name: n for name, n in zip(colours, held[:, moment].tolist(), strict=True) if n}
-        look = {"colors": colours.values(), "labels": colours, "step": "post", "linewidth": 0}
-        drawn = ax.stackplot(range(len(log)), held / MIB, **look)
-        begins(ax, start, "backward")
-        peak = held[:, moment].sum() / MIB
-        ax.plot(moment, peak, "v", color="#222222", markersize=5)
-        look = {"fontweight": "bold", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1}}
-        note(ax, f"peak {peak:,.0f} MiB", (moment, peak), (0, 8), ha="center", **look)
-        ax.set(title=title, ylabel="MiB", xlim=(0, len(log)))
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter("{x:,.0f}")
-        top = max(top, 1.45 * peak)
-    plt.setp(axes, ylim=(0, top))
-    axes[1].legend(drawn[::-1], [*colours][::-1], fontsize=8, loc="upper right", labelspacing=0.2)
-    axes[-1].set_xlabel("allocations and releases in the order of the step")
-    return at_peak
+def label_prices(ax, by_price: dict[str, tuple[float, float]]) -> None:
+    """Chapter 8: name the first point of a line over prices, the lowest and the last."""
+    colour, last = COLOURS["remat"], by_price["1200"]
+    lowest = min(by_price, key=by_price.get)
+    beside = last[0] < 1.1 * by_price[lowest][0]  # the last point is nearly above the lowest
+    over = beside and by_price[lowest][1] > last[1]
+    note(ax, "0", by_price["0"], (6, -3), colour, fontsize=8)
+    note(ax, lowest, by_price[lowest], (-6, 1 if over else -5), colour, fontsize=8, ha="right")
+    at, side = (-6 if beside else 6, -7 if over else -2), "right" if beside else "left"
+    note(ax, "1200", last, at, colour, fontsize=8, ha=side)

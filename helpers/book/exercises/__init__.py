@@ -94,7 +94,7 @@ def compare(names: str, got, want, mistakes=None, note: str = "", **tolerances: 
         require(g is not None or w is None, f"{name} is None")
         if wrong := difference(g, w, **tolerances):
             known = (mistakes or {}).items()
-            words = [said for said, value in known if not difference(g, value, **tolerances)]
+            words = [said for said, value in known if not difference(g, value, equal_nan=True, **tolerances)]
             raise Wrong((words or [f"{name}: {wrong}"])[0] + (f" ({note})" if note else ""))
 
 

@@ -24,8 +24,11 @@ def check_bottleneck(answer):
 
     for n, c0, k, b in ((1, 11, 4, 3), (4, 7, 5, 2)):
         plain, recipes = want = channels(nullcontext, n, c0, k, b), channels(remat, n, c0, k, b)
+        wide = n * c0 + n * (n - 1) // 2 * k  # the concatenations together
         mistakes = {
             "the pair is swapped: plain comes first": recipes,
+            "plain: a concatenation and its ReLU are two tensors": plain - wide,
+            "recipes: the block's input is kept, too": recipes - c0,
             "plain: the first layer reads c0 channels, the second c0 + k": plain + 2 * n * k,
             "plain: each layer has two tensors between its convolutions that are kept": plain - n * b * k,
             "recipes: the last layer's output is read by nothing that needs it in backward": recipes + k,

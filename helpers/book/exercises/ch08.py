@@ -19,6 +19,16 @@ def kept_values(layers: list[nn.Conv2d], max_cost: float) -> list[str]:
     return [name for name, row in zip(names, rows, strict=True) if row.kept]
 
 
+def blocks(work, max_cost, after=lambda since, p: 0) -> list[int]:
+    """The kept blocks if the count of multiplications goes on ``after`` a kept one from what this returns."""
+    since, kept = 0, []
+    for i, p in enumerate(work, 1):
+        since += p
+        if since > max_cost:
+            since, kept = after(since, p), [*kept, i]
+    return kept
+
+
 @exercise(1)
 def check_chain(answer):
     """The blocks of a chain whose convolution's output is kept, from (work, max_cost)."""
@@ -27,6 +37,9 @@ def check_chain(answer):
         kept = kept_values([nn.Conv2d(16, 16, k, padding=k // 2) for k in kernels], max_cost)
         want, alone = [int(name[1:]) for name in kept], [i for i, p in enumerate(work, 1) if p > max_cost]
         mistakes = {
+            "a cost equal to max_cost is affordable": blocks(work, max_cost - 1),
+            "after a kept y the count starts at 0": blocks(work, max_cost, lambda since, p: since),
+            "a kept y costs nothing itself": blocks(work, max_cost, lambda since, p: p),
             "blocks count from 1": [i - 1 for i in want],
             "what is not kept on the way must be paid for, too": alone,
         }

@@ -20,7 +20,10 @@ def check_forward(answer):
         return F.batch_norm(y, mean, var, gamma, beta, eps=eps)
 
     z = z_with(mean, var)
+    covariance = torch.einsum("nohw,nphw->op", y - mean[:, None, None], y) / m
     mistakes = {
+        "beta is missing: it belongs into the bias": z - beta[:, None, None],
+        "the variance is the diagonal of W R Wᵀ / m, not its row sums": z_with(mean, covariance.sum(1)),
         "the mean is still in z: centre x, or put -scale W x_mean into the bias": z_with(0 * mean, var),
         "R sums over the pixels; the variance is their mean: divide by m": z_with(mean, m * var),
         "divide R by m, not by m - 1": z_with(mean, var * m / (m - 1)),
@@ -47,7 +50,7 @@ def check_slabs(answer):
         got = call(answer, slabs)
     if isinstance(got, tuple | list):
         got = [t.float() if isinstance(t, Tensor) else t for t in got]  # float64 is right, too
-    note = "subtract one value amid the data from every slab, and correct with δ"
+    note = "subtract the same value, one amid the data, from every slab, and correct G and R with δ"
     compare("sum_dz, G, R", got, (dz.sum(CHANNELS), G, R), note=note, rtol=1e-3, atol=0.5)
     large = trace.tensor_peak >= x.nbytes
     require(not large, "right sums, but there was a tensor of x's size, or all slabs at once")

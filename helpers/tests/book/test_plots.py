@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-from helpers.book import plots
+from helpers.book import plots, stages
 from helpers.book.drawings import HUES
 
 
@@ -119,16 +119,24 @@ def test_memory_over_time():
 
 def test_memory_by_stage():
     mib, (fig, axes) = 2**20, plt.subplots(2, 1)
-    log = [("early", 3 * mib), ("late", 2 * mib), ("backward", mib), ("late", -2 * mib), ("early", -3 * mib)]
-    found = plots.memory_by_stage(axes, {"plain": (log, 2), "less": (log[1:4], 1)})
+    log = [
+        ("early", 3 * mib),
+        ("late", 2 * mib),
+        ("short-lived", mib),
+        ("late", -2 * mib),
+        ("early", -3 * mib),
+    ]
+    steps = {"plain": SimpleNamespace(entries=log, start=2)}
+    steps["less"] = SimpleNamespace(entries=log[1:4], start=1)
+    found = stages.memory_by_stage(axes, steps)
     assert found == {
-        "plain": {"early": 3 * mib, "late": 2 * mib, "backward": mib},
-        "less": {"late": 2 * mib, "backward": mib},
+        "plain": {"early": 3 * mib, "late": 2 * mib, "short-lived": mib},
+        "less": {"late": 2 * mib, "short-lived": mib},
     }
     assert axes[0].get_ylim() == axes[1].get_ylim() and axes[0].get_ylabel() == "MiB"
     legend = axes[1].get_legend()
     names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["backward", "weight gradients", "vectors", "late", "early"]  # as they are stacked
+    assert names == ["short-lived", "weight gradients", "vectors", "late", "early"]  # as they are stacked
     colours = {c.get_label(): tuple(c.get_facecolor()[0]) for c in axes[1].collections}
     assert [tuple(patch.get_facecolor()) for patch in legend.legend_handles] == [colours[n] for n in names]
     assert [text.get_text() for text in axes[0].texts if "peak" in text.get_text()] == ["peak 6 MiB"]

@@ -222,9 +222,10 @@ WRONG = {
     },
     "08": {
         "check_chain": [
-            ("since, kept = 0, kept + [i]", "kept = kept + [i]", "expected [2, 4], got [2, 3, 4, 5]"),
+            ("since, kept = 0, kept + [i]", "kept = kept + [i]", "the count starts at 0"),
+            ("since, kept = 0, kept", "since, kept = multiplications, kept", "a kept y costs nothing itself"),
             ("since += multiplications", "since = multiplications", "must be paid for, too"),
-            ("since > max_cost", "since >= max_cost", "expected [2, 3, 5], got [1, 2, 3, 4"),
+            ("since > max_cost", "since >= max_cost", "equal to max_cost is affordable"),
             ("enumerate(work, 1)", "enumerate(work)", "count from 1"),
             ("kept + [i]", "kept + [i + 0.9]", "the blocks: expected"),
         ],
@@ -244,11 +245,12 @@ WRONG = {
     },
     "09": {
         "check_plan": [
-            ("-(-batch // parts)", "batch // parts", "price: expected 12, got 0"),
+            ("-(-batch // parts)", "batch // parts", "round up"),
             (".peak\n", ".forward\n", "parts: expected"),
-            ("if parts > 1 else 0", "* 0", "parts: expected 3, got 2"),
-            ("sorted(prices)", "prices", "price: expected 0, got 40"),
-            ("p.nbytes", "p.numel()", "parts: expected"),
+            ("if parts > 1 else 0", "* 0", "there are the gradients"),
+            (" if parts > 1 else 0", "", "one part alone has no gradients"),
+            ("sorted(prices)", "prices", "from the lowest"),
+            ("p.nbytes", "p.numel()", "in bytes"),
             ("return parts, price", "return parts", "return a tuple"),
         ],
         "check_lean": [
@@ -264,13 +266,15 @@ WRONG = {
             ("sum(1) / m", "sum(1) / (m - 1)", "not by m - 1"),
             ("R = product(x_centred, x_centred)", "R = product(x, x)", "R must be of centred x"),
             ("(var + eps)", "var", "sqrt(var + eps)"),
+            ("* w, beta)", "* w)", "beta is missing"),
+            ("((W @ R) * W).sum(1)", "(W @ R @ W.T).sum(1)", "not its row sums"),
             ("centred(x)", "centred(x) + 0 * F.conv2d(x, w).sum()", "call F.conv2d once"),
             ("W, m = w", "return pair(x, w, gamma, beta)[0]\n    W, m = w", "y must not exist"),
         ],
         "check_slabs": [
             ("x_i - per_channel(first)", "x_i - per_channel(x_i.mean(OVER))", "G: Tensor-likes"),
             ("R - m * delta[:, None] * delta", "R", "R: Tensor-likes are not close!"),
-            ("first = x_i", "first = 0 * x_i", "subtract one value amid the data"),
+            ("first = x_i", "first = 0 * x_i", "subtract the same value, one amid"),
             ("in slabs", "in list(slabs)", "all slabs at once"),
         ],
         "check_instance_norm": [

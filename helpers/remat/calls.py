@@ -7,6 +7,7 @@ serve goes to PyTorch unchanged. `HANDLERS` at the end is the whole list.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -91,17 +92,17 @@ def handler(bind: Callable) -> Callable:
         if quiet():
             try:
                 run = bind(mode, function, *args, **kwargs)
-            except (Unfit, TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError):
+            except (Unfit, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError):
                 pass  # not for remat; if they are wrong, PyTorch will say so
         return leave(mode, function, args, kwargs) if run is None else run()
 
     return handle
 
 
-def fixed(v):
-    """An argument that the caller cannot change any more; Unfit if it is a list with tensors."""
+def fixed(v, kind=list):
+    """An argument that the caller cannot change any more, lists as ``kind``; Unfit if it has tensors."""
     fit(not (isinstance(v, (list, tuple)) and any(isinstance(n, Tensor) for n in v)))
-    return tuple(v) if isinstance(v, list) else v
+    return kind(v) if isinstance(v, list) else v
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:
@@ -123,7 +124,8 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     try:
         arguments, geometry, work = setting_of(function, weight.shape, given, tuple(named.items()))
     except TypeError:
-        given, named = tuple(map(fixed, given)), {name: fixed(v) for name, v in named.items()}
+        given = tuple(fixed(v, tuple) for v in given)
+        named = {name: fixed(v, tuple) for name, v in named.items()}
         arguments, geometry, work = setting_of(function, weight.shape, given, tuple(named.items()))
     dtype = autocast_dtype(input)
     if dtype is None:
@@ -174,7 +176,8 @@ def batch_norm(
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
     fit(isinstance(training, bool) and eps >= 0 and (eps > 0 or not training))  # else PyTorch's own error
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
-    fit(plain(input, weight, bias) and needs_grad(input, weight, bias) and numbers and known)
+    fit(plain(input, weight, bias, running_mean, running_var) and not needs_grad(running_mean, running_var))
+    fit(needs_grad(input, weight, bias) and numbers and known)
     fit(len(shape) >= 2 and shape.numel() > 5 * shape[1])  # the recipe holds up to 5 values a channel
     fit(mode.table.is_safe(input))
 
@@ -249,7 +252,8 @@ def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]
     in_place = given.pop("inplace", False)
     fit(len(args) <= len(names) and not isinstance(in_place, Tensor))  # which may change, but not its hash
     kind = kind_of(**given)
-    fit(all(type(n) in (int, float) for n in kind.numbers))  # and no tensor, which the cache would hold
+    # No tensors, which the cache would hold; and of NaN the result does not tell what the input was.
+    fit(all(type(n) in (int, float) and n == n for n in kind.numbers))
     return kind, bool(in_place or by_name)
 
 
@@ -363,7 +367,7 @@ def again(
         arguments = (*args, *named.values())
         parameters = [v for v in arguments if isinstance(v, Tensor)]
         given = [Tensor if isinstance(v, Tensor) else fixed(v) for v in arguments]  # Tensor: a parameter
-        fit(plain(*parameters) and (fits is None or fits(x, *args, **named)))
+        fit(plain(*parameters) and named.get("out") is None and (fits is None or fits(x, *args, **named)))
         device, dtype = x.device.type, autocast_dtype(x)
 
         def call(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -379,7 +383,8 @@ def again(
             small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
             copies = [ops.copy_of(t) if small or i >= saves else None for i, t in enumerate(parameters)]
             if node:
-                value = table.need(value, x)
+                # An instance norm's node has a copy, unless it is contiguous.
+                value = table.need(value, x, copied=reads_layout and not x.is_contiguous())
                 operation = ops.Rerun(call, value, len(parameters[:saves]), copies[saves:], reads_layout)
             out = mode.apply(operation, x, *parameters) if node else call(x, *parameters)
             if node and out.dtype == x.dtype:
@@ -434,7 +439,7 @@ def numbers_or_none(*values) -> bool:
 
 def vector_norm_fits(x: Tensor, p=2, dim=None, keepdim=False, *, out=None, dtype=None, ord=2) -> bool:
     """The arguments of torch.norm and of torch.linalg.vector_norm."""
-    return dim is not None and out is None and within_images(x, dim) and not {p, ord} & OTHER_NORMS
+    return dim is not None and within_images(x, dim) and not {p, ord} & OTHER_NORMS
 
 
 def pool_fits(x: Tensor, output_size) -> bool:
@@ -476,7 +481,7 @@ def pad(context: Mode, function, x, /, pad, mode="constant", value=None):
     fit(isinstance(pad, (tuple, list)) and all(is_whole(n) for n in pad))
     how, n = tuple(map(index, pad)), x.dim() - 2
     fit(len(how) < 2 * x.dim())  # not across images
-    known = mode in PADDINGS and len(how) == 2 * n and not value
+    known = mode in PADDINGS and len(how) == 2 * n and value in (None, 0)
     fits = x.is_cpu or x.is_contiguous()  # CUDA's kernels know no other layout
     if not (known and fits) or torch.are_deterministic_algorithms_enabled():
         return lambda: RESIZE(context, function, (x, how, mode, value), {})
@@ -503,7 +508,8 @@ def max_pool(
     n = MAX_POOLS[function]
     k, s, p = window(input, n, kernel_size, stride, padding)
     fit(not named.get("return_indices") and set(per_dimension(dilation, n)) == {1})
-    fit(isinstance(ceil_mode, bool))
+    fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0)
+    fit(all(0 <= 2 * p_i <= k_i for p_i, k_i in zip(p, k, strict=True)))
     if n == 1:  # PyTorch pools images of one row
         k, s, p = [1, *k], [1, *s], [0, *p]
     width = input.shape[-1]
@@ -540,6 +546,15 @@ def leave(mode: Mode, function, args, kwargs):
         if type(t) in TENSORS and t.requires_grad and t._is_view() and plain(t):
             mode.table.follow(t)
     return out
+
+
+def l1_loss(mode: Mode, function, args, kwargs):
+    """PyTorch 2.14 does not tell a mode the ``weight``, and would ignore it: take it from the call itself."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return leave(mode, function, args, kwargs if weight is None else {**kwargs, "weight": weight})
 
 
 def functions(names: str) -> list[Callable]:
@@ -600,6 +615,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(functions("roll"), ROLL),
     **dict.fromkeys(functions("flip"), FLIP),
     F.pad: handler(pad),
+    F.l1_loss: l1_loss,
     F.batch_norm: handler(batch_norm),
     torch.batch_norm_elemt: synchronised_norm,
     F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),
@@ -617,7 +633,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.vector_norm), VECTOR_NORM),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ADAPTIVE_POOL),
     F.normalize: again(
-        "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: vector_norm_fits(x, p, dim, out=out)
+        "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: vector_norm_fits(x, p, dim)
     ),
     torch.prelu: again("prelu"),
     F.softplus: again("softplus"),

@@ -52,6 +52,7 @@ class Geometry(NamedTuple):
 
 def per_dimension(v, n: int) -> list[int]:
     """An argument of a convolution or pooling as a list of ``n``."""
+    fit(isinstance(v, (int, tuple, list)))
     v = [v] * n if isinstance(v, int) else list(v)
     v = v * n if len(v) == 1 else v
     fit(len(v) == n and all(type(i) is int for i in v))

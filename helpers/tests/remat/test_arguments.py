@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import inspect
+import math
 
 import numpy as np
 import pytest
@@ -168,29 +170,44 @@ def test_a_flag_that_is_a_tensor():
     check_scenario(scenario)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: F.celu(x, 0),
-        lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 1, 1), stride=0),
-        lambda x: F.conv2d(x, torch.ones(0, 3, 1, 1)),
-        lambda x: F.max_pool2d(x, 1, 0),
-        lambda x: x * torch.ones(2, 5, 1, 1, requires_grad=True),
-        lambda x: F.max_pool2d(x, 2, ceil_mode=1),
-        lambda x: F.max_pool2d(x, 2, ceil_mode=torch.ones(2)),
-        lambda x: F.avg_pool2d(x, 2, ceil_mode=1),
-        lambda x: F.dropout(x, 0.5, 1),
-        lambda x: F.pad(x, (1, 1, 1, 1), "reflect", 0.5),
-        lambda x: F.glu(x, np.array([1, 2])),
-    ],
-    ids="celu stride weight pool shapes ceil ceils ceil_mean training value dims".split(),
-)
-def test_wrong_arguments_get_pytorchs_error(call):
+WRONG = {
+    "alpha 0": lambda x: F.celu(x, 0),
+    "stride 0": lambda x: F.conv_transpose2d(x, torch.ones(3, 2, 1, 1), stride=0),
+    "empty weight": lambda x: F.conv2d(x, torch.ones(0, 3, 1, 1)),
+    "a pool's stride 0": lambda x: F.max_pool2d(x, 1, 0),
+    "a pool's stride 0, 1d": lambda x: F.max_pool1d(x.flatten(2), 2, 0),
+    "a pool's padding, 1d": lambda x: F.max_pool1d(x.flatten(2), 2, 1, 2),
+    "a set of sizes": lambda x: F.max_pool2d(x, {2}),
+    "a range of sizes": lambda x: F.max_pool2d(x, 2, 2, range(2)),
+    "sizes that are a tensor": lambda x: F.adaptive_avg_pool2d(x, torch.ones(3)),
+    "shapes": lambda x: x * torch.ones(2, 5, 1, 1, requires_grad=True),
+    "ceil_mode 1": lambda x: F.max_pool2d(x, 2, ceil_mode=1),
+    "ceil_mode of two": lambda x: F.max_pool2d(x, 2, ceil_mode=torch.ones(2)),
+    "ceil_mode 1, mean": lambda x: F.avg_pool2d(x, 2, ceil_mode=1),
+    "training 1": lambda x: F.dropout(x, 0.5, 1),
+    "reflection with a value": lambda x: F.pad(x, (1, 1, 1, 1), "reflect", 0.5),
+    "reflection with an empty value": lambda x: F.pad(x, (1, 1, 1, 1), "reflect", ()),
+    "reflection with values": lambda x: F.pad(x, (1, 1, 1, 1), "reflect", torch.ones(3)),
+    "dims in an array": lambda x: F.glu(x, np.array([1, 2])),
+    "dims in a tensor": lambda x: F.glu(x, torch.ones(3)),
+    "dims in a tensor, norm": lambda x: F.normalize(x, dim=torch.ones(3)),
+    "three sizes in a list": lambda x: F.interpolate(x, [2, 2, 2]),
+    "out": lambda x: F.softplus(x, out=torch.empty_like(x)),
+    "statistics that need gradients": lambda x: F.batch_norm(
+        x, torch.zeros(3, requires_grad=True), torch.ones(3), training=True
+    ),
+    "a mean that is a number": lambda x: F.batch_norm(x, 0, torch.ones(3), training=True),
+    "a mean that is a tuple": lambda x: F.batch_norm(x, (), torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_get_pytorchs_error(name):
     x = torch.ones(2, 3, 4, 4, requires_grad=True)
     with pytest.raises((RuntimeError, TypeError, ValueError)) as wanted:
-        call(x)
+        WRONG[name](x)
     with remat(), pytest.raises(wanted.type) as found:
-        call(x)
+        WRONG[name](x)
     assert str(found.value) == str(wanted.value)
 
 
@@ -202,6 +219,34 @@ def test_a_negative_epsilon():
         with context(), contextlib.suppress(ValueError, RuntimeError):
             out = F.batch_norm(x, x[0, :, 0, 0].detach(), torch.ones(3).double(), eps=-0.1)
             out.square().sum().backward()
+        return named(x.grad)
+
+    check_scenario(scenario)
+
+
+def test_the_weight_of_an_l1_loss():
+    """PyTorch does not tell function modes about it."""
+    if "weight" not in inspect.signature(F.l1_loss).parameters:
+        pytest.skip("this PyTorch has no such argument")
+
+    def scenario(context):
+        x, weight = leaf(), image(*X.shape, seed=1).abs()
+        with context():
+            losses = [F.l1_loss(x, x.detach() * 2, weight=w) for w in (weight, None)]
+        sum(losses).backward()
+        return named(*losses, x.grad)
+
+    check_scenario(scenario)
+
+
+def test_a_limit_that_is_no_number():
+    """The result is NaN too, and does not tell where the gradient is 0."""
+
+    def scenario(context):
+        x = leaf(torch.tensor([[0.5, 2.0], [-1.0, 3.0]], dtype=torch.float64))
+        with context():
+            out = F.hardtanh(F.relu(x * 2), math.nan, 1.0)
+        out.sum().backward()
         return named(x.grad)
 
     check_scenario(scenario)

@@ -283,14 +283,15 @@ ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
     ),
     "leaky_relu": library("leaky_relu", False),
     "elu": (aten.elu.out, elu_backward),
-    "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward.out(da, u, out=out)),
-    "mish": (aten.mish.out, lambda da, u, out: aten.mish_backward(da, u)),  # gives a new tensor
+    "hardswish": (aten.hardswish.out, lambda da, u, out: aten.hardswish_backward(da, u)),
+    "mish": (aten.mish.out, lambda da, u, out: aten.mish_backward(da, u)),
 }
 # Those that PyTorch differentiates from a if they were in place: du, or an error for a negative slope.
 IN_PLACE: dict[str, Callable] = {
     "leaky_relu": library("leaky_relu", True)[1],
     "elu": partial(elu_backward, from_result=True),
 }
+NEW = ("hardswish", "mish")  # whose backward has no kernel with ``out``: it gives a new tensor
 EXACT = ("relu", "hardtanh", "leaky_relu")  # a value's last bit does not depend on its position in memory
 
 
@@ -370,7 +371,7 @@ class Activation(Operation):
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
         like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
         alike = x.dtype == dz.dtype and x.stride() == like.stride()
-        out = x if mine and alike or self.kind.name == "mish" else torch.empty_like(like, dtype=x.dtype)
+        out = x if mine and alike or self.kind.name in NEW else torch.empty_like(like, dtype=x.dtype)
         if self.backward_in_place:
             return [self.backward_in_place(dz, x, *self.kind.numbers, out=out)]
         return [self.kind.backward(dz, x, out)]

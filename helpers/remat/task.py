@@ -56,6 +56,8 @@ class Task:
         t = value.held()
         if t is not None:
             return t, False
+        if isinstance(value.recipe, Part) and (whole := self.at_hand(value.parents[0])) is not None:
+            return value.recipe.run(None, whole), False
         t = self.start(value)
         if self.now == value.first:  # backward runs from the last operation to the first
             self.holding.pop(value, None)

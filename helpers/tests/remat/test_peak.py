@@ -69,7 +69,8 @@ def test_peak_of_an_operation_alone(name, part):
                 out = model(x)
             out.backward(dz)
         peaks.append(held.peak)
-    copied = BLOCK if part and name == "instance norm" else 0  # what remat keeps, PyTorch copies once more
+    # Of a part PyTorch may copy what these read (in 2.9 both), next to what remat keeps.
+    copied = BLOCK if part and name in ("instance norm", "group norm") else 0
     assert BLOCK < peaks[1] <= peaks[0] + VECTORS + copied
 
 

@@ -160,7 +160,7 @@ class Again(Recipe):
 class BatchNorm(Operation):
     """PyTorch's forward and backward, by the kernel that it chose."""
 
-    saved, beside = (1,), True
+    saved = (1,)
 
     def __init__(
         self, value: Value | None, running_mean, running_var, training: bool, momentum: float, eps: float
@@ -174,6 +174,8 @@ class BatchNorm(Operation):
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         self.layout = layout_of(y)
+        alike = y.is_contiguous() and y.dtype == self.mean.dtype
+        self.beside = not (y.is_cpu and alike and self.training)  # else dy may be written over y
         return z
 
     def recipe_of(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
@@ -393,13 +395,14 @@ class Product(Operation):
 
     def backward(self, task, dz, needs, saved):
         grads = [None, None]
-        for i in (0, 1):
+        for i in (1, 0):  # the smaller first: its gradient is a sum, and what it is made of goes again
             if needs[i]:
                 t, mine = task.get(self.values[1 - i])
                 # Only in PyTorch's layout: some norms' backward takes another one for the wrong values.
                 mine = mine and View.of(t) == View.of(dz)
                 t, dz_i = one_image(t, dz) if mine else (t, dz)
                 grads[i] = torch.mul(dz_i, t, out=t if mine else None).sum_to_size(self.shapes[i])
+                del t, dz_i
         return grads
 
 

@@ -303,15 +303,19 @@ class Table:
             value.row = Row(name, value.origin, value.view.shape, value.nbytes)
             self.rows.append(value.row)
 
-    def affordable(self, value: Value, also: Collection[Value] = ()) -> bool:
-        """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each."""
+    def affordable(self, value: Value, also: Collection[Value] = (), limited: bool = True) -> bool:
+        """Whether recomputing ``value`` from what is kept (and ``also``) costs at most `max_cost` each.
+
+        Not ``limited``: whatever the memory of recomputed convolutions' outputs on the way.
+        """
         if value.recipe is None:
             return False
         if value.recipe.work:  # leave some for the values computed from it
             margin, most_passes, most_made = 1.0, MOST_PASSES - 4, MOST_MADE - 0.5
         else:  # and some for squeeze-and-excite's convolutions
             margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE
-        size = value.size
+        # Parts of a value share what it takes to recompute it, and it is there until the last is used.
+        size = value.parents[0].size if isinstance(value.recipe, Part) else value.size
         work = passes = made = 0.0
         largest, path = value.nbytes, [value]
         for v in path:  # it grows
@@ -326,7 +330,7 @@ class Table:
             for p in v.parents:
                 if p.kept is None and p not in path and p not in also:
                     path.append(p)
-        if made > most_made * largest:
+        if limited and made > most_made * largest:
             return False
         cost = work / max(size, 1)
         if work > self.max_cost * margin * size:
@@ -343,7 +347,13 @@ class Table:
         concatenation, even one that it is a mere copy of, as in a dense block's first layer, are read again.
         """
         recipe = value.recipe
-        parts = None if recipe is None else self.parts(value, {})
+        # If the price would do, but not the limit, convolutions may lead to a small value.
+        through = self.max_cost > 0 and self.affordable(value, limited=False)
+        parts = None if recipe is None else self.parts(value, {}, through)
+        if parts and recipe.joins:  # of a list of features some need not be kept: they are affordable
+            for part in sorted(parts, key=lambda part: part.nbytes, reverse=True):
+                if self.affordable(part) and self.affordable(value, parts.keys() - {part}):
+                    del parts[part]
         if parts:
             most = value.nbytes + (len(parts) == 1) if recipe.joins else MUCH_SMALLER * value.nbytes
             if sum(part.nbytes for part in parts) < most and self.affordable(value, parts):
@@ -362,10 +372,11 @@ class Table:
             t = t.detach().as_strided(value.view.shape, value.view.stride, at)
         self.keep(value, t)
 
-    def parts(self, value: Value, known: dict, depth: int = 8) -> dict[Value, Tensor] | None:
+    def parts(self, value: Value, known: dict, through: bool, depth: int = 8) -> dict[Value, Tensor] | None:
         """The smallest set of live values from which ``value`` can be computed; None if there is none.
 
-        ``known`` holds what was found on other paths. Looks at most ``depth`` operations up.
+        ``known`` holds what was found on other paths. Looks at most ``depth`` operations up, and ``through``
+        convolutions whose output is gone.
         """
         found: dict[Value, Tensor] = {}
         for v in value.parents:
@@ -373,8 +384,8 @@ class Table:
                 t = v.live()
                 usable = t is not None and t._version == v.version and not is_window(t)
                 known[v] = mine = {v: t} if usable else None
-                if v.recipe is not None and not v.recipe.work and depth:
-                    below = self.parts(v, known, depth - 1)
+                if v.recipe is not None and depth and (mine is None if through else not v.recipe.work):
+                    below = self.parts(v, known, through, depth - 1)
                     if below is not None and (mine is None or sum(p.nbytes for p in below) < v.nbytes):
                         known[v] = below
             parts = known[v] if v.kept is None else {}

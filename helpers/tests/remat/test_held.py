@@ -111,6 +111,62 @@ def test_of_a_view_the_small_source_is_kept(name):
     assert held.held == nbytes + out.nbytes
 
 
+def features(self, x):
+    """Concatenated again and again: those that are affordable are not kept, nor the concatenation."""
+    xs = [self.first(x)]
+    for layer in self.layers:
+        xs.append(layer(torch.cat(xs, 1)))
+    return self.last(torch.cat(xs, 1))
+
+
+def halves(self, x):
+    """They share what it takes to recompute them."""
+    x = self.first(x)
+    for wide, narrow in self.layers:
+        a, b = F.relu(wide(F.relu(x))).chunk(2, 1)
+        x = narrow(a * b)
+    return x
+
+
+def inverted(self, x):
+    """Where all the widest tensors on the way would be too much at once, a narrow one is kept."""
+    x = self.first(x)
+    for depthwise, expand, project in self.layers:
+        x = x + project(F.gelu(expand(depthwise(x))))
+    return x
+
+
+def layers_of(*settings):
+    return nn.ModuleList(nn.Conv2d(c, k, n, padding=n // 2, groups=g) for c, k, n, g in settings)
+
+
+CONCATENATED = layers_of(*((16 * (i + 1), 16, 3, 1) for i in range(5)))
+BLOCKS = {  # channels, layers, the last one, and how much of PyTorch's memory is held at 150 at most
+    features: (16, CONCATENATED, nn.Conv2d(96, 4, 1), 0.25),
+    halves: (32, nn.ModuleList(layers_of((32, 64, 3, 2), (32, 32, 1, 1)) for _ in range(3)), None, 0.45),
+    inverted: (
+        32,
+        nn.ModuleList(layers_of((32, 32, 7, 32), (32, 128, 1, 1), (128, 32, 1, 1)) for _ in range(3)),
+        None,
+        0.07,
+    ),
+}
+
+
+@pytest.mark.parametrize("forward", BLOCKS, ids=lambda forward: forward.__name__)
+def test_a_higher_price_never_holds_more_of_these_blocks(forward):
+    channels, layers, last, share = BLOCKS[forward]
+    model = Net(forward, first=nn.Conv2d(3, channels, 3, padding=1), layers=layers, last=last).to("meta")
+    x = torch.empty(4, 3, 16, 16, device="meta")
+    found = {}
+    for cost in (None, 0, 32, 64, 150, 300, 600):
+        out, counted = counted_forward(model, x, cost)
+        found[cost] = counted.held - out.nbytes
+    plain, *held = found.values()
+    assert held == sorted(held, reverse=True) and held[0] < 0.8 * plain
+    assert found[150] <= share * plain
+
+
 LITTLE_SAVED = {  # by PyTorch
     "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(784, 512)),
     "product": lambda: Net(

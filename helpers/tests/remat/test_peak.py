@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
@@ -72,6 +73,19 @@ def test_peak_of_an_operation_alone(name, part):
     # Of a part PyTorch may copy what these read (in 2.9 both), next to what remat keeps.
     copied = BLOCK if part and name in ("instance norm", "group norm") else 0
     assert BLOCK < peaks[1] <= peaks[0] + VECTORS + copied
+
+
+def test_peak_of_a_product():
+    """The gate's gradient, a sum, is made first: not while the other factor's waits."""
+
+    def forward(self, x):
+        y = F.silu(self.norm(self.first(x)))
+        return self.last(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+    model = Net(forward, first=nn.Conv2d(3, 8, 1), norm=nn.BatchNorm2d(8), gate=nn.Conv2d(8, 8, 1))
+    model.last = nn.Conv2d(8, 1, 1)
+    peak = predict_memory(model, (4, 3, 32, 32), max_cost=0).peak
+    assert peak <= 3.3 * BLOCK
 
 
 @pytest.mark.parametrize(("device_type", "tensors"), [("cpu", 2.16), ("cuda", 3.1)])

@@ -82,7 +82,7 @@ test: $(INSTALLED)
 	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -o cache_dir=build/pytest helpers/tests $(PYTEST_ARGS)
 
 data: $(INSTALLED)
-	@$(PY) -m helpers.book.data
+	@$(PY) -c 'from torchvision.datasets import MNIST; print(MNIST("data", download=True))'
 
 notebooks: $(INSTALLED)
 	@$(PY) -m helpers.book.run refresh

@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from helpers.book.data import DATA, FILES, SAMPLE, load_mnist
+from helpers.book.data import DATA, MNIST, SAMPLE, load_mnist
 
 SEED = 0
 SIZES = 8192, 2048
@@ -39,7 +39,8 @@ def main() -> None:
     for split, size in zip(load_mnist("full"), SIZES, strict=True):
         chosen = choose(split.labels.tolist(), size, rng)
         arrays += [split.images[chosen].numpy(), split.labels[chosen].byte().numpy()]
-    np.savez_compressed(DATA / SAMPLE, **dict(zip(FILES, arrays, strict=True)))
+    names = [packed.removesuffix(".gz") for packed, _ in MNIST.resources]
+    np.savez_compressed(DATA / SAMPLE, **dict(zip(names, arrays, strict=True)))
 
 
 if __name__ == "__main__":

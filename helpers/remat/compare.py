@@ -11,7 +11,6 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,7 +33,7 @@ class Comparison:
         difference: the largest ‖remat's - plain's‖ / ‖plain's‖ of all gradients; in place of a smaller norm,
             1/100 of the largest gradient's, since a bias before a batch norm gets only rounding errors.
         rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
-            random numbers or does not run in float64.
+            PyTorch's random numbers or does not run in float64.
         held, peak: bytes that a step adds, at the end of forward and at its highest moment; on a CPU the
             peak of tensors alone, as in `predict_memory`, without what libraries take inside an operation.
         seconds: of a step; medians.
@@ -128,7 +127,7 @@ class Step(NamedTuple):
     values: list[Tensor]
     grads: list[Tensor]
     start: list[Tensor]
-    fixed: bool  # whether it drew no random numbers
+    fixed: bool  # whether it drew none of PyTorch's random numbers
     seconds: float
 
 
@@ -192,29 +191,23 @@ def same(p: Tensor, q: Tensor) -> bool:
     return p.dtype == q.dtype and p.shape == q.shape and torch.allclose(p, q, 0, 0, equal_nan=True)
 
 
-def random_state(device: torch.device) -> tuple:
-    """Of all generators, to be compared."""
+def random_state(device: torch.device) -> list:
+    """Of PyTorch's generators, to be compared: in another dtype they draw other numbers."""
     own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
-    others = [str(get()) for get, _ in other_generators()]
-    return *others, *[t.tolist() for t in (torch.get_rng_state(), *own)]
-
-
-def other_generators() -> list[tuple[Callable, Callable]]:
-    """How to get and to set the state of Python's generator, and of NumPy's if that is in use."""
-    numpy = sys.modules.get("numpy")
-    arrays = [(numpy.random.get_state, numpy.random.set_state)] if numpy else []
-    return [(random.getstate, random.setstate), *arrays]
+    return [t.tolist() for t in (torch.get_rng_state(), *own)]
 
 
 @contextlib.contextmanager
 def same_numbers_again():
     """Afterwards the generators of Python and NumPy are as before; PyTorch's have ``fork_rng``."""
-    states = [(restore, get()) for get, restore in other_generators()]
+    numpy = sys.modules.get("numpy")
+    state, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     try:
         yield
     finally:
-        for restore, state in states:
-            restore(state)
+        random.setstate(state)
+        if numpy:
+            numpy.random.set_state(of_numpy)
 
 
 def clock(device: torch.device) -> float:

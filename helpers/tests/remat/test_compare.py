@@ -122,7 +122,7 @@ def test_numbers_of_other_generators_are_the_same(draw):
     before = random.getstate(), str(np.random.get_state())
     model = Model(lambda net, x: net(x * draw()) if draw() < 0.5 else net(x + draw()))
     found = compare(model, IMAGES, rounds=1)
-    assert found.equal and found.reference == "a second run" and found.rounding == 0
+    assert found.equal and found.reference == "float64" and 0 < found.difference < 4 * found.rounding
     assert before == (random.getstate(), str(np.random.get_state()))
 
 

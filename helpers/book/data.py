@@ -29,17 +29,17 @@ def load_mnist(
 
     Args:
         data: "sample" (in the collection), "full" (the whole set, downloaded if it is missing) or "auto":
-            the whole set if it is in ``root``/MNIST/raw, else the sample.
+            the whole set if its four files are in ``root``/MNIST/raw, else the sample.
         train_images, test_images: use that many, the first ones; 0 means all.
 
     Raises:
         ValueError: an argument is wrong.
-        OSError, RuntimeError: the download failed, or the whole set is there in part ("auto").
+        OSError, RuntimeError: the download failed.
     """
     if data not in ("auto", "sample", "full"):
         raise ValueError(f"DATA must be auto, sample or full, got {data!r}")
-    here = any(Path(root, "MNIST", "raw").glob("*-ubyte"))
-    whole = data == "full" or (data == "auto" and here)
+    files = list(Path(root, "MNIST", "raw").glob("*-ubyte"))
+    whole = data == "full" or (data == "auto" and len(files) == len(MNIST.resources))
     if whole:
         sets = [MNIST(root, train, download=data == "full") for train in (True, False)]
         parts = [(part.data, part.targets) for part in sets]

@@ -1,8 +1,8 @@
 """`make bench`: memory and time of networks, each next to the unfused one, in one run.
 
-    python -m helpers.book.bench [DEVICE=cuda] [REPEATS=7] [ONLY=resnet] [TIME_LIMIT=9] [QUICK=1] [FRONT=1]
+    python -m helpers.book.bench [DEVICE=cuda] [REPEATS=7] [TABLE=resnet] [TIME_LIMIT=9] [QUICK=1] [FRONT=1]
 
-prints tables and writes build/bench_<device>.json (with ONLY, a record of its own name), each row as soon as
+prints tables and writes build/bench_<device>.json (with TABLE, a record of its own name), each row as soon as
 it is there; a run that ends, and is not quick, puts the record in its place in data/measurements/. What fails
 costs its own row, which carries the error. FRONT=1 measures what chapter 8 draws. Torch, torchvision and
 matplotlib are enough to run all of it.
@@ -49,7 +49,7 @@ PARAMETERS = {
     for parameter in (
         Parameter("DEVICE", "str", "auto", "auto, cpu, or an accelerator"),
         Parameter("REPEATS", "int", 7, "rounds of timing, at least 1"),
-        Parameter("ONLY", "str", "", "measure the tables with this in their title"),
+        Parameter("TABLE", "str", "", "measure the tables with this in their title"),
         Parameter("TIME_LIMIT", "float", 0, "minutes, at least 0, at most 10,000; 0: 9 on an accelerator"),
         Parameter("FRONT", "int", 0, "1 for chapter 8's record, at least 0, at most 1"),
         QUICK,
@@ -292,10 +292,12 @@ def main(arguments: list[str]) -> int:
                 raise ParameterError(f"{given}; there are {'=..., '.join(PARAMETERS)}=...")
             values[name] = PARAMETERS[name].parse(text)
         device, how = memory_device(pick_device(values["DEVICE"]))
-        found, only = tables(device, values["QUICK"], values["FRONT"]), values["ONLY"]
+        found, only = tables(device, values["QUICK"], values["FRONT"]), values["TABLE"]
         chosen = {title: table for title, table in found.items() if only in title}
         if not chosen:
-            raise ParameterError(f"ONLY must be part of a title, got {only!r}; there are: {'; '.join(found)}")
+            raise ParameterError(
+                f"TABLE must be part of a title, got {only!r}; there are: {'; '.join(found)}"
+            )
     except ValueError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

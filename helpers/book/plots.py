@@ -167,11 +167,12 @@ def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
 
 def label_prices(ax, by_price: dict[str, tuple[float, float]]) -> None:
     """Chapter 8: name the first point of a line over prices, the lowest and the last."""
-    colour, last = COLOURS["remat"], by_price["1200"]
+    colour, (start, *_, end) = COLOURS["remat"], by_price
+    last = by_price[end]
     lowest = min(by_price, key=by_price.get)
     beside = last[0] < 1.1 * by_price[lowest][0]  # the last point is nearly above the lowest
     over = beside and by_price[lowest][1] > last[1]
-    note(ax, "0", by_price["0"], (6, -3), colour, fontsize=8)
+    note(ax, start, by_price[start], (6, -3), colour, fontsize=8)
     note(ax, lowest, by_price[lowest], (-6, 1 if over else -5), colour, fontsize=8, ha="right")
     at, side = (-6 if beside else 6, -7 if over else -2), "right" if beside else "left"
-    note(ax, "1200", last, at, colour, fontsize=8, ha=side)
+    note(ax, end, last, at, colour, fontsize=8, ha=side)

@@ -47,7 +47,7 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
     called = []
     monkeypatch.setattr(bench, "BUILD", tmp_path)
     monkeypatch.setattr(bench, "run", lambda *arguments: called.append(arguments))
-    assert bench.main(["TIME_LIMIT=2.5", "ONLY=MNIST", "DEVICE=cpu", "REPEATS=3", "QUICK=1"]) == 0
+    assert bench.main(["TIME_LIMIT=2.5", "TABLE=MNIST", "DEVICE=cpu", "REPEATS=3", "QUICK=1"]) == 0
     [(found, path, repeats, minutes)] = called
     first, *others = found
     assert first == "MNIST, 64x1x28x28, float32" and (repeats, minutes) == (3, 2.5)
@@ -60,10 +60,10 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, capsys, tmp_pa
         "TIME_LIMIT=-1": "TIME_LIMIT must be a finite number, at least 0",
         "TIME_LIMIT=inf": "TIME_LIMIT must be a finite number",
         "REPEATS=0": "REPEATS must be a whole number, at least 1, got 0",
-        "ONLY=vgg99": "ONLY must be part of a title, got 'vgg99'; there are: MNIST",
+        "TABLE=vgg99": "TABLE must be part of a title, got 'vgg99'; there are: MNIST",
         "DEVICE=abacus": "DEVICE must be one of",
         "SPEED=1": "SPEED=1 is no parameter",
-        "ONLY": "ONLY is no parameter",
+        "TABLE": "TABLE is no parameter",
     }.items():
         assert bench.main([wrong, *([] if "DEVICE" in wrong else ["DEVICE=cpu"])]) == 2
         assert said in capsys.readouterr().err
@@ -83,7 +83,7 @@ def test_a_record_is_replaced_by_a_run_that_ends(monkeypatch, capsys, tmp_path, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "run", run)
-    assert bench.main(["DEVICE=cpu", "ONLY=MNIST"]) == stopped
+    assert bench.main(["DEVICE=cpu", "TABLE=MNIST"]) == stopped
     kept = json.loads((record / "bench_cpu_MNIST.json").read_text())["tables"]
     assert kept == ("the last run's" if stopped else "new")
     assert ("interrupted" in capsys.readouterr().err) == stopped
@@ -127,7 +127,7 @@ def record(monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "BUILD", tmp_path)
 
     def run(only="", time_limit=0):
-        arguments = ["DEVICE=cpu", "REPEATS=1", "QUICK=1", f"ONLY={only}", f"TIME_LIMIT={time_limit}"]
+        arguments = ["DEVICE=cpu", "REPEATS=1", "QUICK=1", f"TABLE={only}", f"TIME_LIMIT={time_limit}"]
         assert bench.main(arguments) == 0
         (path,) = tmp_path.iterdir()
         return json.loads(path.read_text())
@@ -196,8 +196,8 @@ def test_torch_torchvision_and_matplotlib_are_enough():
     absent = "tqdm IPython papermill nbformat nbclient nbconvert hypothesis pytest triton scipy".split()
     source = f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
     source += "from helpers.book import bench\n"
-    source += "assert bench.main(['DEVICE=cpu', 'ONLY=nothing']) == 2\n"
+    source += "assert bench.main(['DEVICE=cpu', 'TABLE=nothing']) == 2\n"
     root = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", source]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "ONLY must be part of a title" in done.stderr, done.stderr
+    assert done.returncode == 0 and "TABLE must be part of a title" in done.stderr, done.stderr

@@ -6,33 +6,49 @@ serve goes to PyTorch unchanged. `HANDLERS` at the end is the whole list.
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from itertools import pairwise
 from operator import index
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from . import operations as ops
-from .convolutions import (
-    CONVOLUTIONS,
-    Convolution,
-    Convolve,
-    Linear,
-    may_run_again,
+from .arguments import (
+    ACTIVATIONS,
+    DROPOUTS,
+    ELEMENTWISE,
+    MAX_POOLS,
+    PADDINGS,
+    TENSORS,
+    Unfit,
+    activation_of,
+    autocast_dtype,
+    fit,
+    fixed,
+    functions,
+    is_copied,
+    is_mask,
+    is_whole,
+    needs_grad,
+    numbers_or_none,
+    ordinary,
     per_dimension,
-    setting_of,
+    plain,
+    pool_fits,
+    quiet,
+    vector_norm_fits,
+    window,
+    within_images,
 )
-from .operations import Unfit, fit
+from .convolutions import CONVOLUTIONS, Convolution, Convolve, Linear, may_run_again, setting_of
+from .layouts import layout_of
+from .pools import FromShape, MaxPool
 from .values import SMALL, Row, Value, storage_of
 from .writes import targets, unseen_change, writes
 
@@ -42,46 +58,6 @@ if TYPE_CHECKING:
 # A small output of an expensive convolution is always kept: dropping it saves few bytes and makes all that
 # follows expensive. In multiplications per value, times the input's bytes per byte of the output.
 BOTTLENECK = 4096
-TENSORS = (Tensor, nn.Parameter, FakeTensor)
-OTHER_NORMS = {0, "nuc"}  # one without a gradient, one that takes another algorithm without a graph
-
-
-def quiet() -> bool:
-    """Whether forward runs in the ordinary way, so that remat's nodes may take part."""
-    return (
-        torch.is_grad_enabled()
-        and torch._C._get_tracing_state() is None
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None
-        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
-        and forward_ad._current_level < 0
-    )
-
-
-def ordinary(t) -> bool:
-    """Whether this is a plain PyTorch tensor (no subclass, not nested) with a storage and a version."""
-    return type(t) in TENSORS and t.layout is torch.strided and not (t.is_inference() or t.is_nested)
-
-
-def plain(*tensors: Tensor | None) -> bool:
-    """Whether these are ordinary dense floating-point tensors (or None)."""
-    for t in tensors:  # a generator would take twice as long
-        # Negative: the imaginary part of a conjugate, other values in the same memory.
-        if t is not None and not (ordinary(t) and t.is_floating_point() and not t.is_neg()):
-            return False
-    return True
-
-
-def is_mask(t) -> bool:
-    """Whether this is an ordinary tensor of bools or whole numbers."""
-    return ordinary(t) and not (t.is_floating_point() or t.is_complex())
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether PyTorch would make a node."""
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            return True
-    return False
 
 
 def handler(bind: Callable) -> Callable:
@@ -97,21 +73,6 @@ def handler(bind: Callable) -> Callable:
         return leave(mode, function, args, kwargs) if run is None else run()
 
     return handle
-
-
-def fixed(v, kind=list):
-    """An argument that the caller cannot change any more, lists as ``kind``; Unfit if it has tensors."""
-    fit(not (isinstance(v, (list, tuple)) and any(isinstance(n, Tensor) for n in v)))
-    return kind(v) if isinstance(v, list) else v
-
-
-def autocast_dtype(t: Tensor) -> torch.dtype | None:
-    """The dtype of the autocast in which a call with ``t`` runs, if any."""
-    if not torch._C._is_any_autocast_enabled():
-        return None
-    device = t.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
 
 
 def convolution(mode: Mode, function, input, weight, bias=None, *given, **named):
@@ -162,12 +123,6 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         return y
 
     return run
-
-
-def is_copied(a: Tensor) -> bool:
-    """Whether a linear layer copies its input first: all dimensions but the last do not merge into one."""
-    rows = [(n, stride) for n, stride in zip(a.shape[:-1], a.stride(), strict=False) if n > 1]
-    return any(outer != n * inner for (_, outer), (n, inner) in pairwise(rows))
 
 
 def batch_norm(
@@ -240,21 +195,6 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
         return a
 
     return run
-
-
-@functools.lru_cache(maxsize=1024)
-def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]:
-    """The activation that a call computes, and whether in place."""
-    kind_of = ACTIVATIONS[function]
-    by_name, place = writes(function)
-    names = (*kind_of.__code__.co_varnames, *(["inplace"] if place else []))
-    given = dict(zip(names, args, strict=False), **dict(kwargs))
-    in_place = given.pop("inplace", False)
-    fit(len(args) <= len(names) and not isinstance(in_place, Tensor))  # which may change, but not its hash
-    kind = kind_of(**given)
-    # No tensors, which the cache would hold; and of NaN the result does not tell what the input was.
-    fit(all(type(n) in (int, float) and n == n for n in kind.numbers))
-    return kind, bool(in_place or by_name)
 
 
 def elementwise(mode: Mode, function, p, q, **kwargs):
@@ -359,7 +299,7 @@ def again(
         node: whether remat's node takes the place of PyTorch's; not where that saves nothing.
         fits: whether one image alone can be computed, from all arguments, where not always.
         saves: how many of the parameters PyTorch's node saves; the others may change before backward.
-        reads_layout: whether its backward does, see `operations.in_layout`.
+        reads_layout: whether its backward does, see `layouts.in_layout`.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -428,39 +368,6 @@ def copied(mode: Mode, function, x, /, *args, **named):
     return run
 
 
-def is_whole(n) -> bool:
-    """Whether this is a number that PyTorch takes for a size."""
-    return type(n) is int or (isinstance(n, Tensor) and not (n.dim() or n.dtype == torch.bool))
-
-
-def numbers_or_none(*values) -> bool:
-    return all(v is None or type(v) in (int, float) for v in values)
-
-
-def vector_norm_fits(x: Tensor, p=2, dim=None, keepdim=False, *, out=None, dtype=None, ord=2) -> bool:
-    """The arguments of torch.norm and of torch.linalg.vector_norm."""
-    return dim is not None and within_images(x, dim) and not {p, ord} & OTHER_NORMS
-
-
-def pool_fits(x: Tensor, output_size) -> bool:
-    """Of a pooling to one pixel PyTorch saves nothing."""
-    return any(n != 1 for n in (output_size if isinstance(output_size, tuple | list) else [output_size]))
-
-
-def within_images(x: Tensor, *dims) -> bool:
-    """Whether ``dims``, numbers or tuples of them, name some dimensions, but not the images'."""
-    dims = [d for dim in dims for d in (dim if isinstance(dim, (tuple, list)) else (dim,))]
-    return len(dims) > 0 and all(d % x.dim() for d in dims)
-
-
-def window(input: Tensor, n: int, kernel_size, stride, padding) -> tuple[list[int], ...]:
-    """Kernel, stride and padding of a pooling over the last ``n`` dimensions."""
-    fit(plain(input) and input.dim() == n + 2 and input.requires_grad and input.numel() > 0)
-    fit(n == 2 or autocast_dtype(input) is None)  # a CPU's casts volumes to float32
-    sizes = kernel_size, kernel_size if stride is None else stride, padding
-    return tuple(per_dimension(v, n) for v in sizes)
-
-
 def avg_pool(
     mode, function, input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True,
     divisor_override=None,
@@ -469,7 +376,7 @@ def avg_pool(
     sizes = window(input, n, kernel_size, stride, padding)
     fit(mode.table.is_safe(input))
     # CUDA's backward knows these layouts alone.
-    fit(ops.layout_of(input) in (torch.contiguous_format, torch.channels_last))
+    fit(layout_of(input) in (torch.contiguous_format, torch.channels_last))
     fit(isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool))
     how = *sizes, ceil_mode, count_include_pad, divisor_override
     return from_shape(mode, f"avg_pool{n}d", how, input, lambda x: function(x, *how))
@@ -492,7 +399,7 @@ def from_shape(mode: Mode, name: str, how: tuple, x: Tensor, call: Callable[[Ten
     """Runs ``call(x)``, of which PyTorch keeps the input and needs its shape."""
 
     def run() -> Tensor:
-        value, operation = mode.table.find(x), ops.FromShape(call, name, how, x)
+        value, operation = mode.table.find(x), FromShape(call, name, how, x)
         mode.table.count_plain(value)
         y = mode.apply(operation, x)
         recipe = ops.Again(name, call, max(1.0, x.numel() / y.numel()))
@@ -519,7 +426,7 @@ def max_pool(
         table, x = mode.table, input.unsqueeze(2) if n == 1 else input
         value = table.find(input)
         table.count_plain(value)
-        operation = ops.MaxPool((k, s, p, [1] * len(k), ceil_mode), x)
+        operation = MaxPool((k, s, p, [1] * len(k), ceil_mode), x)
         y = mode.apply(operation, x)
         if n > 1 and x.numel() < 2 * y.numel():  # else the result is so small that it may be kept
             recipe = ops.Again("max_pool", lambda x: function(x, k, s, p, 1, ceil_mode), 2.0)
@@ -557,40 +464,6 @@ def l1_loss(mode: Mode, function, args, kwargs):
     return leave(mode, function, args, kwargs if weight is None else {**kwargs, "weight": weight})
 
 
-def functions(names: str) -> list[Callable]:
-    """PyTorch's functions and methods with these names."""
-    found = [getattr(owner, name, None) for name in names.split() for owner in (torch, Tensor, F)]
-    return [function for function in found if callable(function)]
-
-
-# How an activation's kind follows from the arguments behind its input.
-KINDS: dict[str, Callable[..., ops.Kind]] = {
-    "relu": lambda: ops.Kind("relu"),
-    "sigmoid": lambda: ops.Kind("sigmoid"),
-    "tanh": lambda: ops.Kind("tanh"),
-    "silu": lambda: ops.Kind("silu"),
-    "mish": lambda: ops.Kind("mish"),
-    "hardswish": lambda: ops.Kind("hardswish"),
-    "hardsigmoid": lambda: ops.Kind("hardsigmoid"),
-    "relu6": lambda: ops.Kind("hardtanh", (0.0, 6.0)),
-    "hardtanh": lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
-    "leaky_relu": lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),
-    "elu": lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0)),
-    "celu": lambda alpha=1.0: ops.Kind("elu", (alpha, 1.0, 1.0 / alpha)),
-    "selu": lambda: ops.Kind("elu", (1.6732632423543772, 1.0507009873554805, 1.0)),
-    "gelu": lambda approximate="none": ops.Kind({"none": "gelu", "tanh": "gelu_tanh"}[approximate]),
-}
-ACTIVATIONS = {function: kind for name, kind in KINDS.items() for function in functions(f"{name} {name}_")}
-OPERATIONS = {
-    torch.add: "add add_ __add__ __radd__ __iadd__",
-    torch.sub: "sub sub_ __sub__ __isub__",
-    torch.mul: "mul mul_ __mul__ __rmul__ __imul__",
-    torch.div: "div div_ __truediv__ __itruediv__",
-    ops.rsub: "rsub __rsub__",
-}
-ELEMENTWISE = {function: operator for operator, names in OPERATIONS.items() for function in functions(names)}
-DROPOUTS = {F.dropout1d: 3, F.dropout2d: 4, F.dropout3d: 5}  # by channel; dimensions of a batch
-PADDINGS = {"reflect": "reflection", "replicate": "replication"}
 COPIES = "reshape flatten contiguous clone to type_as double float half bfloat16"
 RESIZE = again("resize", node=False)
 UNARY = {name: again(name, node=name != "neg", fits=lambda x: True) for name in ("abs", "cos", "neg", "sin")}
@@ -603,7 +476,6 @@ ADAPTIVE_POOL = again("pool", fits=pool_fits)
 LAYER_NORM = again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim())
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
 FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
-MAX_POOLS = {getattr(owner, f"max_pool{n}d"): n for n in (1, 2, 3) for owner in (F, torch)}
 HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(CONVOLUTIONS, handler(convolution)),
     **dict.fromkeys(ACTIVATIONS, handler(activation)),

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .operations import WIDE, Operation, copy_of, fit, layout_of, to
+from .arguments import fit, per_dimension
+from .layouts import layout_of
+from .operations import WIDE, Operation, copy_of, to
 from .values import Recipe, Value, origin_of, storage_of
 
 aten = torch.ops.aten
@@ -48,15 +50,6 @@ class Geometry(NamedTuple):
             padding = [t // 2 for t in total]
         padding = [0] * n if padding == "valid" else per_dimension(padding, n)
         return cls(stride, padding, dilation, transposed, extra, groups)
-
-
-def per_dimension(v, n: int) -> list[int]:
-    """An argument of a convolution or pooling as a list of ``n``."""
-    fit(isinstance(v, (int, tuple, list)))
-    v = [v] * n if isinstance(v, int) else list(v)
-    v = v * n if len(v) == 1 else v
-    fit(len(v) == n and all(type(i) is int for i in v))
-    return v
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,29 +16,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import (
-    make_channels_last_strides_for,
-    make_contiguous_strides_for,
-    suggest_memory_format,
-)
 
 from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
+from .layouts import in_layout, layout_of, one_image
 from .task import slabs
 from .values import Recipe, Value, View, origin_of, storage_of
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
-
-
-class Unfit(Exception):
-    """These arguments are not for remat."""
-
-
-def fit(condition: bool) -> None:
-    if not condition:
-        raise Unfit
 
 
 class Operation:
@@ -91,39 +77,6 @@ def unhooked():
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
-
-
-def layout_of(t: Tensor) -> torch.memory_format | None:
-    """The memory format in which the values of ``t`` have no gaps, if there is one."""
-    if t.is_contiguous():  # cheap: nearly all are
-        return torch.contiguous_format
-    last = CHANNELS_LAST.get(t.dim())
-    return last if last and t.is_contiguous(memory_format=last) else None
-
-
-def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Of one image the stride of the batch may be anything; if all have one layout, that of a larger batch.
-
-    PyTorch's elementwise kernels give it to their results then. Gradients that leave remat's nodes need it,
-    since the backward of a norm outside of remat may conclude a layout from it (see `in_layout`).
-    """
-    layouts = {layout_of(t) for t in tensors} if len(tensors[0]) == 1 else ()
-    if len(layouts) != 1 or None in layouts:
-        return tensors
-    return tuple(t.as_strided(t.shape, (t.numel(), *t.stride()[1:])) for t in tensors)
-
-
-def in_layout(t: Tensor, like: Tensor) -> Tensor:
-    """Where a dimension of size 1 may have any stride: ``t`` with those of a new tensor in ``like``'s layout.
-
-    PyTorch's backward of batch norm reads a layout from these strides, too. If it finds different ones for y
-    and dz, it pairs the wrong values.
-    """
-    if 1 not in t.shape or (layout := layout_of(like)) is None:
-        return t
-    last = layout is not torch.contiguous_format
-    strides = (make_channels_last_strides_for if last else make_contiguous_strides_for)(t.shape)
-    return t.contiguous(memory_format=layout).as_strided(t.shape, strides)
 
 
 # Norms -----------------------------------------------------------------------------------------------------
@@ -233,7 +186,8 @@ class Rerun(Operation):
     """A cheap function of a value and of parameters: backward calls it again, and differentiates that.
 
     For norms by group, layer and image, PReLU, and what else `calls.again` serves. Like PyTorch's node it
-    saves the first ``saves`` parameters; of the others it has ``copies``. ``reads_layout``: see `in_layout`.
+    saves the first ``saves`` parameters; of the others it has ``copies``. ``reads_layout``: see
+    `layouts.in_layout`.
     """
 
     beside = True
@@ -379,7 +333,7 @@ class Activation(Operation):
         return [self.kind.backward(dz, x, out)]
 
 
-# Products, pooling, and what PyTorch's own nodes do ---------------------------------------------------------
+# Products, dropout, and what PyTorch's own nodes do --------------------------------------------------------
 
 
 class Product(Operation):
@@ -489,85 +443,3 @@ class Join(Recipe):
 
     def run(self, out, *parts):
         return self.function(parts, self.dim, out=out)
-
-
-class FromShape(Operation):
-    """An average pooling, or a padding by the image's own pixels; ``name`` is that of PyTorch's operator.
-
-    Of the input, backward needs the shape and the layout: those of the gradient, which is at hand.
-    """
-
-    def __init__(self, call: Callable[[Tensor], Tensor], name: str, how: tuple, x: Tensor) -> None:
-        self.forward, self.name, self.how = call, name, how
-        self.shape, self.layout = x.shape, suggest_memory_format(x)
-
-    def backward(self, task, dz, needs, saved):
-        dx = torch.empty(self.shape, dtype=dz.dtype, device=dz.device, memory_format=self.layout)
-        return [getattr(aten, f"{self.name}_backward").grad_input(dz, dx, *self.how, grad_input=dx)]
-
-
-class MaxPool(Operation):
-    """Keeps each maximum's position in its window, one byte; PyTorch keeps eight bytes, and the input.
-
-    On an accelerator, or in three dimensions, it is the position in the image, in two bytes if that will do:
-    one pass instead of four.
-    """
-
-    def __init__(self, how: tuple, x: Tensor) -> None:
-        self.how = how  # kernel, stride, padding, dilation, ceil_mode
-        self.shape, self.offsets, self.in_window = x.shape, None, x.is_cpu and x.dim() == 4
-        self.gap = x.shape[-1] - how[0][-1]  # pixels between two rows of a window
-
-    def forward(self, x):
-        pool = getattr(torch._C._nn, f"max_pool{x.dim() - 2}d_with_indices")
-        if not self.in_window:
-            y, index = pool(x, *self.how)
-            self.offsets = index.to(torch.int16 if x.shape[2:].numel() <= 1 << 15 else torch.int32)
-            return y
-        y = None
-        for images in slabs(x, 8):  # of an index
-            y_s, index = pool(x[images], *self.how)
-            if y is None:
-                y = y_s if len(y_s) == len(x) else View.of(y_s).empty(len(x))
-                self.offsets = torch.empty_like(y, dtype=torch.uint8)
-                starts = self.starts(index)
-            if y is not y_s:
-                y[images] = y_s
-            self.offsets[images] = self.to_window(index, starts)
-            y_s = index = None  # before the next ones are made
-        return y
-
-    def starts(self, like: Tensor) -> Tensor:
-        """The first pixel of each window, as an index into the image."""
-        (rows, columns), (s, t), (p, q) = like.shape[2:], *self.how[1:3]
-        i = torch.arange(rows, device=like.device) * s - p
-        return i[:, None] * self.shape[3] + torch.arange(columns, device=like.device) * t - q
-
-    def to_window(self, index: Tensor, starts: Tensor) -> Tensor:
-        """Positions in the windows from those in the image, which are overwritten.
-
-        By floats, exact below 2²⁴: to divide integers takes five times as long.
-        """
-        place = index.sub_(starts).float()
-        return place.sub_(place.div(self.shape[3], rounding_mode="trunc"), alpha=self.gap)
-
-    def to_image(self, offsets: Tensor, starts: Tensor | None) -> Tensor:
-        """The positions in the image that are kept as ``offsets``."""
-        if starts is None:
-            return offsets.long()
-        place = offsets.float()
-        place.add_(place.div(self.how[0][1], rounding_mode="trunc"), alpha=self.gap)
-        return place.long().add_(starts)
-
-    def backward(self, task, dz, needs, saved):
-        how = {"dtype": dz.dtype, "device": dz.device, "memory_format": layout_of(self.offsets)}
-        dx = torch.empty(self.shape, **how)
-        kernel = getattr(aten, f"max_pool{dx.dim() - 2}d_with_indices_backward")
-        starts = self.starts(self.offsets) if self.in_window else None
-        for images in slabs(dx, 8):
-            dx_s = dx[images]
-            # Of the input the library reads the shape and the layout: those of its result.
-            kernel.grad_input(
-                dz[images], dx_s, *self.how, self.to_image(self.offsets[images], starts), grad_input=dx_s
-            )
-        return [dx]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import compute_elementwise_output_strides
 
 from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
@@ -325,9 +326,14 @@ class Activation(Operation):
         x, mine = task.get(self.value)
         x, dz = one_image(x, dz)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
-        like = x if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else dz
-        alike = x.dtype == dz.dtype and x.stride() == like.stride()
-        out = x if mine and alike or self.kind.name in NEW else torch.empty_like(like, dtype=x.dtype)
+        first, other = (x, dz) if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else (dz, x)
+        strides = first.stride()
+        if 1 in x.shape and x.stride() != dz.stride():
+            strides = compute_elementwise_output_strides(first, other)
+        if self.kind.name in NEW or mine and x.dtype == dz.dtype and x.stride() == strides:
+            out = x
+        else:
+            out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
         if self.backward_in_place:
             return [self.backward_in_place(dz, x, *self.kind.numbers, out=out)]
         return [self.kind.backward(dz, x, out)]

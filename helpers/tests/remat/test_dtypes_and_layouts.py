@@ -273,6 +273,25 @@ def test_the_gradient_of_an_activation_may_have_another_layout(act):
     assert torch.autograd.gradcheck(forward, x)
 
 
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("act", [F.silu, F.sigmoid, F.gelu, F.elu, F.relu6, F.hardswish, F.relu])
+def test_the_gradient_of_an_activation_of_one_row(act, images):
+    """A norm before it, too small for remat, may read another layout from other strides than PyTorch's."""
+
+    def scenario(context):
+        x = image(images, 2, 1, 4).requires_grad_()
+        with context():
+            h = F.batch_norm(x, None, None, training=True).permute(0, 3, 2, 1)
+            out = act(h)
+        h.register_hook(lambda dh: found.append(dh.stride()))
+        out.backward(image(*out.shape, seed=1))
+        return named(x.grad)
+
+    found = []
+    check_scenario(scenario, costs=[0])
+    assert found[0] == found[1]
+
+
 BATCH_STATISTICS = {"running_mean": None, "running_var": None, "training": True}
 
 

@@ -22,7 +22,7 @@ def check_forward(answer):
     z = z_with(mean, var)
     covariance = torch.einsum("nohw,nphw->op", y - mean[:, None, None], y) / m
     mistakes = {
-        "beta is missing: it belongs into the bias": z - beta[:, None, None],
+        "beta is missing: it belongs in the bias": z - beta[:, None, None],
         "the variance is the diagonal of W R Wᵀ / m, not its row sums": z_with(mean, covariance.sum(1)),
         "the mean is still in z: centre x, or put -scale W x_mean into the bias": z_with(0 * mean, var),
         "R sums over the pixels; the variance is their mean: divide by m": z_with(mean, m * var),

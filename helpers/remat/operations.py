@@ -327,13 +327,20 @@ class Activation(Operation):
         x, dz = one_image(x, dz)
         # In PyTorch's layout: some norms' backward takes another one for the wrong values.
         first, other = (x, dz) if self.kind.name in ("relu", "leaky_relu") or 0 in dz.stride() else (dz, x)
-        strides = first.stride()
-        if 1 in x.shape and x.stride() != dz.stride():
+        strides = ()
+        if 1 in x.shape and x.stride() != dz.stride():  # else those of the first, without gaps
             strides = compute_elementwise_output_strides(first, other)
-        if self.kind.name in NEW or mine and x.dtype == dz.dtype and x.stride() == strides:
+        if (
+            self.kind.name in NEW
+            or mine
+            and x.dtype == dz.dtype
+            and x.stride() == (strides or first.stride())
+        ):
             out = x
-        else:
+        elif strides:
             out = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
+        else:
+            out = torch.empty_like(first, dtype=x.dtype)
         if self.backward_in_place:
             return [self.backward_in_place(dz, x, *self.kind.numbers, out=out)]
         return [self.kind.backward(dz, x, out)]

@@ -292,6 +292,34 @@ def test_the_gradient_of_an_activation_of_one_row(act, images):
     assert found[0] == found[1]
 
 
+PARTS = {
+    "some channels": lambda y: y[:, 1:3],
+    "each second column": lambda y: y[..., ::2],
+    "one channel for all": lambda y: y[:, :1].expand(-1, 3, -1, -1),
+    "one row for all": lambda y: y[:, :, :1].expand(-1, -1, 5, -1),
+    "turned": lambda y: y.transpose(2, 3)[:, :, 1:],
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("act", [F.silu, F.sigmoid, F.relu6, F.leaky_relu, F.hardswish, F.relu])
+def test_the_gradient_of_an_activation_of_a_part(act, name):
+    """It has no gaps, and its values lie in places of their own."""
+
+    def scenario(context):
+        x = image(2, 4, 6, 6).requires_grad_()
+        with context():
+            part = PARTS[name](F.conv2d(x, w))
+            out = act(part)
+        part.register_hook(lambda dh: found.append((dh.stride(), dh.untyped_storage().nbytes())))
+        out.backward(image(*out.shape, seed=1))
+        return named(x.grad)
+
+    w, found = image(4, 4, 1, 1, seed=2), []
+    check_scenario(scenario, costs=[0, 1e9])
+    assert found[0] == found[1] == found[2]
+
+
 BATCH_STATISTICS = {"running_mean": None, "running_var": None, "training": True}
 
 

@@ -141,7 +141,12 @@ class Convolution(Operation):
         a, self.input = self.input, None
         y = self.function(a, to(w, self.dtype), to(b, self.dtype), **self.arguments)
         # That of da: of images, PyTorch chose it for y, by a and w.
-        self.layout = suggest_memory_format(y) if w.dim() > 3 else layout_of(a)
+        if w.dim() < 4:
+            self.layout = layout_of(a)
+        elif y.stride(1) > 1:  # cheap: most are
+            self.layout = torch.contiguous_format
+        else:
+            self.layout = suggest_memory_format(y)
         if y.is_cpu and y.is_contiguous() and w.dim() > 2:  # a linear layer's input is read in place
             strided = max(self.geometry.stride) > 1 and not self.skips_pixels(y, w)
             copies = a.nbytes + (max(a.nbytes, y.nbytes) if strided else y.nbytes)

@@ -219,7 +219,9 @@ class Table:
             if (recipe := ref()) is not None:
                 recipe.copy_parameters()
         entry = self._storages.pop(key, None)
-        refs = [] if entry is None else [*entry[1].values()]
+        if entry is None:
+            return []
+        refs = [*entry[1].values()]
         for ref in refs:
             self._living.pop(id(ref()), None)  # one that nothing else holds is gone then
         return [value for ref in refs if (value := ref()) is not None]
@@ -293,7 +295,8 @@ class Table:
         if value.kept is None:
             if not self.affordable(value):
                 self.keep_least(value, t, copied)
-            self.waiting.clear()
+            if self.waiting:  # to clear nothing would take longer
+                self.waiting.clear()
         return value
 
     def add_row(self, value: Value) -> None:

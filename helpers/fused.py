@@ -165,7 +165,7 @@ class FusedConvBN2d(nn.Module):
     The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the keys ``conv.weight``,
     ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The two are never called,
     only the layer is: put hooks on it. Input (N, C_in, H, W) and output (N, C_out, H_out, W_out) are those of
-    ``nn.Conv2d``; under autocast the output's dtype is, too.
+    ``nn.Conv2d``, and under autocast the output has its dtype, too.
 
     Raises:
         ValueError, or PyTorch's own RuntimeError: an argument that does not fit, before anything is computed

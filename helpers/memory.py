@@ -62,7 +62,7 @@ def describe_device(device: torch.device | str) -> dict[str, str]:
 
 
 class MemoryTrace:
-    """Context manager that records the memory of what runs inside it, each time anew.
+    """Context manager that records the memory of what runs inside it; each use starts a new record.
 
     Args:
         device: where the work runs. Must be one that ``memory_device`` returns unchanged.

@@ -32,7 +32,7 @@ def taps(ax, title: str, size: int, kernel: int, stride: int, padding: int, dila
     """Which input position each output position of a one-dimensional convolution reads, by kernel tap."""
     out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     reached = stride * (out - 1) + dilation * (kernel - 1) + 1  # how many of the padded rows are read
-    for k, (colour, marker) in enumerate(zip(HUES, "os^", strict=True)):
+    for k, colour, marker in zip(range(kernel), HUES, "os^", strict=False):
         at = [stride * i + dilation * k - padding for i in range(out)]
         ax.scatter(at, range(out), color=colour, marker=marker)
         note(ax, f"k={k}", (at[0], 0), (0, 7), colour, fontsize=8, ha="center")
@@ -86,7 +86,8 @@ def pair_diagram(ax, title: str, kept: str, steps: Sequence[str] = ("", "", "", 
         arrow(ax, (start, row), (end, row), shrinkA=20, shrinkB=20)
         ax.text((start + end) / 2, row + 0.06, step + text, ha="center", va="bottom", fontsize=9)
     for column in (0, 1):  # x goes into the convolution's backward, y into batch norm's
-        arrow(ax, (column + 0.12, 0.85), (column + 0.46, 0.37), linestyle=":")
+        arrow(ax, (column + 0.12, 0.85), (column + 0.44, 0.39), linestyle=":", arrowstyle="-")
+        arrow(ax, (column + 0.44, 0.39), (column + 0.46, 0.37))  # its head, which would be dotted, too
     ax.axis("off")
 
 

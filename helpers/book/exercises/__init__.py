@@ -167,16 +167,19 @@ def compare_function(
     out, held = held_after(run)
     compare("the output", out, reference(*inputs), note=note)
     more = (held - out.nbytes) / out.numel()
-    require(more < kept + 0.5, f"the output is right, but {more:.1f} bytes a value are kept for backward")
+    words = f"the output is right, but {more:.1f} bytes a value are kept for backward; {kept} are enough"
+    require(more < kept + 0.5, words)
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
     wrong = [f"ctx.{name}" for name, v in attributes if any(isinstance(t, Tensor) for t in tree_leaves(v))]
-    require(not wrong, f"{', '.join(wrong)} must not be or hold a tensor: save_for_backward checks versions")
+    words = "holds a tensor: pass it to save_for_backward, which notices if it is changed before backward"
+    require(not wrong, f"{' and '.join(wrong)} {words}")
     dout = torch.randn_like(out)
     if dout.dim() == 4:  # some layers' gradients have this layout
         dout = dout.contiguous(memory_format=torch.channels_last)
     try:
         got = call(torch.autograd.grad, out, leaves, dout, allow_unused=True)
     except RuntimeError as error:
-        require("returned an in" not in str(error), f"backward: {error}")  # number or shape of gradients
+        require("number of grad" not in str(error), "backward must return one gradient for each argument")
+        require("returned an invalid grad" not in str(error), f"backward: {error}")
         raise
     compare(names, got, grads(reference, inputs, dout), mistakes(dout), note)

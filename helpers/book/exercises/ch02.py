@@ -42,6 +42,6 @@ def check_grads_by_patches(answer):
         want = grads(F.conv2d, (x, w), dy, **options)
         _, of_one = grads(F.conv2d, (x[:1], w), dy[:1], **options)
         got, flops = conv_flops(call, answer, dy, x, w, **options)
-        mistakes = {"dw takes the images for one: every image has its own patches": of_one}
+        mistakes = {"that is dw of the first image alone; add up those of all images": of_one}
         compare("dx, dw", got, want, mistakes, note=f"{options}")
         require(not flops, "that calls a convolution; F.unfold, F.fold and torch.einsum are enough")

@@ -19,7 +19,10 @@ def check_six_steps(answer):
     (x, w, dz), eps = new((3, 2, 6, 5), (4, 2, 3, 2), (3, 4, 4, 4)), 0.5
     y = F.conv2d(x, w)
     want = grads(lambda x, w: simple_norm(F.conv2d(x, w), eps), (x, w), dz)
-    mistakes = {"that is the convolution's alone; step 4 turns dz into dy": grads(F.conv2d, (x, w), dz)[0]}
+    mistakes = {
+        "that is the convolution's alone; step 4 turns dz into dy": grads(F.conv2d, (x, w), dz)[0],
+        "take eps from ctx": grads(lambda x, w: simple_norm(F.conv2d(x, w), 1e-3), (x, w), dz)[0],
+    }
     saved = x, w, y.mean(CHANNELS), y.std(CHANNELS)
     ctx = SimpleNamespace(saved_tensors=saved, eps=eps, needs_input_grad=(True, True, False))
     compare("dx, dw, None for eps", call(answer, ctx, dz), (*want, None), mistakes)

@@ -35,7 +35,7 @@ WRONG = {
             (
                 '"ngop,ngrp->gor", dy_g, patches',
                 '"gop,grp->gor", dy_g[0], patches[0]',
-                "takes the images for one",
+                "of the first image alone",
             ),
             ("dx = F.fold", "F.conv2d(x, x)\n    dx = F.fold", "calls a convolution"),
             ("return dx, dw", "return dx", "return a tuple, (dx, dw)"),
@@ -79,6 +79,7 @@ WRONG = {
             ("conv_backward(dy, x, w)", "conv_backward(dz, x, w)", "step 4 turns dz into dy"),
             ("return dx, dw, None", "dz.zero_()\n    return dx, dw, None", "has been overwritten"),
             ("return dx, dw, None", "return dx, dw, 0.0", "None for eps: expected None, got 0.0"),
+            ("ctx.eps)", "1e-3)", "take eps from ctx"),
         ],
         "check_repaired": [
             ("(2 * sqrt_var)", "(2 * denom)", "which of the per-channel numbers are 0"),
@@ -91,7 +92,7 @@ WRONG = {
             (
                 "z > 0)\n        ctx.eps = eps",
                 "gamma)\n        ctx.eps, ctx.mask = eps, z > 0",
-                "ctx.mask must not be or hold a tensor",
+                "ctx.mask holds a tensor",
             ),
         ],
     },
@@ -145,7 +146,7 @@ WRONG = {
             (
                 "ctx.function, ctx.alpha = ",
                 "ctx.all, ctx.function, ctx.alpha = recipe, ",
-                "ctx.all must not be or hold",
+                "ctx.all holds a tensor",
             ),
             (".mul_(da)", ".mul_(0).add_(da)", "without leaky ReLU"),
             (
@@ -158,6 +159,7 @@ WRONG = {
                 "da.mul_(z.gt_(0) * 0.7 + 0.3)",
                 "overwritten",
             ),
+            ("mean, var = batch_stats(y)", "mean, var = batch_stats(y); y.mul_(1)", "overwritten"),
             (
                 "mean, var, *recipe.inputs)",
                 "mean, var, *recipe.inputs, y)\n        recipe.inputs[0]",

@@ -35,7 +35,8 @@ def piece_bytes(t: Tensor) -> int:
 
 def pieces(t: Tensor) -> tuple[Tensor, ...]:
     """Views of ``t``, each of so many images."""
-    return t.split(max(1, piece_bytes(t) // t[0].nbytes))
+    image_bytes = t[0].numel() * max(t.itemsize, 4)  # half precision is computed in float32
+    return t.split(max(1, piece_bytes(t) // image_bytes))
 
 
 def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +93,7 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
     """
     if inplace and y.dtype == mean.dtype:
         return y.sub_(per_channel(mean))
-    return y.to(mean.dtype) - per_channel(mean)
+    return y - per_channel(mean)  # the wider of the two dtypes
 
 
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def conv2d_backward(
 
     Raises:
         ValueError: ``input`` is no batch of images, a tensor's shape, dtype or device does not fit it, or
-            ``needs`` is not three bools.
+            ``padding`` is a word, or ``needs`` is not three bools.
         RuntimeError or TypeError: PyTorch's own, if there is no such convolution.
     """
     check_images("input", input)
@@ -57,6 +57,8 @@ def conv2d_backward(
             raise ValueError(f"{name} must be a tensor, {wanted} like input, got {got}")
     if not (isinstance(needs, (tuple, list)) and [type(need) for need in needs] == [bool] * 3):
         raise ValueError(f"needs must be three bools, for input, weight and bias, got {needs!r}")
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be an int or a pair of ints, got {padding!r}")
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     no_images = F.conv2d(input[:0].detach(), weight.detach(), None, stride, padding, dilation, groups)
     expected = (len(input), *no_images.shape[1:])  # PyTorch has checked the other arguments

@@ -122,21 +122,22 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, gamma, beta, settings):
-        first, *others = settings.slabs(x, weight)
-        y = F.conv2d(x[first], weight, None, *settings.geometry)
-        if others:
-            y_first, y = y, y.new_empty_strided((len(x), *y.shape[1:]), y.stride())
-            y[first] = y_first
-            del y_first
-        for s in others:
-            y[s] = F.conv2d(x[s], weight, None, *settings.geometry)
-        mean, var = batch_stats(y)
-        scale = scale_of(gamma, var + settings.eps)
-        for piece in pieces(y):  # becomes z
-            z = centre(piece, mean, inplace=True).mul_(per_channel(scale))
-            if beta is not None:
-                z.add_(per_channel(beta))
-            piece.copy_(z)  # in half precision z has memory of its own
+        with torch._C._DisableAutocast():  # backward runs outside of it, and must recompute the same y
+            first, *others = settings.slabs(x, weight)
+            y = F.conv2d(x[first], weight, None, *settings.geometry)
+            if others:
+                y_first, y = y, y.new_empty_strided((len(x), *y.shape[1:]), y.stride())
+                y[first] = y_first
+                del y_first
+            for s in others:
+                y[s] = F.conv2d(x[s], weight, None, *settings.geometry)
+            mean, var = batch_stats(y)
+            scale = scale_of(gamma, var + settings.eps)
+            for piece in pieces(y):  # becomes z
+                z = centre(piece, mean, inplace=True).mul_(per_channel(scale))
+                if beta is not None:
+                    z.add_(per_channel(beta))
+                piece.copy_(z)  # in half precision z has memory of its own
         ctx.save_for_backward(x, weight, gamma, mean, var)
         ctx.mark_non_differentiable(mean, var)
         ctx.settings = settings
@@ -165,7 +166,9 @@ class FusedConvBN2d(nn.Module):
     The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the keys ``conv.weight``,
     ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The two are never called,
     only the layer is: put hooks on it. Input (N, C_in, H, W) and output (N, C_out, H_out, W_out) are those of
-    ``nn.Conv2d``, and under autocast the output has its dtype, too.
+    ``nn.Conv2d``, and under autocast the output has its dtype, too. In eval mode the norm is folded into the
+    weight: dγ has fewer digits than the pair's where the running mean is hundreds of σ from 0, and in half
+    precision the folded numbers may overflow before the pair's output does.
 
     Raises:
         ValueError, or PyTorch's own RuntimeError: an argument that does not fit, before anything is computed
@@ -209,13 +212,15 @@ class FusedConvBN2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, bn = self.conv, self.bn
-        weight = conv.weight  # once: a parametrization computes it at each access
+        check_plain("conv", conv, nn.Conv2d)  # prepare_qat makes it another
+        check_plain("bn", bn, nn.BatchNorm2d)  # and convert_sync_batchnorm
+        weight, bias = conv.weight, conv.bias  # once: a parametrization computes them at each access
         y = self.output_of_no_images(input, weight)
         m = input.shape[0] * y.shape[2:].numel()  # not len(), which would make an exported batch size fixed
         if m == 0:  # no statistics
-            return bn(conv._conv_forward(input, weight, conv.bias))
+            return bn(conv._conv_forward(input, weight, bias))
         if not bn.training and bn.running_mean is not None:
-            return conv._conv_forward(input, *fold(weight, conv.bias, bn))
+            return conv._conv_forward(input, *fold(weight, bias, bn))
         if m == 1:
             raise ValueError("input: batch statistics need more than 1 value per channel, got 1")
         x, padding = padded(input, conv)
@@ -226,20 +231,20 @@ class FusedConvBN2d(nn.Module):
             # The compiler would notice that backward repeats forward's convolution, compute it once, and keep
             # y: the very tensor that this layer avoids keeping.
             run = torch.compiler.disable(run)
-        z, mean, var = run(x, weight.to(y.dtype), conv.bias, bn.weight, bn.bias, settings)
-        if bn.training and bn.track_running_stats and bn.running_mean is not None:
+        z, mean, var = run(x, weight.to(y.dtype), bias, bn.weight, bn.bias, settings)
+        if bn.training and bn.track_running_stats:
             counter, momentum = bn.num_batches_tracked, bn.momentum
-            if momentum is None:  # PyTorch's share without a counter is 0
-                momentum = 0.0 if counter is None else 1 / (counter + 1).to(bn.running_mean.dtype).view(())
-            mean = mean if conv.bias is None else mean + conv.bias.detach()
-            update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
             if counter is not None:
                 counter.add_(1)
+            if momentum is None:  # PyTorch's share without a counter is 0
+                momentum = 0.0 if counter is None else 1 / counter.to(mean.dtype).view(())
+            if bn.running_mean is not None:
+                mean = mean if bias is None else mean + bias.detach()
+                update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
         return z
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
-        check_plain("bn", self.bn, nn.BatchNorm2d)  # convert_sync_batchnorm makes it another
         for name, module in (("conv", self.conv), ("bn", self.bn)):
             check_hooks(name, module, ("forward_pre",))  # torch.nn.utils.prune computes the weight in one
         check_norm(input, self.bn.eps)
@@ -275,9 +280,9 @@ def check_slab_size(slab_size) -> None:
 
 def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Raise a ValueError if ``module`` computes anything but what ``kind`` does."""
-    functions = ("forward", "_conv_forward")
+    functions = ("forward", "_conv_forward", "__call__")
     same = all(getattr(type(module), f, None) is getattr(kind, f, None) for f in functions)
-    if not (isinstance(module, kind) and same) or "forward" in module.__dict__:
+    if not (isinstance(module, kind) and same) or any(f in module.__dict__ for f in functions):
         got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
         raise ValueError(f"{name} {got}; helpers.remat works with any module")
 
@@ -307,7 +312,7 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
     gradients that cancel where |μ| is many times σ: there it has fewer digits than the pair's, which keeps y.
     """
     mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (bn.running_mean, bn.running_var))
-    scale = scale_of(bn.weight, var + bn.eps)
+    scale, beta = scale_of(bn.weight, var + bn.eps), bn.bias
     shift = scale * (-mean if bias is None else bias - mean)
-    shift = shift if bn.bias is None else shift + bn.bias
+    shift = shift if beta is None else shift + beta
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)

@@ -62,7 +62,7 @@ def describe_device(device: torch.device | str) -> dict[str, str]:
 
 
 class MemoryTrace:
-    """Context manager that records the memory of what runs inside it; each use starts a new record.
+    """Context manager that records the memory of what this thread runs inside it, from zero at each use.
 
     Args:
         device: where the work runs. Must be one that ``memory_device`` returns unchanged.

@@ -76,6 +76,7 @@ def test_depthwise_gradients_of_an_empty_batch():
     ("change", "message"),
     [
         ({"stride": 0}, "non-positive stride is not supported"),
+        ({"padding": "same"}, "padding must be an int or a pair of ints, got 'same'"),
         ({"padding": (1, 2, 3)}, r"expected padding .* 2 values .* got padding=\[1, 2, 3\]"),
         ({"groups": 2}, "Given groups=2, expected weight to be divisible by 2 at dimension 0"),
         ({"weight": randn(3, 1, 3, 3)}, "to have 1 channels, but got 2 channels"),

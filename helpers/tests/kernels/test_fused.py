@@ -286,13 +286,25 @@ def test_the_pairs_parameters_and_state_and_copies():
         assert other.slab_size == 2 and torch.equal(other.eval()(x), fused.eval()(x))
 
 
-def test_a_parametrized_weight_is_computed_once():
-    """Spectral norm takes a step each time."""
-    pair = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 3)), nn.BatchNorm2d(3))
-    fused, x = fuse(pair), torch.randn(2, 2, 5, 5)
-    for images in (x, x[:0]):
-        pair(images), fused(images)
-    close(fused.conv.parametrizations.weight[0]._u, pair[0].parametrizations.weight[0]._u, "u")
+class Counted(nn.Module):
+    """A parametrization that changes nothing."""
+
+    calls = 0
+
+    def forward(self, t):
+        self.calls += 1
+        return t
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_parametrized_tensor_is_computed_once(training):
+    fused, x = fuse(make_pair(2, 3, 3)).train(training), randn(2, 2, 5, 5)
+    for module, name in ((fused.conv, "weight"), (fused.conv, "bias"), (fused.bn, "bias")):
+        nn.utils.parametrize.register_parametrization(module, name, counted := Counted())
+        for images in (x, x[:0]):
+            before = counted.calls
+            fused(images)
+            assert counted.calls == before + 1, name
 
 
 def test_frozen_norm_inside_a_training_layer():
@@ -349,6 +361,20 @@ def test_autocast_equals_the_pair(padding_mode, backward_in_autocast, dtype, tra
     for name, ours, wanted in zip(names, results[1], results[0], strict=True):
         if name != "db" or not training:  # rounding errors in the pair
             close(ours, wanted, name, None if name == "batches" else rounding(dtype, 4))  # y, again, dy, dx
+
+
+def test_the_function_alone_takes_no_part_in_autocast():
+    """Its backward recomputes y outside of autocast, and must find forward's."""
+    torch.manual_seed(0)
+    x, w, gamma, dz = torch.randn(8, 4, 10, 10) + 3, torch.randn(6, 4, 3, 3), torch.ones(6), None
+    results = []
+    for enabled in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, w, gamma)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z, *statistics = FusedConvBN2dFunction.apply(*leaves[:2], None, leaves[2], None, Settings())
+        dz = torch.randn_like(z) + 5 if dz is None else dz
+        results.append([z, *statistics, *torch.autograd.grad(z, leaves, dz)])
+    assert all(map(torch.equal, *results))
 
 
 def test_backward_alone_in_autocast_stays_in_forwards_precision():
@@ -584,9 +610,12 @@ def test_an_exported_layer_takes_batches_of_any_size():
 
 @pytest.mark.parametrize("counter", [None, torch.tensor([3])])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_a_norm_with_another_counter_or_none(momentum, counter):
+@pytest.mark.parametrize("tracked", [True, False])
+def test_a_norm_with_another_counter_or_none(tracked, momentum, counter):
     fused, x = FusedConvBN2d(2, 4, 3, momentum=momentum), torch.randn(2, 2, 5, 5)
     fused.bn.num_batches_tracked = None if counter is None else counter.clone()
+    if not tracked:
+        fused.bn.running_mean = fused.bn.running_var = None
     bn = copy.deepcopy(fused.bn)
     torch.testing.assert_close(fused(x), bn(fused.conv(x)))
     torch.testing.assert_close(list(fused.bn.buffers()), list(bn.buffers()))
@@ -636,5 +665,20 @@ def test_from_pair_names_what_does_not_fit():
             FusedConvBN2d.from_pair(*pair)
     with pytest.raises(ValueError, match="bn.weight must be .* on cpu .* on meta"):
         FusedConvBN2d.from_pair(conv, nn.BatchNorm2d(4, device="meta"))(torch.randn(2, 2, 5, 5))
-    with pytest.raises(ValueError, match="got SyncBatchNorm"):
-        nn.SyncBatchNorm.convert_sync_batchnorm(FusedConvBN2d(2, 4, 3))(torch.randn(2, 2, 5, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_that_became_another_is_named(training):
+    class Doubled(nn.Conv2d):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    layer = FusedConvBN2d(2, 4, 3).train(training)
+    others = [nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(layer))]
+    for conv in (nn.Linear(2, 4), nn.Identity(), Doubled(2, 4, 3), nn.Conv2d(2, 4, 3)):
+        conv._conv_forward = layer.conv._conv_forward
+        others.append(copy.deepcopy(layer))
+        others[-1].conv = conv
+    for other in others:
+        with pytest.raises(ValueError, match="(conv|bn) must be a plain nn.(Conv2d|BatchNorm2d), got "):
+            other(torch.randn(2, 2, 5, 5))

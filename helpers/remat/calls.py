@@ -377,7 +377,6 @@ def avg_pool(
     fit(mode.table.is_safe(input))
     # CUDA's backward knows these layouts alone.
     fit(layout_of(input) in (torch.contiguous_format, torch.channels_last))
-    fit(isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool))
     how = *sizes, ceil_mode, count_include_pad, divisor_override
     return from_shape(mode, f"avg_pool{n}d", how, input, lambda x: function(x, *how))
 
@@ -410,11 +409,12 @@ def from_shape(mode: Mode, name: str, how: tuple, x: Tensor, call: Callable[[Ten
 
 
 def max_pool(
-    mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, **named
-):
+    mode, function, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False,
+    return_indices=False,
+):  # fmt: skip
     n = MAX_POOLS[function]
     k, s, p = window(input, n, kernel_size, stride, padding)
-    fit(not named.get("return_indices") and set(per_dimension(dilation, n)) == {1})
+    fit(not return_indices and set(per_dimension(dilation, n)) == {1})
     fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0)
     fit(all(0 <= 2 * p_i <= k_i for p_i, k_i in zip(p, k, strict=True)))
     if n == 1:  # PyTorch pools images of one row

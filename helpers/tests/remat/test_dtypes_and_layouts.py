@@ -337,6 +337,17 @@ def test_a_norm_outside_of_the_context(norm, act):
     assert torch.autograd.gradcheck(forward, x)
 
 
+@pytest.mark.parametrize("norm", [F.instance_norm, functools.partial(F.batch_norm, **BATCH_STATISTICS)])
+def test_a_norm_reads_its_gradient_in_any_layout(norm):
+    """Of one row of one image PyTorch takes it for other values."""
+    x, dz, found = image(1, 3, 1, 2).requires_grad_(), image(1, 3, 1, 2, seed=1), []
+    with remat():
+        z = norm(x * 1.5)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found += torch.autograd.grad(z, x, dz.contiguous(memory_format=layout), retain_graph=True)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])
 def test_a_frozen_norms_gradient_has_its_inputs_layout(layouts):
     of_input, of_gradient = ((torch.contiguous_format, torch.channels_last)[i] for i in layouts)

@@ -29,6 +29,37 @@ from helpers.tests.remat.support import (
 )
 
 
+def test_a_padding_with_one_zero_more_on_one_side():
+    """PyTorch's "same" with an even kernel."""
+
+    def make():
+        convs = (nn.Conv2d(c, 4, kernel, padding="same") for c, kernel in ((3, (2, 3)), (4, (3, 4))))
+        return nn.Sequential(*[layer for conv in convs for layer in (conv, nn.BatchNorm2d(4), nn.ReLU())])
+
+    check(make, X)
+
+
+@pytest.mark.parametrize("kernel", [(2, 17), (20, 14)], ids=str)
+def test_a_window_whose_positions_need_more_than_a_byte(kernel):
+    """Wider than the image, or with more than 256 pixels."""
+    padding = kernel[0] // 2, kernel[1] // 2
+    check(
+        lambda: nn.Sequential(block(), nn.MaxPool2d(kernel, 1, padding), nn.Conv2d(8, 4, 1)),
+        image(2, 3, 22, 16),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_dropout_of_a_number_or_a_vector(shape):
+    x, found = image(*shape).requires_grad_(), []
+    for cost in (None, 0):
+        torch.manual_seed(0)
+        with under(cost):
+            out = F.dropout(x * 1)
+        found.append((out, *torch.autograd.grad(out.sum(), x)))
+    assert all(map(torch.equal, *found))
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_convolutions(data):

@@ -133,3 +133,22 @@ def test_what_it_cannot_decorate(function):
 @pytest.mark.parametrize("max_cost", [0, 0.5, 64, np.int64(64), 1e9, float("inf")])
 def test_prices(max_cost):
     check(example("residual"), X, costs=[max_cost])
+
+
+def test_the_price_of_a_transposed_convolution():
+    """Its mean: with a stride of 2, a pixel takes a quarter of the kernel."""
+    model = nn.Sequential(
+        nn.ConvTranspose2d(8, 6, 4, 2, groups=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 1, 1)
+    )
+    with remat(1e9) as record:
+        model(image(2, 8, 5, 4, dtype=torch.float32))
+    costs = {row.recipe: row.cost for row in record.rows if not row.kept}
+    assert costs == {"conv_transpose2d": 8 / 2 * 4 * 4 / 4, "relu": 8 / 2 * 4 * 4 / 4}
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 2, 1), nn.ReflectionPad2d(1)])
+def test_an_average_or_a_pad_by_pixels_needs_nothing(pool):
+    x = image(2, 3, 6, 6).requires_grad_()
+    with remat() as record:
+        pool(x * 2)
+    assert record.rows == [] and record.plain_bytes == x.nbytes

@@ -199,7 +199,6 @@ class Rerun(Operation):
 
     def backward(self, task, dz, needs, saved):
         x, _ = task.get(self.value)
-        x = in_layout(x, x) if self.reads_layout else x
         given = (x, *saved, *self.copies)
         inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
         # Backward may run inside remat's context, or of saved-tensor hooks.

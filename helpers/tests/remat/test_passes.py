@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.remat import passes, remat
 from helpers.remat.operations import ACTIVATIONS, Kind
+from helpers.tests.remat import support
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TRITON = find_spec("triton") is not None
@@ -278,6 +279,35 @@ def test_passes_of_a_residual_block(name, dtype, kernels_are_seen):
     once = "relu" in name  # the result, made for the convolution, serves the activation's backward too
     assert [p.between() for p in ours] == [8, 13 if once else 15], ours[1].counts
     assert "_to_copy" not in ours[0].calls + ours[1].calls
+
+
+MERGED = {  # what is made of a norm's result z and of its block's input x
+    "sum": lambda z, x: F.silu(z + x),
+    "sum, the other way round": lambda z, x: F.silu(x + z),
+    "sum with a number": lambda z, x: F.silu(z + 1.5),
+    "sum with one channel": lambda z, x: F.silu(z + x[:, :1]),
+    "sum of another shape": lambda z, x: F.silu(F.batch_norm(z[:, :1] * 1.5, None, None, training=True) + x),
+    "difference": lambda z, x: F.silu(x - z),
+    "product": lambda z, x: F.silu(z * x),
+    "sum of the result with itself": lambda z, x: F.silu(z + z),
+    "the sum and the result, each needed": lambda z, x: F.silu(z + x) * z,
+    "two activations": lambda z, x: F.silu(F.mish(z)),
+    "a part": lambda z, x: F.silu(torch.cat([z[:, 1:], x], 1)),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merged_steps_are_the_same_function(name, monkeypatch):
+    """A CPU plays an accelerator without a kernel, so that PyTorch's run in its place."""
+    monkeypatch.setattr(passes, "has_kernel", lambda device: True)
+    monkeypatch.setattr(passes, "one_pass", lambda *tensors: False)
+    channels = MERGED[name](*torch.ones(2, 2, 3, 1, 1)).shape[1]
+
+    def make():
+        parts = {"a": nn.Conv2d(3, 3, 3, padding=1), "n": nn.BatchNorm2d(3), "b": nn.Conv2d(channels, 2, 1)}
+        return support.Net(lambda self, x: self.b(MERGED[name](self.n(self.a(x)), x)), **parts)
+
+    support.check(make, support.X)
 
 
 def test_passes_are_counted_as_they_are():

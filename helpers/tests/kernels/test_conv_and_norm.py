@@ -16,7 +16,7 @@ from helpers import (
     conv2d_backward,
     update_running_stats,
 )
-from helpers.batch_norm import piece_bytes
+from helpers.batch_norm import batch_norm_sums, piece_bytes
 from helpers.tests.kernels.rounding import rounding
 
 GEOMETRIES = [
@@ -198,6 +198,17 @@ def test_statistics_and_gradients_can_be_differentiated(layout):
         return z, *batch_norm_backward(dz, y, gamma, mean, var)
 
     assert torch.autograd.gradcheck(function, (y.requires_grad_(), dz.requires_grad_()))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_of_many_values_keep_their_digits(dtype, layout):
+    torch.manual_seed(0)
+    dz, y = ((torch.randn(32, 4, 56, 56) + 2).to(dtype).contiguous(memory_format=layout) for _ in range(2))
+    mean = y.float().mean((0, 2, 3))
+    found, exact = batch_norm_sums(dz, y, mean), batch_norm_sums(dz.double(), y.double(), mean.double())
+    for f, e in zip(found, exact, strict=True):
+        assert (f - e).norm() <= 2e-6 * e.norm() + 2e-6 * dz.double().norm()
 
 
 def test_batch_stats_of_half_precision_are_float32():

@@ -134,6 +134,14 @@ def test_the_function_returns_the_statistics():
     torch.testing.assert_close(mean, y.mean((0, 2, 3)))
     torch.testing.assert_close(var, y.var((0, 2, 3), correction=0))
     torch.testing.assert_close(z, F.batch_norm(y, None, None, gamma, beta, True))
+    outputs = FusedConvBN2dFunction.apply(x, w.requires_grad_(), None, gamma, beta, Settings())
+    assert [t.requires_grad for t in outputs] == [True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("kernel", [(2, 3), (3, 2), (2, 4)], ids=str)
+def test_same_with_an_even_kernel_pads_one_side_more(kernel):
+    check_equal(make_pair(2, 3, kernel, padding="same"), randn(3, 2, 6, 5), 2, training=True)
 
 
 # -- what autograd may ask for ---------------------------------------------------------------------
@@ -610,12 +618,15 @@ def test_an_exported_layer_takes_batches_of_any_size():
 
 @pytest.mark.parametrize("counter", [None, torch.tensor([3])])
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("tracked", [True, False])
-def test_a_norm_with_another_counter_or_none(tracked, momentum, counter):
-    fused, x = FusedConvBN2d(2, 4, 3, momentum=momentum), torch.randn(2, 2, 5, 5)
+@pytest.mark.parametrize("tracked", ["yes", "no", "no more"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_with_another_counter_or_none(training, tracked, momentum, counter):
+    fused, x = FusedConvBN2d(2, 4, 3, momentum=momentum).train(training), torch.randn(2, 2, 5, 5)
     fused.bn.num_batches_tracked = None if counter is None else counter.clone()
-    if not tracked:
+    if tracked == "no":
         fused.bn.running_mean = fused.bn.running_var = None
+    elif tracked == "no more":
+        fused.bn.track_running_stats = False
     bn = copy.deepcopy(fused.bn)
     torch.testing.assert_close(fused(x), bn(fused.conv(x)))
     torch.testing.assert_close(list(fused.bn.buffers()), list(bn.buffers()))

@@ -4,9 +4,10 @@ import gc
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import record_function
 
-from helpers.memory import MemoryTrace, memory_device
+from helpers.memory import MemoryTrace, memory_device, saved_by, saved_tensors, storage_address
 
 
 def test_tensors_and_what_a_library_takes_inside_of_an_operation():
@@ -101,3 +102,26 @@ def test_an_accelerator_is_asked_only_after_it_allocated(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, device: made.append(device))
     monkeypatch.setattr(torch.accelerator, "memory_stats", lambda device: {"peak": 1} if made else {})
     assert memory_device("cuda")[0].type == "cuda"
+
+
+def test_what_a_model_saves_but_no_parameters():
+    """By the module that saved it; views have the whole's memory, which counts once."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid())
+
+        def forward(self, x):
+            y = self.block(x)
+            return y[:, :3] * y[:, 3:]
+
+    x, model = torch.randn(5, 4, requires_grad=True), Net()
+    out, saved = saved_tensors(model, x)
+    names, shapes = [entry.module for entry in saved], [entry.shape for entry in saved]
+    assert names == ["block.0", "block.1", "", ""] and shapes == [(5, 4), (5, 6), (5, 3), (5, 3)]
+    assert len({entry.storage for entry in saved}) == 2 and saved[0].storage == storage_address(x)
+    assert [entry.nbytes for entry in saved] == [4 * 20, 4 * 30, 4 * 30, 4 * 30]
+    assert torch.equal(out, model(x)) and all(entry.dtype == torch.float32 for entry in saved)
+    again, everything = saved_by(model, x)
+    assert torch.equal(again, out) and any(t.shape == (4, 6) for t in everything)  # the weight, transposed

@@ -228,6 +228,7 @@ IMAGES = {
     "group norm": lambda: Images(GROUPS),
     "a norm that averages": lambda: Images(MEAN),
     "layer norm": lambda: nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)),
+    "a loss of each value": lambda: Images(GROUPS, lambda z, t: F.mse_loss(z, t, reduction="none").sum(1)),
     **{
         name: lambda name=name: Images(GROUPS, getattr(F, name))
         for name in (

@@ -419,6 +419,24 @@ def test_running_statistics_that_another_norm_changes(size, name):
     check_scenario(scenario)
 
 
+@pytest.mark.parametrize("unseen", [True, False])
+def test_a_source_that_changed_is_not_kept_in_its_results_place(unseen):
+    """The two convolutions' outputs are smaller than the concatenation, and would do."""
+
+    def scenario(context):
+        x, a, b = image(4, 3, 8, 8), leaf(image(3, 3, 3, 3, seed=1)), leaf(image(5, 9, 3, 3, seed=2))
+        with context():
+            p, q = F.conv2d(x, a), F.conv2d(x, a.flip(0))
+            joined = torch.cat([p, p, q], 1)
+            with torch._C.DisableTorchFunction() if unseen else contextlib.nullcontext():
+                p.detach().mul_(2)
+            out = F.conv2d(joined, b)
+        out.square().sum().backward()
+        return named(a.grad, b.grad)
+
+    check_scenario(scenario)
+
+
 @pytest.mark.parametrize("expose", [torch.Tensor.data_ptr, lambda t: t.data, torch.Tensor.numpy])
 def test_a_change_is_seen_although_the_tensor_is_exposed_later(expose):
     """What is copied then must not be what somebody has changed before."""

@@ -236,9 +236,9 @@ class FusedConvBN2d(nn.Module):
             counter, momentum = bn.num_batches_tracked, bn.momentum
             if counter is not None:
                 counter.add_(1)
-            if momentum is None:  # PyTorch's share without a counter is 0
-                momentum = 0.0 if counter is None else 1 / counter.to(mean.dtype).view(())
             if bn.running_mean is not None:
+                if momentum is None:  # PyTorch's share without a counter is 0
+                    momentum = 0.0 if counter is None else 1 / counter.to(bn.running_mean.dtype).view(())
                 mean = mean if bias is None else mean + bias.detach()
                 update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
         return z

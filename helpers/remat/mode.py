@@ -199,7 +199,7 @@ class remat:  # noqa: N801
     ``torch.utils.dlpack.to_dlpack``; or, in PyTorch 2.9, by ``torch.distributed.broadcast``.
 
     What a change in place inside the context would spoil is copied first, also where PyTorch raises an error;
-    so is what a call such as ``t.numpy()`` makes writable unseen.
+    so is a tensor that a call such as ``t.numpy()`` makes writable unseen.
 
     A hook on a node of the graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``)
     is called for remat's node, which may have other inputs. A `TorchFunctionMode` around remat's context sees

@@ -167,12 +167,12 @@ def compare_function(
     out, held = held_after(run)
     compare("the output", out, reference(*inputs), note=note)
     more = (held - out.nbytes) / out.numel()
-    words = f"the output is right, but {more:.1f} bytes a value are kept for backward; {kept} are enough"
+    words = f"the output is right, but {more:.1f} bytes a value are kept for backward, and {kept} would do"
     require(more < kept + 0.5, words)
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
     wrong = [f"ctx.{name}" for name, v in attributes if any(isinstance(t, Tensor) for t in tree_leaves(v))]
-    words = "holds a tensor: pass it to save_for_backward, which notices if it is changed before backward"
-    require(not wrong, f"{' and '.join(wrong)} {words}")
+    words = "pass it to save_for_backward, which notices if it is changed before backward"
+    require(not wrong, f"a tensor is in {', '.join(wrong)}: {words}")
     dout = torch.randn_like(out)
     if dout.dim() == 4:  # some layers' gradients have this layout
         dout = dout.contiguous(memory_format=torch.channels_last)

@@ -92,7 +92,7 @@ WRONG = {
             (
                 "z > 0)\n        ctx.eps = eps",
                 "gamma)\n        ctx.eps, ctx.mask = eps, z > 0",
-                "ctx.mask holds a tensor",
+                "a tensor is in ctx.mask",
             ),
         ],
     },
@@ -146,7 +146,7 @@ WRONG = {
             (
                 "ctx.function, ctx.alpha = ",
                 "ctx.all, ctx.function, ctx.alpha = recipe, ",
-                "ctx.all holds a tensor",
+                "a tensor is in ctx.all",
             ),
             (".mul_(da)", ".mul_(0).add_(da)", "without leaky ReLU"),
             (

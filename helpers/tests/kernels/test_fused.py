@@ -632,6 +632,17 @@ def test_a_norm_with_another_counter_or_none(training, tracked, momentum, counte
     torch.testing.assert_close(list(fused.bn.buffers()), list(bn.buffers()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_that_averages_in_half_precision(dtype):
+    fused, x = FusedConvBN2d(2, 4, 3, momentum=None).to(dtype), torch.randn(4, 2, 5, 5).to(dtype)
+    bn = copy.deepcopy(fused.bn)
+    for _ in range(3):
+        close(fused(x), bn(fused.conv(x)), "z", rounding(dtype, 2))
+    for name, buffer in bn.named_buffers():
+        found = getattr(fused.bn, name)
+        torch.testing.assert_close(found, buffer, rtol=4 * torch.finfo(dtype).eps, atol=0.01, msg=name)
+
+
 @pytest.mark.parametrize("setting", [{"momentum": 2}, {"momentum": "a"}, {"eps": -1.0}, {"eps": None}])
 def test_a_bad_setting_of_the_norm_is_named_and_nothing_changes(setting):
     fused, (name,) = FusedConvBN2d(2, 4, 3, **setting), setting

@@ -38,6 +38,11 @@ def test_a_higher_price_never_holds_more(name):
     assert held[-1] < held[0] < 0.6 * held_by(name, None)
 
 
+def test_a_narrow_value_behind_a_convolution_is_kept():
+    """Where the price would do, but not the limit on what is recomputed on the way."""
+    assert held_by("convnext_tiny", 1200) < 0.9 * held_by("convnext_tiny", 600)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("recipe", [True, False])
 def test_a_linear_layer_on_some_tokens_keeps_them_alone(recipe, bias):

@@ -60,6 +60,9 @@ def test_record():
     assert record.plain_bytes == X.numel() * 4 + 4 * (4 * 8 * 90) * 4
     assert len(again) == 2 and all(row.nbytes == math.prod(row.shape) * 4 for row in again)
     text = str(record.names(model))
+    of = [(row.recipe, record.origin(row)) for row in record.rows]
+    convolutions = [("conv2d", "0.0"), ("relu", "0.1"), ("conv2d", "1.0"), ("relu", "1.1")]
+    assert of == [("given", ""), *convolutions]
     assert "1.0" in text and "conv2d" in text and "relu" in text and "recomputed" in text
     with pytest.raises(ValueError, match="^model must be a torch.nn.Module, got <class 'str'>"):
         record.names("model")

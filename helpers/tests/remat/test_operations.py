@@ -29,6 +29,7 @@ from helpers.tests.remat.support import (
 )
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_a_padding_with_one_zero_more_on_one_side():
     """PyTorch's "same" with an even kernel."""
 

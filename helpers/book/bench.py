@@ -48,7 +48,7 @@ PARAMETERS = {
         Parameter("DEVICE", "str", "auto", "auto, cpu, or an accelerator"),
         Parameter("REPEATS", "int", 7, "rounds of timing, at least 1"),
         Parameter("TABLE", "str", "", "measure the tables with this in their title"),
-        Parameter("TIME_LIMIT", "float", 0, "minutes, at least 0, at most 10,000; 0: 9 on an accelerator"),
+        Parameter("TIME_LIMIT", "float", 10_000, "minutes, above 0, at most 10,000"),
         Parameter("FRONT", "int", 0, "1 for chapter 8's record, at least 0, at most 1"),
         QUICK,
     )
@@ -248,8 +248,8 @@ def recorded(name: str) -> tuple[str, dict[str, list[dict]]]:
     return "{date}, {device}, torch {torch}".format_map(record), record["tables"]
 
 
-def main(arguments: list[str]) -> int:
-    """NAME=VALUE arguments, checked before anything runs."""
+def main(arguments: list[str]) -> str | None:
+    """Run with these NAME=VALUE arguments, checked before anything runs; what went wrong, or None."""
     values = {name: parameter.default for name, parameter in PARAMETERS.items()}
     try:
         for argument in arguments:
@@ -266,24 +266,20 @@ def main(arguments: list[str]) -> int:
                 f"TABLE must be part of a title, got {only!r}; there are: {'; '.join(found)}"
             )
     except ValueError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 2
+        return f"bench: {error}"
     about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
     print(", ".join(f"{k}: {v}" for k, v in about.items()))
     parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
     path = BUILD / f"{'_'.join(parts)}.json"
     write(path, {**about, "tables": {}})
-    minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
     try:
-        run(chosen, path, values["REPEATS"], minutes)
+        run(chosen, path, values["REPEATS"], values["TIME_LIMIT"])
     except KeyboardInterrupt:
-        print(f"\ninterrupted; as far as it came: {os.path.relpath(path)}", file=sys.stderr)
-        return 1
+        return f"\ninterrupted; as far as it came: {os.path.relpath(path)}"
     if not values["QUICK"]:
         MEASUREMENTS.mkdir(parents=True, exist_ok=True)
         path = path.replace(MEASUREMENTS / path.name)
     print(f"\nwritten to {os.path.relpath(path)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 prints tables and writes build/bench_<device>.json (with TABLE, a record of its own name), each row as soon as
 it is there; a run that ends, and is not quick, puts the record in its place in data/measurements/. What fails
-costs its own row, which carries the error. FRONT=1 measures what chapter 8 draws. Torch, torchvision and
-matplotlib are enough to run all of it.
+costs its own row, which carries the error. FRONT=1 measures what chapter 8 draws. Torch and torchvision are
+enough to run all of it.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
 and the median of the ratios is shown with their quartiles. Each table has a process of its own, as a training
@@ -277,7 +277,6 @@ def main(arguments: list[str]) -> str | None:
     except KeyboardInterrupt:
         return f"\ninterrupted; as far as it came: {os.path.relpath(path)}"
     if not values["QUICK"]:
-        MEASUREMENTS.mkdir(parents=True, exist_ok=True)
         path = path.replace(MEASUREMENTS / path.name)
     print(f"\nwritten to {os.path.relpath(path)}")
 

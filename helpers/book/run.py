@@ -167,7 +167,6 @@ def refresh(notebooks: Sequence[Path], figures: Path = MEASUREMENTS) -> None:
         for cell, made in zip(code_cells(notebook), code_cells(executed), strict=True):
             cell.outputs, cell.execution_count = made.outputs, made.execution_count
             for output in cell.outputs if "readme-figure" in tags(cell) else []:
-                figures.mkdir(parents=True, exist_ok=True)
                 (figures / f"{path.stem}.png").write_bytes(base64.b64decode(output.data["image/png"]))
         nbformat.write(notebook, path)
         print(f"{path.stem} is refreshed", flush=True)

@@ -187,9 +187,9 @@ def test_what_is_recorded(monkeypatch, tmp_path):
     assert bench.recorded("bench_cuda") == ("2020-01-02, a card, torch 2.9", tables)
 
 
-def test_torch_torchvision_and_matplotlib_are_enough():
+def test_torch_and_torchvision_are_enough():
     """What a bare machine lacks is not imported, by the bench or by what it imports."""
-    absent = "tqdm IPython papermill nbformat nbclient nbconvert hypothesis pytest triton scipy".split()
+    absent = "matplotlib tqdm IPython papermill nbformat nbclient nbconvert pytest triton scipy".split()
     source = f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
     source += "from helpers.book import bench\n"
     source += "sys.exit(bench.main(['DEVICE=cpu', 'TABLE=nothing']))\n"

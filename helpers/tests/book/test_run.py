@@ -447,6 +447,7 @@ def test_refresh(write_pages, tmp_path, monkeypatch):
     notebook.metadata["mine"] = "kept"
     nbformat.write(notebook, path)
     monkeypatch.setattr(runner, "BUILD", tmp_path / "build")
+    (tmp_path / "figures").mkdir()
     runner.refresh([path], tmp_path / "figures")
     first = path.read_text()
     after = nbformat.read(path, 4)

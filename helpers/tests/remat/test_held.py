@@ -269,6 +269,17 @@ def test_a_small_part_does_not_hold_the_whole(cut):
     assert 0 < found[1] <= found[0]
 
 
+def test_a_small_part_that_is_enlarged_does_not_hold_the_whole():
+    def run(self, x):
+        part = self.first(x)[:, :1]  # still there when the last convolution needs what is made from it
+        return self.last(F.interpolate(part, scale_factor=2.0))
+
+    with torch.device("meta"):
+        model = Net(run, first=nn.Conv2d(3, 8, 3, padding=1), last=nn.Conv2d(1, 2, 1))
+        found = held_plainly_and_under_remat(model, torch.empty(4, 3, 32, 32))
+    assert 0 < found[1] <= found[0]
+
+
 def test_images_put_together_are_recomputed():
     with torch.device("meta"):
         model, x = example("norms of few images")().to("meta"), torch.empty(6, 3, 32, 32)

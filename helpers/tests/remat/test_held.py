@@ -368,6 +368,6 @@ def test_parts_of_concatenations_do_not_pile_up():
         with held, under(cost):
             y = conv(x)
             for _ in range(8):
-                y = torch.sin(torch.cat([y.cumsum(2), y.cumsum(3)], 1))[:, :16]
+                y = torch.erf(torch.cat([y.cumsum(2), y.cumsum(3)], 1))[:, :16]  # that remat does not know
         peaks.append(held.peak)
     assert peaks[1] <= peaks[0] + 2 * y.nbytes  # the last one's

@@ -320,6 +320,29 @@ def test_the_gradient_of_an_activation_of_a_part(act, name):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.parametrize(
+    "act",
+    [F.silu, F.sigmoid, F.relu6, F.relu, lambda h: h * h.sigmoid(), lambda h: F.dropout(h, 0.5, True)],
+    ids=["silu", "sigmoid", "relu6", "relu", "product", "dropout"],
+)
+def test_a_gradient_of_half_of_an_image(act):
+    """Half of the channels, and of the gradient's: the batch's stride is twice that of PyTorch's result."""
+
+    def scenario(context):
+        torch.manual_seed(0)
+        x = image(1, 4, 6, 6).requires_grad_()
+        with context():
+            half = F.conv2d(x, w)[:, :2]
+            out = torch.cat([act(half), x[:, :2]], 1)
+        half.register_hook(lambda dh: found.append(dh.stride()))
+        out.backward(image(*out.shape, seed=1))
+        return named(x.grad)
+
+    w, found = image(4, 4, 1, 1, seed=2), []
+    check_scenario(scenario, costs=[0, 1e9])
+    assert found[0] == found[1] == found[2]
+
+
 BATCH_STATISTICS = {"running_mean": None, "running_var": None, "training": True}
 
 

@@ -71,6 +71,41 @@ def test_record():
     assert str(record).startswith("no operation here needs a gradient")
 
 
+FROZEN = {
+    "convolution": nn.Conv2d(8, 8, 3),
+    "transposed convolution": nn.ConvTranspose2d(8, 8, 3),
+    "layer": nn.Sequential(nn.Flatten(2), nn.Linear(36, 5)),
+    "batch norm": nn.BatchNorm2d(8),
+    "batch norm, eval": nn.BatchNorm2d(8).eval(),
+    "group norm": nn.GroupNorm(2, 8),
+    "instance norm": nn.InstanceNorm2d(8, affine=True),
+    "silu": nn.SiLU(),
+    "relu": nn.ReLU(inplace=True),
+    "prelu": nn.PReLU(),
+    "dropout": nn.Dropout(0.5),
+    "dropout by channel": nn.Dropout2d(0.5),
+    "max pool": nn.MaxPool2d(2),
+    "pool": nn.AvgPool2d(2),
+    "adaptive pool": nn.AdaptiveAvgPool2d(2),
+    "padding": nn.ReflectionPad2d(1),
+    "upsampling": nn.Upsample(scale_factor=2.0),
+    "product": Net(lambda self, x: x * x[:, :1] / (x + 9)),
+    "concatenation": Net(lambda self, x: torch.cat([x, x], 1)),
+    "cast": Net(lambda self, x: x.float().flatten(1).square().clamp(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_needs_no_gradient_is_left_alone(name):
+    """Nothing is recorded, and nothing held but the result."""
+    model, x, held = FROZEN[name].double().requires_grad_(False), image(4, 8, 6, 6), Held()
+    held.ignore(x, *model.parameters(), *model.buffers())
+    with held, remat(9) as record:
+        out = model(x)
+        assert held.held <= out.nbytes
+    assert not record.rows and record.plain_bytes == 0 and out.grad_fn is None
+
+
 @pytest.mark.parametrize("norm", ["eval", "frozen", "no affine, eval", "no running statistics", "two groups"])
 def test_the_record_counts_every_norms_input(norm):
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), NORMS[norm](), nn.Conv2d(8, 2, 1)), X.float()

@@ -414,7 +414,7 @@ def max_pool(
 ):  # fmt: skip
     n = MAX_POOLS[function]
     k, s, p = window(input, n, kernel_size, stride, padding)
-    fit(not return_indices and set(per_dimension(dilation, n)) == {1})
+    fit(not return_indices and set(per_dimension(dilation, n)) == {1} and mode.table.is_safe(input))
     fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0)
     fit(all(0 <= 2 * p_i <= k_i for p_i, k_i in zip(p, k, strict=True)))
     if n == 1:  # PyTorch pools images of one row

@@ -140,6 +140,14 @@ def test_pointwise_convolutions(name, layout, dtype, threads):
             assert apart(found.gradients[key], gradient) <= rounding(dtype, terms=2 * math.prod(shape[2:]))
 
 
+@pytest.mark.parametrize("transposed", ["", "Transpose"])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_an_image_without_a_batch(n, transposed):
+    """PyTorch takes one, so remat must leave it alone."""
+    kind = getattr(nn, f"Conv{transposed}{n}d")
+    check(lambda: nn.Sequential(kind(3, 8, 3), nn.SiLU(), kind(8, 2, 1)), image(3, *[4] * n))
+
+
 def test_skipped_pixels_of_an_input_with_gaps():
     """PyTorch chooses the gradient's layout by the weight."""
     like, weight = torch.randn(2, 4, 8, 8), torch.randn(5, 3, 1, 1)

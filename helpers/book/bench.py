@@ -117,16 +117,17 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
     """What there is to measure, by title, the most wanted first."""
     cpu, amps, found = device.type == "cpu", [False, True] if device.type == "cuda" else [False], {}
     shape, small = ((4, 3, 64, 64), (2, 3, 32, 32)) if quick else ((16, 3, 160, 160), (8, 3, 96, 96))
-    shape = shape if cpu or quick else (184, 3, 224, 224)
+    shapes = [shape] if cpu or quick else [(n, 3, 224, 224) for n in (184, 272)]
     wanted = [
         ("", memory, [*LAYERS, *REMATS], ["MNIST"], (64 if quick else 2048, 1, 28, 28), [False]),
-        ("", memory, USUAL, NETWORKS, shape, amps),
+        ("", memory, USUAL, NETWORKS, shapes[0], amps),
         ("errors, ", errors, REMATS[-1:] if quick else REMATS, NETWORKS, small, [False, True]),
+        *[("", memory, USUAL, NETWORKS, shape, amps) for shape in shapes[1:]],
     ]
     if front:
         wanted = [
-            ("", memory, [*FRONT, "compile, 0.4"], NETWORKS[:1], shape, amps),  # minutes on a CPU
-            ("", memory, FRONT, NETWORKS[1:], shape, amps),
+            ("", memory, [*FRONT, "compile, 0.4"], NETWORKS[:1], shapes[0], amps),  # minutes on a CPU
+            ("", memory, FRONT, NETWORKS[1:], shapes[0], amps),
         ]
     for what, measure, methods, names, shape, modes in wanted:
         for name, amp in product(names, modes):

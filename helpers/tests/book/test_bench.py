@@ -91,8 +91,9 @@ def test_a_record_is_replaced_by_a_run_that_ends(monkeypatch, tmp_path, stopped)
 def test_every_table_of_a_card_has_a_title():
     titles = list(bench.tables(torch.device("cuda"), False, False))
     for name in networks.NETWORKS:
-        for mode in ("float32", "bfloat16 autocast, channels_last"):
-            assert f"{name}, 184x3x224x224, {mode}" in titles
+        for n in (184, 272):
+            for mode in ("float32", "bfloat16 autocast, channels_last"):
+                assert f"{name}, {n}x3x224x224, {mode}" in titles
     for part in ("MNIST", "errors"):
         assert any(part in title for title in titles)
 

@@ -16,6 +16,7 @@ table with times is measured again (and of the front, only so), in a process who
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import datetime
 import json
@@ -40,6 +41,7 @@ from helpers.book.networks import LAYERS, NETWORKS, build
 from helpers.book.parameters import NOTEBOOKS, QUICK, Parameter, ParameterError, read_json
 from helpers.book.training import pick_device
 from helpers.memory import MemoryTrace, describe_device, memory_device
+from helpers.predict import largest_batch
 from helpers.remat.compare import clock, compare
 
 PARAMETERS = {
@@ -54,6 +56,7 @@ PARAMETERS = {
     )
 }
 MEASUREMENTS, BUILD = NOTEBOOKS.parent / "data" / "measurements", NOTEBOOKS.parent / "build"
+MIB = 2**20
 
 
 class Table(NamedTuple):
@@ -106,8 +109,35 @@ def errors(table: Table, method: str) -> dict:
     return {"forward_equal": found.equal, "difference": found.difference, "rounding": found.rounding}
 
 
+def largest(budget: int, table: Table, method: str) -> dict:
+    """The largest batch whose step fits into ``budget`` bytes, with momentum, next to the predicted one."""
+    device, model = table.device, build(table.network, "unfused")
+    price = None if method == "unfused" else float(method.removeprefix("remat, "))
+    predicted = largest_batch(model, table.shape, budget, max_cost=price)
+    if device.type == "cuda":  # so that libraries, too, see no more
+        torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
+
+    def too_large(n: int) -> bool:
+        torch.accelerator.empty_cache()
+        try:
+            with MemoryTrace(device) as trace:
+                network, x = table._replace(shape=(n, *table.shape)).build(method)
+                optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+                for _ in range(2):  # the first makes the momentum
+                    network(x).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+        except torch.OutOfMemoryError:
+            return True
+        return trace.peak > budget
+
+    batches = range(0, 2 * predicted + 2, max(1, predicted // 32))
+    found = bisect.bisect_left(batches, True, lo=1, key=too_large)
+    return {"budget": budget, "predicted": predicted, "batch": batches[found - 1]}
+
+
 REMATS = ["remat, 0", "remat, 150", "remat, 600"]
-USUAL = ["unfused", *REMATS, "checkpoint, blocks"]
+USUAL, FEW = ["unfused", *REMATS, "checkpoint, blocks"], ["unfused", *REMATS[:2]]
 FRONT = ["unfused", *[f"remat, {price}" for price in (0, 9, 32, 64, 150, 300, 600, 1200)]]
 FRONT += [f"checkpoint, {parts}" for parts in ("blocks", "stages", "selective")]
 KEPT = ", allocator keeps its memory"
@@ -118,9 +148,12 @@ def tables(device: torch.device, quick: bool, front: bool) -> dict[str, Table]:
     cpu, amps, found = device.type == "cpu", [False, True] if device.type == "cuda" else [False], {}
     shape, small = ((4, 3, 64, 64), (2, 3, 32, 32)) if quick else ((16, 3, 160, 160), (8, 3, 96, 96))
     shapes = [shape] if cpu or quick else [(n, 3, 224, 224) for n in (184, 272)]
+    budget = 64 * MIB if quick else 2**30 if cpu else 2**34
+    fits, to_fit = f"largest batch in {budget / MIB:,.0f} MiB, ", NETWORKS[1:2] if quick else NETWORKS[:2]
     wanted = [
         ("", memory, [*LAYERS, *REMATS], ["MNIST"], (64 if quick else 2048, 1, 28, 28), [False]),
         ("", memory, USUAL, NETWORKS, shapes[0], amps),
+        (fits, partial(largest, budget), FEW, to_fit, shapes[0][1:], [False]),
         ("errors, ", errors, REMATS[-1:] if quick else REMATS, NETWORKS, small, [False, True]),
         *[("", memory, USUAL, NETWORKS, shape, amps) for shape in shapes[1:]],
     ]

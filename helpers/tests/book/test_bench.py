@@ -94,7 +94,7 @@ def test_every_table_of_a_card_has_a_title():
         for n in (184, 272):
             for mode in ("float32", "bfloat16 autocast, channels_last"):
                 assert f"{name}, {n}x3x224x224, {mode}" in titles
-    for part in ("MNIST", "errors"):
+    for part in ("MNIST", "largest batch", "errors"):
         assert any(part in title for title in titles)
 
 
@@ -135,7 +135,7 @@ def record(monkeypatch, tmp_path):
 
 
 # One of each kind of table; a process for each.
-@pytest.mark.parametrize("only", ["MNIST", "errors, resnet"])
+@pytest.mark.parametrize("only", ["MNIST", "largest", "errors, resnet"])
 def test_runs_from_end_to_end(only, record):
     record = record(only)
     assert {"date", "device", "torch", "memory"} < record.keys() and record["tables"]
@@ -150,6 +150,9 @@ def test_runs_from_end_to_end(only, record):
         assert names == [*layers, "remat, 0", "remat, 150", "remat, 600"]
         assert all(row["peak"] > row["forward"] > 0 and row["time_ratio"] > 0 for row in rows)
         assert rows[0]["time_ratio"] == 1 and rows[-1]["forward"] < rows[0]["forward"]
+    if only == "largest":
+        batches = [row["batch"] for row in rows]
+        assert names == ["unfused", "remat, 0", "remat, 150"] and 0 < batches[0] < batches[1]
     if only.startswith("errors"):
         assert names == ["remat, 600"] and len(record["tables"]) == 2
         assert all(row["forward_equal"] and row["difference"] < 1 for row in rows)

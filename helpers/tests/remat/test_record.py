@@ -90,7 +90,7 @@ FROZEN = {
     "padding": nn.ReflectionPad2d(1),
     "upsampling": nn.Upsample(scale_factor=2.0),
     "product": Net(lambda self, x: x * x[:, :1] / (x + 9)),
-    "concatenation": Net(lambda self, x: torch.cat([x, x], 1)),
+    "concatenation": Net(lambda self, x: torch.cat([x + 1, x * 2], 1)),
     "cast": Net(lambda self, x: x.float().flatten(1).square().clamp(0, 1)),
 }
 

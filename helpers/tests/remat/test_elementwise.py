@@ -64,6 +64,8 @@ COPIES = {
 ACROSS = {
     "rolled": lambda a: torch.roll(a, 1, 0) + a.roll(1) + a.roll((1, 2), (0, 1)),
     "flipped": lambda a: a.flip(0) + a.flip(dims=[0, 1]) + torch.flip(a, (0,)),
+    "shifted": lambda a: F.pad(a, (0, 0, 0, 0, 0, 0, 1, -1)),
+    "a factor for each image": lambda a: torch.addcmul(a[0, 0, 0], a.mean((1, 2, 3), keepdim=True), a),
     "stacked": lambda a: torch.stack([a, a.sigmoid()]).square().mean(0) + torch.stack((a, a), -5).sum(0),
     "quotients": lambda a: a / (a.sigmoid() + 1) + a[:, :1] / (a + 9) + a[:1] / 3 / a.exp() + 1 / (a + 9),
     "reshaped": lambda a: a.transpose(0, 1).reshape(4, 8, 10, 9) + a.reshape(-1)[1:2],

@@ -57,7 +57,8 @@ def problems(notebook):
 
 @pytest.mark.notebooks
 @each_page
-def test_runs_with_quick_parameters(path, tmp_path):
+def test_runs_with_quick_parameters(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore:Guards may run slower")  # PyTorch's advice on Python 3.13.0
     quick = read_quick(path)
     executed = nbformat.read(run_notebook(path, tmp_path, quick), as_version=4)
     warnings = [(cell["id"], o["text"]) for cell, o in outputs(executed) if o.get("name") == "stderr"]

@@ -238,6 +238,8 @@ def check_momentum(momentum: float | Tensor) -> None:
 
 
 def check_changeable(name: str, t: Tensor) -> None:
+    if t.numel() > 1 and not t.stride(0):
+        raise ValueError(f"{name} must have memory for each value, got an expanded tensor")
     if t.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{name} must not be an inference tensor, which could not be changed here")
 
@@ -265,12 +267,11 @@ def update_running_stats(
     vectors = {"mean": mean, "var": var, "running_mean": running_mean, "running_var": running_var}
     check_vectors(mean.numel(), mean.device, **vectors)
     for name in ("running_mean", "running_var"):
-        if vectors[name].numel() > 1 and not vectors[name].stride(0):
-            raise ValueError(f"{name} must have memory for each value, got an expanded tensor")
         check_changeable(name, vectors[name])
     if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
         raise ValueError(f"m must be a whole number of values, at least 1, got {m!r}")
     check_momentum(momentum)
+    momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
     with torch.no_grad():
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)

@@ -162,13 +162,14 @@ class FusedConvBN2dFunction(torch.autograd.Function):
 class FusedConvBN2d(nn.Module):
     """``nn.Conv2d`` then ``nn.BatchNorm2d`` as one layer that keeps only its input for backward.
 
-    Takes the arguments of ``nn.Conv2d``, by name those of ``nn.BatchNorm2d``, and ``slab_size`` (`Settings`).
-    The two modules stay inside as ``conv`` and ``bn``, so that the state_dict has the keys ``conv.weight``,
-    ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the statistics. The two are never called,
-    only the layer is: put hooks on it. Input (N, C_in, H, W) and output (N, C_out, H_out, W_out) are those of
-    ``nn.Conv2d``, and under autocast the output has its dtype, too. In eval mode the norm is folded into the
-    weight: dγ has fewer digits than the pair's where the running mean is hundreds of σ from 0, and in half
-    precision the folded numbers may overflow before the pair's output does.
+    Takes the arguments of ``nn.Conv2d`` (``bias`` is its own), by name the other ones of ``nn.BatchNorm2d``,
+    and ``slab_size`` (`Settings`). The two modules stay inside as ``conv`` and ``bn``, so that the state_dict
+    has the keys ``conv.weight``, ``bn.running_mean`` and so on, and ``layer.bn.eval()`` freezes the
+    statistics. The two are never called, only the layer is: put hooks on it. Input (N, C_in, H, W) and output
+    (N, C_out, H_out, W_out) are those of ``nn.Conv2d``, and under autocast the output has its dtype, too. In
+    eval mode the norm is folded into the weight: dγ has fewer digits than the pair's where the running mean
+    is hundreds of σ from 0, and in half precision the folded numbers may overflow before the pair's output
+    does.
 
     Raises:
         ValueError, or PyTorch's own RuntimeError: an argument that does not fit, before anything is computed

@@ -45,7 +45,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
-from .remat.compare import attributes, check_outside, deep_copy, ends_of, same_numbers_again
+from .remat.compare import OnlyCopies, attributes, check_outside, deep_copy, ends_of, same_numbers_again
 from .remat.mode import alone
 from .remat.record import check_module
 from .remat.values import storage_of
@@ -122,6 +122,8 @@ class Held(TorchDispatchMode):
 
     def count(self, t: Tensor) -> None:
         """Count the storage of ``t`` from now on, unless it counts already (``t`` is a view)."""
+        if t.layout is not torch.strided:
+            raise ValueError(f"model must make strided tensors alone, got one with layout {t.layout}")
         storage = storage_of(t)
         self.follow(storage, math.ceil(storage.nbytes() / self.block) * self.block)
 
@@ -229,11 +231,12 @@ def predict_memory(
         inputs: tensors, of which only shape and dtype matter, or shapes, in the dtype of the parameters.
         max_cost: if given, forward runs under ``remat(max_cost)``.
         autocast: if given, forward runs under autocast to this dtype; for ``device_type`` "cpu" alone.
-        device_type: "cpu", or "cuda", which needs no GPU; decides on slabs and the allocator's block size.
+        device_type: "cpu", or "cuda", which needs no GPU (the model sees tensors on "meta"); decides on slabs
+            and the allocator's block size.
 
     Raises:
-        ValueError: an argument that does not fit, or a model that cannot be copied or asks for values, as in
-            ``if x.sum() > 0``.
+        ValueError: an argument that does not fit, or a model that cannot be copied (see `compare`) or asks
+            for values, as in ``if x.sum() > 0``.
         PyTorch's or the model's own error: shapes that the model does not take.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain; or
             the model enters ``remat`` itself.
@@ -268,12 +271,12 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
         made._is_param = isinstance(t, nn.Parameter)
         return made
 
-    model, args = fake_copy(model, inputs, fake)
+    guard, (model, args) = OnlyCopies(model), fake_copy(model, inputs, fake)
     held.ignore(*model.parameters(), *model.buffers(), *args)
-    with fakes:
+    with torch.random.fork_rng([]), same_numbers_again(), fakes:
         try:
             run = alone("predict_memory", recomputation)
-            with same_numbers_again(), held, precision, Linears(held), run as record:
+            with held, precision, Linears(held), guard, run as record:
                 out = model(*args)
             ends = ends_of(out)
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
@@ -319,7 +322,8 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
 
 def checked(name: str, shape):
     """``shape``, or a ValueError if it is none."""
-    if not isinstance(shape, (tuple, list)) or not all(type(n) is int and n >= 0 for n in shape):
+    sizes = shape if isinstance(shape, (tuple, list)) else [None]
+    if not all(isinstance(n, numbers.Integral) and n >= 0 for n in sizes):
         raise ValueError(f"{name} must be a shape of whole numbers, at least 0, got {shape!r:.80}")
     return shape
 
@@ -384,7 +388,8 @@ def largest_batch(
         # Memory is nearly linear in n: a line through two sizes finds the answer in a few steps. Where it is
         # not, every fourth step halves the interval.
         a, b = (low, high) if high < math.inf else (least, low)
-        n = low + round((memory - needed(low)) * (b - a) / (needed(b) - needed(a)))
+        rise = needed(b) - needed(a)
+        n = low + round((memory - needed(low)) * (b - a) / rise) if rise > 0 else 2 * low
         if step % 4 == 0 and high < math.inf:
             n = (low + high) // 2
         n = min(max(n, low + 1), high - 1)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..memory import MemoryTrace
@@ -29,7 +30,8 @@ class Comparison:
 
     Attributes:
         max_cost: of the step under remat.
-        equal: whether all that the model returned, and its buffers afterwards, are equal to the bit.
+        equal: whether all that the model returned, and its buffers afterwards, are equal to the bit; 0 and
+            -0 count as equal.
         difference: the largest ‖remat's - plain's‖ / ‖plain's‖ of all gradients; in place of a smaller norm,
             1/100 of the largest gradient's, since a bias before a batch norm gets only rounding errors.
         rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
@@ -67,8 +69,9 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     """Run ``model(*inputs, **kwargs)`` and its backward, plainly and under ``remat(max_cost)``.
 
     Each step runs on a deep copy of the model and of its arguments, from the same random numbers; backward
-    starts from all tensors returned, with random gradients. The originals do not change, nor do the
-    generators, even if the model raises. Under ``torch.autocast`` both run in autocast.
+    starts from all tensors returned, with random gradients. The originals do not change, nor do the default
+    generators of PyTorch, Python and NumPy, even if the model raises. Under ``torch.autocast`` both run in
+    autocast.
 
     Args:
         model: on any device that `MemoryTrace` can measure. It may return tensors in lists, tuples, dicts and
@@ -77,7 +80,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         rounds: pairs of steps that are timed.
 
     Raises:
-        ValueError: an argument that does not fit, or cannot be copied.
+        ValueError: an argument that does not fit, or cannot be copied: a function in it stays the same
+            function, which may lead to the original's tensors.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain; or
             the model enters ``remat`` itself.
     """
@@ -92,13 +96,12 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         raise ValueError("model and inputs must have values, got device meta, which predict_memory takes")
     step, traces = functools.partial(one_step, device), (MemoryTrace(device), MemoryTrace(device))
     with torch.inference_mode(False), torch.enable_grad():
-        start = step(model, given).start  # libraries allocate at first use
+        start = step(model, given, None, OnlyCopies(model)).start  # libraries allocate at first use
         plain, ours = (step(model, given, start, *how) for how in zip(contexts, traces, strict=True))
         equal = len(plain.values) == len(ours.values) and all(map(same, plain.values, ours.values))
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
-                # Cached, so that a tensor that is passed twice stays one.
                 to_float64 = functools.cache(lambda t: t.double() if t.is_floating_point() else t)
                 arguments = tree_map_only(Tensor, to_float64, (given, start))
                 no_autocast = torch.autocast(device.type, enabled=False)
@@ -111,7 +114,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     held = tuple(t.marks["held"] for t in traces)
     peak = tuple(t.peak if t.tensor_peak is None else t.tensor_peak for t in traces)
     seconds = tuple(map(statistics.median, zip(*times, strict=True)))
-    return Comparison(max_cost, equal, difference, rounding, reference, held, peak, seconds)
+    return Comparison(contexts[1].max_cost, equal, difference, rounding, reference, held, peak, seconds)
 
 
 def check_outside(name: str) -> None:
@@ -133,7 +136,9 @@ class Step(NamedTuple):
 
 def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
     """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
-    given = tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), given)
+    # Cached, so that a tensor that is passed twice stays one.
+    detached = functools.cache(lambda t: t.detach().requires_grad_(t.requires_grad))
+    given = tree_map_only(Tensor, detached, given)
     model, (args, kwargs) = deep_copy("model and its arguments", (model, given), computed(model))
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
@@ -186,8 +191,29 @@ def deep_copy(name: str, original, copies: dict):
         raise ValueError(f"{name} must allow copy.deepcopy, got {what}") from error
 
 
+class OnlyCopies(TorchDispatchMode):
+    """Inside, an operation on a parameter or buffer of ``original`` is an error.
+
+    ``copy.deepcopy`` does not copy functions: one that is called instead of a module's forward, such as a
+    wrapper around it, goes on with the original.
+    """
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.originals = {id(t) for t in (*original.parameters(), *original.buffers())}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.originals.isdisjoint(map(id, tree_leaves((args, kwargs)))):
+            raise ValueError(
+                "model must allow copy.deepcopy, got one whose copy still leads to the original's tensors, "
+                "perhaps by a wrapped forward, a lambda or a hook: pass it without, or write it as a method"
+            )
+        return func(*args, **(kwargs or {}))
+
+
 def same(p: Tensor, q: Tensor) -> bool:
     """Whether they are equal to the bit, a NaN equal to a NaN."""
+    p, q = (t if t.layout is torch.strided else t.to_dense() for t in (p, q))
     return p.dtype == q.dtype and p.shape == q.shape and torch.allclose(p, q, 0, 0, equal_nan=True)
 
 

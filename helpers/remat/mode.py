@@ -226,13 +226,13 @@ class remat:  # noqa: N801
                 "max_cost must be a number of multiplications per value, at least 0, "
                 f"got {max_cost!r:.80}{hint}"
             )
-        self.max_cost = max_cost
+        self.max_cost = float(max_cost)
 
     def __enter__(self) -> Record:
         name, context = getattr(TOOL, "now", None) or ("", self)
         if context is not self:
             raise RuntimeError(f"{name} enters remat itself: pass it a model that does not")
-        mode = Mode(float(self.max_cost), self)
+        mode = Mode(self.max_cost, self)
         _push_mode(mode)
         return Record(mode.table)
 

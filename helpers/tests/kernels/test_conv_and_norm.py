@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -289,6 +290,12 @@ def test_update_running_stats_names_the_bad_argument_and_changes_nothing(change,
     with pytest.raises(ValueError, match=f"^{message}"):
         update_running_stats(**arguments)
     assert torch.equal(arguments["running_mean"], THREE)
+
+
+def test_a_momentum_of_any_kind_of_number():
+    running = [torch.zeros(3), torch.zeros(3)]
+    update_running_stats(*running, 2 * THREE, THREE, 8, Fraction(1, 2))
+    assert torch.equal(running[0], THREE)
 
 
 @pytest.mark.parametrize("y", [Y[0], Y[:0], Y.long(), [1.0]])

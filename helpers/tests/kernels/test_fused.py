@@ -609,6 +609,14 @@ def test_statistics_that_cannot_change_are_named_and_nothing_changes(name):
     assert fused.eval()(torch.randn(2, 2, 5, 5)).shape == (2, 4, 3, 3)
 
 
+def test_expanded_statistics_are_named_and_nothing_changes():
+    fused = FusedConvBN2d(2, 4, 3)
+    fused.bn.running_mean = torch.zeros(1).expand(4)
+    with pytest.raises(ValueError, match="^bn.running_mean must have memory for each value, got an expanded"):
+        fused(torch.randn(2, 2, 5, 5))
+    assert fused.bn.num_batches_tracked == 0
+
+
 @pytest.mark.parametrize("name", ["conv", "bn"])
 def test_hooks_that_come_later_are_named(name):
     fused = FusedConvBN2d(2, 4, 3)

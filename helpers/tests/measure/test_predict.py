@@ -8,6 +8,7 @@ import random
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -435,11 +436,12 @@ def test_a_lazy_model_is_named():
 def test_other_generators_stay_as_they_are():
     class Drawing(nn.Linear):
         def forward(self, x):
+            torch.manual_seed(0)
             return super().forward(x) * random.random()
 
-    before = random.getstate()
-    predict_memory(Drawing(2, 2), (3, 2))
-    assert random.getstate() == before
+    model, before, numbers = Drawing(2, 2), random.getstate(), torch.get_rng_state()
+    predict_memory(model, (3, 2))
+    assert random.getstate() == before and torch.equal(torch.get_rng_state(), numbers)
 
 
 @pytest.mark.parametrize("make", [Cache, two_names, older_weight_norm])
@@ -579,6 +581,19 @@ def test_largest_batch_where_memory_is_quadratic(monkeypatch):
     assert len(tried) <= 3 * math.log2(n) + 10
     assert counted(model, [torch.empty(n, 8)], 1, device_type="cuda")[0] <= budget
     assert counted(model, [torch.empty(n + 1, 8)], 1, device_type="cuda")[0] > budget
+
+
+def test_largest_batch_where_one_image_takes_most():
+    class Falling(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).repeat(20_000 if len(x) < 2 else 1, 1).exp()
+
+    def needed(n):
+        return predict_memory(model, (n, 4)).peak + n * 16 + 20 * 4
+
+    model, budget = Falling(4, 4), 10**7
+    n = largest_batch(model, (np.int64(4),), budget, 0, device_type="cpu")
+    assert n > 2 and needed(n) <= budget < needed(n + 1)
 
 
 def test_largest_batch_under_remat_and_autocast():

@@ -4,12 +4,14 @@ import dataclasses
 import math
 import random
 import threading
+from fractions import Fraction
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from helpers import compare, predict_memory, remat
 from helpers.remat import convolutions, operations
@@ -282,6 +284,59 @@ def test_a_model_that_enters_remat_itself(tool):
         tool(model, IMAGES)
     with remat():  # it works as before
         assert model(IMAGES).requires_grad
+
+
+WRAPPERS = {
+    "autocast": torch.autocast("cpu", torch.bfloat16),
+    "compile": torch.compile,
+    "lambda": lambda forward: lambda x: forward(x),
+    "checkpoint": lambda forward: lambda x: checkpoint(forward, x, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("tool", [compare, predict_memory])
+def test_a_wrapped_forward_leads_to_the_original(tool, wrap):
+    """A copy of the model would run the original, and train it."""
+    model = network()
+    model.forward = wrap(model.forward)
+    with pytest.raises(ValueError, match="^model must allow copy.deepcopy, got one whose copy still"):
+        tool(model, IMAGES)
+    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("tool", [compare, predict_memory])
+def test_a_bound_method_is_copied_with_its_module(tool):
+    model = network()
+    model[0].forward = model[0].forward  # as some libraries patch it
+    assert tool(model, IMAGES)
+    assert model[0].weight.grad is None and model[1].num_batches_tracked == 0
+
+
+def test_a_tensor_that_is_passed_twice_stays_one():
+    model = Model(lambda net, x, y: net(x) if x is y else net(x) + net(y))
+    found = compare(model, IMAGES, IMAGES, rounds=1)
+    assert found.held[0] == compare(network(), IMAGES, rounds=1).held[0]
+
+
+def test_sparse_tensors():
+    class Graph(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer("neighbours", torch.eye(4).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.neighbours, super().forward(x))
+
+    assert compare(Graph(), torch.randn(4, 4), rounds=1).equal
+    with pytest.raises(ValueError, match="^model must make strided tensors alone, got one with layout torch"):
+        predict_memory(nn.Embedding(3, 4, sparse=True), torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_price_of_any_kind_of_number():
+    found = compare(network(), IMAGES, max_cost=Fraction(1, 2), rounds=1)
+    assert found.max_cost == 0.5 and "remat(max_cost=0.5): forward equal" in str(found)
 
 
 def test_a_tool_in_a_model():

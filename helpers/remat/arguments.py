@@ -39,9 +39,14 @@ def quiet() -> bool:
     )
 
 
+def has_memory(t) -> bool:
+    """Whether this is a tensor with a storage and a version."""
+    return isinstance(t, Tensor) and t.layout is torch.strided and not (t.is_inference() or t.is_nested)
+
+
 def ordinary(t) -> bool:
-    """Whether this is a plain PyTorch tensor (no subclass, not nested) with a storage and a version."""
-    return type(t) in TENSORS and t.layout is torch.strided and not (t.is_inference() or t.is_nested)
+    """Whether this is a plain PyTorch tensor, of no subclass, with a storage and a version."""
+    return type(t) in TENSORS and has_memory(t)
 
 
 def plain(*tensors: Tensor | None) -> bool:

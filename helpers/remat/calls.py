@@ -32,12 +32,12 @@ from .arguments import (
     fit,
     fixed,
     functions,
+    has_memory,
     is_copied,
     is_mask,
     is_whole,
     needs_grad,
     numbers_or_none,
-    ordinary,
     per_dimension,
     plain,
     pool_fits,
@@ -49,7 +49,7 @@ from .arguments import (
 from .convolutions import CONVOLUTIONS, Convolution, Convolve, Linear, may_run_again, setting_of
 from .layouts import layout_of
 from .pools import FromShape, MaxPool
-from .values import SMALL, Row, Value, storage_of
+from .values import MOST_PASSES, SMALL, Row, Value, copy_of, storage_of
 from .writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def synchronised_norm(mode: Mode, function, args, kwargs):
         watched = quiet() and not kwargs
     if watched and plain(z, *args[:3]) and args[0].requires_grad and mode.table.is_safe(args[0]):
         input, *tensors, eps = args
-        table, value, copies = mode.table, mode.table.find(input), [ops.copy_of(t) for t in tensors]
+        table, value, copies = mode.table, mode.table.find(input), [copy_of(t) for t in tensors]
         table.count_plain(value)
         if value.kept is None:
             table.keep_whole(value, input)
@@ -229,8 +229,9 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
                 saved = scales and not t.requires_grad and not (in_place and t is p)
                 if saved:  # by PyTorch's node, too: a mask
                     mode.table.count_plain(value)
-                if t.numel() * SMALL <= first.numel():  # it may change after the context
-                    mode.table.keep(value, ops.copy_of(t))
+                if t.numel() * SMALL <= first.numel() and values[0].passes < MOST_PASSES:
+                    # It may change after the context.
+                    mode.table.keep(value, copy_of(t))
                 elif saved:
                     mode.table.keep(value, t, shared=True)
             if in_place:
@@ -321,7 +322,7 @@ def again(
             value = table.find(x)
             # The recipe keeps copies, which must be small: a layer norm's γ may be as large as an image.
             small = sum(t.nbytes for t in parameters) <= x.nbytes / 4
-            copies = [ops.copy_of(t) if small or i >= saves else None for i, t in enumerate(parameters)]
+            copies = [copy_of(t) if small or i >= saves else None for i, t in enumerate(parameters)]
             if node:
                 # An instance norm's node has a copy, unless it is contiguous.
                 value = table.need(value, x, copied=reads_layout and not x.is_contiguous())
@@ -441,13 +442,13 @@ def max_pool(
 
 def leave(mode: Mode, function, args, kwargs):
     """PyTorch's call. Copies what is kept before the call changes it in place; follows views."""
-    for target in targets(function, args, kwargs):
-        for t in target if isinstance(target, (tuple, list)) else (target,):
-            if ordinary(t):
+    written, change = targets(function, args, kwargs), unseen_change(function)
+    if written or change:
+        with torch._C.DisableTorchFunction():  # a subclass, another name of a tensor, would hear of questions
+            for t in filter(has_memory, tree_leaves(written)):
                 mode.table.before_write(t)
-    if change := unseen_change(function):
-        for t in filter(ordinary, tree_leaves((args, kwargs))):
-            change(mode.table, t)
+            for t in filter(has_memory, tree_leaves((args, kwargs)) if change else ()):
+                change(mode.table, t)
     out = function(*args, **kwargs)
     for t in out if type(out) in (tuple, list) else (out,):
         if type(t) in TENSORS and t.requires_grad and t._is_view() and plain(t):
@@ -455,13 +456,16 @@ def leave(mode: Mode, function, args, kwargs):
     return out
 
 
-def l1_loss(mode: Mode, function, args, kwargs):
-    """PyTorch 2.14 does not tell a mode the ``weight``, and would ignore it: take it from the call itself."""
-    frame = sys._getframe()
+def with_lost_argument(mode: Mode, function, args, kwargs):
+    """PyTorch 2.14 does not tell a mode this argument, and would ignore it: take it from the call itself."""
+    name, frame = LOST[function], sys._getframe()
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
-    weight = None if frame is None else frame.f_locals.get("weight")
-    return leave(mode, function, args, kwargs if weight is None else {**kwargs, "weight": weight})
+    value = None if frame is None else frame.f_locals.get(name)
+    return leave(mode, function, args, kwargs if value is None else {**kwargs, name: value})
+
+
+LOST = {F.l1_loss: "weight", torch.chain_matmul: "out", Tensor.dim_order: "ambiguity_check"}
 
 
 COPIES = "reshape flatten contiguous clone to type_as double float half bfloat16"
@@ -487,7 +491,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(functions("roll"), ROLL),
     **dict.fromkeys(functions("flip"), FLIP),
     F.pad: handler(pad),
-    F.l1_loss: l1_loss,
+    **dict.fromkeys(LOST, with_lost_argument),
     F.batch_norm: handler(batch_norm),
     torch.batch_norm_elemt: synchronised_norm,
     F.group_norm: again("norm", 3.0, fits=lambda x, groups, *_, **__: x.numel() > groups * len(x), saves=1),

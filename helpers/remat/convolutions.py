@@ -14,8 +14,8 @@ from torch._prims_common import suggest_memory_format
 
 from .arguments import fit, per_dimension
 from .layouts import layout_of
-from .operations import WIDE, Operation, copy_of, to
-from .values import Recipe, Value, origin_of, storage_of
+from .operations import WIDE, Operation, to
+from .values import Recipe, Value, copy_of, origin_of, storage_of
 
 aten = torch.ops.aten
 conv_backward = aten.convolution_backward.default  # whose overload need not be looked for at each call

@@ -22,7 +22,7 @@ from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, 
 from . import passes
 from .layouts import in_layout, layout_of, one_image
 from .task import slabs
-from .values import Recipe, Value, View, origin_of, storage_of
+from .values import Recipe, Value, View, copy_of, origin_of, storage_of
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics
@@ -63,10 +63,6 @@ class Operation:
 
 def weak(t: Tensor | None):
     return None if t is None else weakref.ref(t)
-
-
-def copy_of(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().clone()
 
 
 def to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

@@ -149,6 +149,7 @@ class Value:
     read = False  # whether a recipe reads it
     counted = False  # whether `Table.plain_bytes` has it
     private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
+    passes = 0.0  # over its size, at least, that it takes from what was kept when it was made
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -164,6 +165,9 @@ class Value:
                 parent.read = True
                 if parent.start < self.start:
                     self.start = parent.start
+                if parent.kept is None and parent.passes > self.passes:
+                    self.passes = parent.passes
+            self.passes += recipe.passes
 
     def held(self) -> Tensor | None:
         """The kept tensor; a RuntimeError if it was changed after forward."""
@@ -420,7 +424,7 @@ class Table:
             if value.kept is None:
                 value.version = NO_VERSION
             elif value.kept._version == value.version:
-                value.kept = value.kept.clone()
+                value.kept = copy_of(value.kept)
                 value.version = value.kept._version
 
     def expose(self, t: Tensor) -> None:
@@ -441,9 +445,9 @@ class Table:
                 value.version = NO_VERSION
             elif value.kept._version == value.version:
                 if value.private:
-                    self.keep(value, value.kept.clone())
+                    self.keep(value, copy_of(value.kept))
                 elif value.read and value.snapshot is None:
-                    value.snapshot = value.kept.clone()
+                    value.snapshot = copy_of(value.kept)
 
     def is_safe(self, *tensors: Tensor | None) -> bool:
         """Whether there is no unseen way to write to these: else no recipe may start from them."""
@@ -470,6 +474,14 @@ def storage_of(t: Tensor) -> torch.UntypedStorage:
         return t.untyped_storage()
     with torch._C.DisableTorchFunction():
         return t.untyped_storage()
+
+
+def copy_of(t: Tensor | None) -> Tensor | None:
+    """A copy without a graph, and with a version, which one made in inference mode would not have."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return copy_of(t)
+    return None if t is None else t.detach().clone()
 
 
 def origin_of(weight: Tensor | None) -> tuple[int, tuple[int, ...]] | None:

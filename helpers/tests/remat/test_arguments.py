@@ -242,6 +242,16 @@ def test_the_weight_of_an_l1_loss():
     check_scenario(scenario)
 
 
+def test_the_result_of_a_chain_of_products():
+    """PyTorch does not tell function modes about its ``out`` either."""
+    matrices = image(2, 3), image(3, 4), image(4, 5)
+    out = torch.zeros(2, 5, dtype=torch.float64)
+    with remat():
+        product = torch.chain_matmul(*matrices, out=out)
+    assert product is out
+    torch.testing.assert_close(out, torch.linalg.multi_dot(matrices))
+
+
 def test_a_limit_that_is_no_number():
     """The result is NaN too, and does not tell where the gradient is 0."""
 

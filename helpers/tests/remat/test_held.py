@@ -359,6 +359,21 @@ def test_the_parts_of_a_concatenation_go_with_the_context():
     assert y.requires_grad and held.held == y.nbytes
 
 
+def test_small_terms_of_a_long_sum_do_not_pile_up():
+    """Their sum is too many passes away to be made again, and then needs none of them."""
+    peaks = []
+    for cost in (None, *COSTS):
+        conv, held, x = nn.Conv2d(3, 16, 3, padding=1), Held(), image(2, 3, 32, 32, dtype=torch.float32)
+        held.ignore(x, *conv.parameters())
+        with held, under(cost):
+            y = conv(x)
+            for _ in range(200):
+                y = y - y.detach().mean(2, keepdim=True)
+            y.square().mean()
+        peaks.append(held.peak)
+    assert max(peaks[1:]) <= peaks[0] + 2 * y.nbytes  # those of the last passes
+
+
 def test_parts_of_concatenations_do_not_pile_up():
     """Where nothing decides what is kept of them."""
     peaks = []

@@ -44,6 +44,10 @@ def treble(y: float, x: torch.Tensor) -> None:
     x.mul_(y)
 
 
+class Named(torch.Tensor):
+    """A user's subclass, as torchvision's images."""
+
+
 WRITES = {
     "mul_": lambda t: t.mul_(0.5),
     "with alpha": lambda t: t.add_(t.detach().clone(), alpha=2),
@@ -58,7 +62,11 @@ WRITES = {
     "view of a view": lambda t: t[1:][:, ::2].mul_(3.0),
     "foreach": lambda t: torch._foreach_mul_([t.detach()], 0.5),
     "no_grad": lambda t: torch.no_grad()(lambda: t.mul_(0.5))(),
+    "inference_mode": lambda t: torch.inference_mode()(lambda: t.detach().mul_(0.5))(),
     "detached": lambda t: t.detach().sub_(1),
+    "by another class": lambda t: t.detach().as_subclass(Named).sub_(1),
+    "by another class's memory": lambda t: t.detach().as_subclass(Named).numpy().__imul__(0.5),
+    "by a part": lambda t: setattr(t.detach(), "real", 2 * t.detach()),
     "relu_": lambda t: F.relu(t, inplace=True),
     "selu_": lambda t: F.selu(t, inplace=True),
     "celu_": lambda t: F.celu(t, inplace=True),
@@ -571,6 +579,22 @@ def test_a_parameter_that_a_sum_has_read_is_trained_before_backward():
         return {**gradients(model), "shift": shift.grad}
 
     check_scenario(scenario)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_weight_trained_in_inference_mode_inside_the_context(cost):
+    """While another forward's graph is alive, whose recipes copy it."""
+    model, trained = network(), network()
+    with remat(cost):
+        loss = model(X).mean()
+        with torch.inference_mode():
+            for p in model.parameters():
+                p.mul_(0.5)
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.mul_(0.5)
+    torch.testing.assert_close(model.state_dict(), trained.state_dict())
+    assert loss.requires_grad
 
 
 def test_a_weight_written_without_a_version_inside_the_context():

@@ -16,7 +16,6 @@ OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift m
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__, Tensor.__cuda_array_interface__.__get__,
             Tensor.unsafe_chunk, Tensor.unsafe_split, torch.unsafe_chunk, torch.unsafe_split)  # fmt: skip
-SETTERS = Tensor.real.__set__, Tensor.imag.__set__
 IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
 
 
@@ -50,7 +49,7 @@ def writes(function) -> tuple[bool, int | None]:
         parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         place = parameters.index("inplace") if "inplace" in parameters else None
     in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in IN_PLACE or function in SETTERS, place
+    return in_place or name in IN_PLACE, place
 
 
 @functools.lru_cache(maxsize=4096)

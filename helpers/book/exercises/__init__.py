@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.memory import MemoryTrace
+from helpers.remat.mode import alone
 
 
 class Wrong(Exception):
@@ -43,7 +44,7 @@ def require(holds, words: str) -> None:
 
 def attempted(got):
     """``got``, unless it is None, as in the gap on the page."""
-    require(got is not None, "not attempted yet")
+    require(got is not None, "not attempted yet (or is there no return?)")
     return got
 
 
@@ -89,12 +90,18 @@ def compare(names: str, got, want, mistakes=None, note: str = "", **tolerances: 
     pairs = [(names, got, want)]
     if isinstance(want, tuple):
         require(isinstance(got, tuple | list) and len(got) == len(want), f"return a tuple, ({names})")
-        pairs = zip(names.split(", "), got, want, strict=True)
+        pairs = [*zip(names.split(", "), got, want, strict=True)]
     for name, g, w in pairs:
         require(g is not None or w is None, f"{name} is None")
         if wrong := difference(g, w, **tolerances):
             known = (mistakes or {}).items()
             words = [said for said, value in known if not difference(g, value, equal_nan=True, **tolerances)]
+            words += [
+                f"{name}: that is {n}" for n, _, other in pairs if not difference(g, other, **tolerances)
+            ]
+            if getattr(g, "shape", None) == getattr(w, "shape", ()):  # both are tensors
+                times = ((g * w).sum() / (w * w).sum()).item()
+                words += [f"{name} is {times:.4g} times the right one"] * (not difference(g, times * w))
             raise Wrong((words or [f"{name}: {wrong}"])[0] + (f" ({note})" if note else ""))
 
 
@@ -130,15 +137,22 @@ def compare_nets(base, network, x, contexts, atol: float) -> list[MemoryTrace]:
     for model, context in zip((base, network), contexts, strict=True):
         torch.manual_seed(0)  # dropout's
         with MemoryTrace() as trace:
-            with context():
-                out = one_tensor(model(x))
+            try:
+                with alone("forward", context()):
+                    out = one_tensor(model(x))
+            except RuntimeError as error:
+                require(
+                    "enters remat itself" not in str(error), "the checker's context is to be the only one"
+                )
+                raise
             trace.mark("end of forward")
             out.square().sum().backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        steps.append((out, grads, trace))
-    (want, right, before), (got, mine, after) = steps
+        steps.append((out, grads, dict(model.named_buffers()), trace))
+    (want, right, counted, before), (got, mine, counted_here, after) = steps
     compare("the output", got, want, rtol=0, atol=atol)
     compare("a gradient", mine, right, note="is something detached?", rtol=1e-3, atol=1e-4)
+    compare("running statistics", counted_here, counted, note="does a norm run twice?", rtol=1e-4, atol=1e-5)
     return [before, after]
 
 
@@ -179,7 +193,10 @@ def compare_function(
     try:
         got = call(torch.autograd.grad, out, leaves, dout, allow_unused=True)
     except RuntimeError as error:
-        require("number of grad" not in str(error), "backward must return one gradient for each argument")
+        words = "backward must return a tuple (no list), with one gradient for each argument of forward"
+        require("number of grad" not in str(error), words)
+        words = "backward: the gradient that comes is not contiguous here, and need not be: use reshape"
+        require("view size is not compatible" not in str(error), words)
         require("returned an invalid grad" not in str(error), f"backward: {error}")
         raise
     compare(names, got, grads(reference, inputs, dout), mistakes(dout), note)

@@ -81,8 +81,15 @@ def check_dropout(function):
     compare("the factor", stays, torch.full_like(stays, 1 / (1 - p)), note=note)
     require(not torch.equal(out, other), "two calls drop the same places; draw a new seed in each forward")
     torch.manual_seed(1)
-    note = "torch.manual_seed decides forward's k, and backward needs the same k, whatever dout's layout"
-    compare_function(lambda a: function.apply(a, p), lambda a: a * k, "da", [a], note=note, copies=True)
+    note = (
+        "torch.manual_seed decides forward's k, and backward needs the same k, whatever dout's layout, which "
+        "rand_like and empty_like follow"
+    )
+
+    def mistakes(dout):
+        return {"backward must multiply by 1 / (1 - p), too": dout * (k != 0)}
+
+    compare_function(lambda a: function.apply(a, p), lambda a: a * k, "da", [a], mistakes, 0, note, True)
     first, second = (function.apply(a.requires_grad_(), p) for _ in range(2))
     (first + second).sum().backward()
     third = function.apply(a, p)

@@ -25,20 +25,25 @@ def check_plan(answer):
     def peak(images, price):
         return predict_memory(model, (images, *shape), max_cost=price).peak
 
-    def plan(memory, rounded=math.ceil, there=gradients, alone=0, order=sorted):
-        pairs = ((k, p) for k in range(1, batch + 1) for p in order(prices))
+    def plan(memory, rounded=math.ceil, there=gradients, alone=0, order=sorted, parts_first=True):
+        pairs = [(k, p) for k in range(1, batch + 1) for p in order(prices)]
+        pairs = pairs if parts_first else sorted(pairs, key=lambda pair: pair[1])
         held = ((k, p, there if k > 1 else alone) for k, p in pairs)
         return next(((k, p) for k, p, more in held if more + peak(rounded(batch / k), p) <= memory), None)
 
     two_parts = gradients + peak(4, 12)
     for memory in (peak(7, 0), two_parts, two_parts - 1, peak(4, 12), gradients + peak(3, 12) - 1):
-        want, got = plan(memory), answer(model, shape, batch, memory, prices)
+        want, got = plan(memory), answer(model, shape, batch, memory, [*prices])
+        got = tuple(got) if isinstance(got, list) else got
         note = f"{batch} images, {memory:,} bytes, prices {prices}"
         mistakes = {
             "try the prices from the lowest": plan(memory, order=list),
             "round up: 7 images in 2 parts are 4 and 3": plan(memory, rounded=int),
             "with more than one part, there are the gradients, too, in bytes": plan(memory, there=0),
+            "what takes exactly `memory` fits": plan(memory - 1),
             "one part alone has no gradients from before": plan(memory, alone=gradients),
+            "fewest parts come first, then the lowest price": plan(memory, parts_first=False),
+            "the pair is swapped: parts come first": want[::-1],
         }
         wrong = [words for words, value in mistakes.items() if got == value != want]
         require(not wrong, f"{', or '.join(wrong)} ({note})")

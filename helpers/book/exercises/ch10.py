@@ -12,7 +12,7 @@ from helpers.memory import MemoryTrace
 @exercise(1)
 def check_forward(answer):
     """``answer(x, w, gamma, beta, eps)``: z of a pointwise convolution and batch norm, by one convolution."""
-    (x, w, gamma, beta), eps = new((3, 4, 5, 7), (24, 4, 1, 1), (24,), (24,)), 1e-5
+    (x, w, gamma, beta), eps = new((3, 4, 5, 7), (24, 4, 1, 1), (24,), (24,)), 0.1
     y, once = conv_flops(F.conv2d, x, w)
     (mean, var), m = batch_stats(y), y[:, 0].numel()
 
@@ -33,9 +33,17 @@ def check_forward(answer):
     with MemoryTrace() as trace:
         got, flops = conv_flops(call, answer, x, w, gamma, beta, eps)
     compare("z", got, z, mistakes)
-    require(flops == once, f"z is right, but call F.conv2d once; you call it {flops / once:.0f} times")
+    require(flops <= once, f"z is right, but call F.conv2d once; you call it {flops / once:.0f} times")
     alone = trace.tensor_peak < 1.8 * z.nbytes and got._version == 0
-    require(alone, "z is right, but the convolution must write it: y must not exist")
+    words = "y must not exist, and no pass over z comes after"
+    require(alone, f"z is right, but the convolution must write it, the bias included: {words}")
+
+
+def untouched(slabs):
+    """The same pairs; a `Wrong` if one was changed."""
+    for pair in slabs:
+        yield pair
+        require(not any(t._version for t in pair), "a slab has been overwritten, and others may need it")
 
 
 @exercise(2)
@@ -47,7 +55,7 @@ def check_slabs(answer):
     G, R = (torch.einsum("nohw,nchw->oc", t.double(), centred).float() for t in (dz, centred))
     with MemoryTrace() as trace:
         slabs = ((a.clone(), b.clone()) for a, b in zip(dz.split(2), x.split(2), strict=True))
-        got = call(answer, slabs)
+        got = call(answer, untouched(slabs))
     if isinstance(got, tuple | list):
         got = [t.float() if isinstance(t, Tensor) else t for t in got]  # float64 is right, too
     note = "subtract the same value, one amid the data, from every slab, and correct G and R with δ"
@@ -62,11 +70,11 @@ def check_instance_norm(answer):
     x, w, gamma, beta, dz = new((5, 3, 9, 8), (48, 3, 1, 1), (48,), (48,), (5, 48, 9, 8))
 
     def layer(x, w, gamma, beta):
-        return F.instance_norm(F.conv2d(x, w), None, None, gamma, beta, eps=1e-5)
+        return F.instance_norm(F.conv2d(x, w), None, None, gamma, beta, eps=0.1)
 
     want, var = grads(layer, (x, w, gamma, beta), dz), F.conv2d(x, w).var((2, 3), correction=0)
     with MemoryTrace() as trace:
-        got = call(answer, dz, x, w, gamma, var, 1e-5)
+        got = call(answer, dz, x, w, gamma, var, 0.1)
     note = "each image has its own mean of x, its own σ and κ, and m is its pixels; sum over the images last"
     compare("dx, dw, dgamma, dbeta", got, want, note=note)
     require(trace.tensor_peak < dz.nbytes, "right gradients, but a tensor of y's size was made on the way")

@@ -23,13 +23,14 @@ WRONG = {
     "02": {
         "check_grad_weight": [
             ("dy.transpose(0, 1)).transpose(0, 1)", "dy.transpose(0, 1))", "exchange dimensions 0 and 1"),
-            ("return F", "return 1 / len(x) * F", "dw: Tensor-likes are not close!"),
+            ("return F", "return 1 / len(x) * F", "times the right one"),
             ("dy.transpose(0, 1))", "dy.transpose(0, 1)).flip(2, 3)", "dw is flipped"),
         ],
         "check_grads_transposed": [
             ("(u, dz,", "(u.flip(2, 3), dz.flip(2, 3),", "dw is flipped"),
             ("conv2d(dz, w,", "conv2d(dz, w.flip(2, 3),", "du is flipped"),
             ("return du, dw", "return du, dw.transpose(0, 1)", "exchange dimensions 0 and 1"),
+            ("return du, dw", "return dw, du", "du: that is dw"),
         ],
         "check_grads_by_patches": [
             (
@@ -80,6 +81,7 @@ WRONG = {
             ("return dx, dw, None", "dz.zero_()\n    return dx, dw, None", "has been overwritten"),
             ("return dx, dw, None", "return dx, dw, 0.0", "None for eps: expected None, got 0.0"),
             ("ctx.eps)", "1e-3)", "take eps from ctx"),
+            ("return dx, dw, None", "return [dx, dw, None]", "return a tuple"),
         ],
         "check_repaired": [
             ("(2 * sqrt_var)", "(2 * denom)", "which of the per-channel numbers are 0"),
@@ -108,6 +110,21 @@ WRONG = {
                 "relu_ works in",
             ),
             ("F.relu(self.conv_bn1(x))", "F.relu(self.conv_bn1(x), inplace=True)", "relu works in place"),
+            (
+                "F.relu(self.conv_bn1(x))",
+                "F.relu(self.conv_bn1(x), inplace=self.training)",
+                "relu works in place",
+            ),
+            (
+                "        return F.log",
+                "        x.detach().clamp_(min=0)\n        return F.log",
+                "clamp_ works in place",
+            ),
+            (
+                "x = F.relu(self.conv_bn1(x))",
+                "from helpers import remat\n        with remat(600):\n            return super().forward(x)",
+                "the checker's context is to be the only one",
+            ),
             ("self.dropout(self.fc1", "F.dropout(self.fc1", "the output in eval mode"),
         ],
         "check_pool": [
@@ -115,6 +132,7 @@ WRONG = {
             ("ctx.save_", "ctx.out = out; ctx.save_", "9.0 bytes a value are kept"),
             ("ctx.save_", "ctx.x = x; ctx.save_", "33.0 bytes a value are kept"),
             ("windows.max(-1)", "windows.min(-1)", "the output: Tensor-likes are not close!"),
+            ("return windows.un", "dout.view(-1)\n        return windows.un", "need not be: use reshape"),
             ("        return out", "        x.zero_()\n        return out", "has been overwritten"),
             (
                 "position = windows.max(-1)",
@@ -141,6 +159,11 @@ WRONG = {
             (", dgamma, dbeta\n", ", dgamma\n", "return a tuple"),
             ("(var + eps)", "(var + 1e-5)", "use the eps that is passed in"),
             ("(g * w)", "(g * w * scale)", "the sum needs w itself"),
+            (
+                "(g * w).sum((1, 2, 3))",
+                "(g * scale * w).sum((1, 2, 3)) / (gamma * inv_std)",
+                "dgamma",
+            ),
         ],
         "check_norm_leaky": [
             (
@@ -152,7 +175,12 @@ WRONG = {
             (
                 "z.gt_(0).mul_(1 - ctx.alpha).add_(ctx.alpha).mul_(da)",
                 "torch.where(z > 0, da, ctx.alpha * da)",
-                "peaks at",
+                "backward peaks at",
+            ),
+            (
+                "F.leaky_relu_(normalise(y, gamma, beta, mean, var), alpha)",
+                "(lambda z: torch.maximum(z, alpha * z))(normalise(y, gamma, beta, mean, var))",
+                "forward peaks at",
             ),
             (
                 "z.gt_(0).mul_(1 - ctx.alpha).add_(ctx.alpha).mul_(da)",
@@ -214,6 +242,11 @@ WRONG = {
             ),
             ("return a * mask(", "ctx.kept = a + 0\n        return a * mask(", "4.0 bytes a value are kept"),
             ("mask(dout, ctx.p, ctx.seed)", "mask(dout, ctx.p, 0)", "backward needs the same k"),
+            (
+                "mask(dout, ctx.p, ctx.seed)",
+                "(mask(dout, ctx.p, ctx.seed) != 0)",
+                "backward must multiply by 1 / (1 - p), too",
+            ),
             ("empty(like.shape, dtype=like.dtype, device=like.device)", "empty_like(like)", "dout's layout"),
             (
                 "torch.Generator(like.device).manual_seed(seed)",
@@ -236,6 +269,7 @@ WRONG = {
             ("max(y2, y3)", "y2", "still kept: y3"),
             ("max(y2, y3)", "y1 + y2 + y3", "a lower price is enough"),
             ("math.ceil", "int", "still kept: y3"),
+            ("math.ceil(", "int(1 + ", "a lower price is enough"),
             ("math.ceil", "", "return an integer"),
         ],
         "check_fooled": [
@@ -254,11 +288,19 @@ WRONG = {
             ("sorted(prices)", "prices", "from the lowest"),
             ("p.nbytes", "p.numel()", "in bytes"),
             ("return parts, price", "return parts", "return a tuple"),
+            ("return parts, price", "return [price, parts]", "the pair is swapped"),
+            (" <= memory", " < memory", "what takes exactly `memory` fits"),
         ],
         "check_lean": [
             ("F.leaky_relu(z, 0.1)", "torch.where(z > 0, z, 0.1 * z)", "that no convolution made"),
             ("F.leaky_relu(z, 0.1)", "F.leaky_relu(z)", "the output: Tensor-likes"),
             ("F.leaky_relu(z, 0.1)", "F.leaky_relu(z.detach(), 0.1)", "is something detached"),
+            (
+                "a = F.relu(self.norm1(self.stem(x)))",
+                "from torch.utils.checkpoint import checkpoint\n"
+                "        return checkpoint(super().forward, x, use_reentrant=False)",
+                "does a norm run twice",
+            ),
         ],
     },
     "10": {
@@ -268,21 +310,31 @@ WRONG = {
             ("sum(1) / m", "sum(1) / (m - 1)", "not by m - 1"),
             ("R = product(x_centred, x_centred)", "R = product(x, x)", "R must be of centred x"),
             ("(var + eps)", "var", "sqrt(var + eps)"),
+            ("(var + eps)", "(var + EPS)", "z: Tensor-likes"),
+            ("* w, beta)", "* w).add_(per_channel(beta))", "no pass over z comes after"),
             ("* w, beta)", "* w)", "beta is missing"),
             ("((W @ R) * W).sum(1)", "(W @ R @ W.T).sum(1)", "not its row sums"),
             ("centred(x)", "centred(x) + 0 * F.conv2d(x, w).sum()", "call F.conv2d once"),
-            ("W, m = w", "return pair(x, w, gamma, beta)[0]\n    W, m = w", "y must not exist"),
+            (
+                "W, m = w",
+                "y = F.conv2d(x, w)\n"
+                "    return F.batch_norm(y, None, None, gamma, beta, True, eps=eps)\n"
+                "    W, m = w",
+                "y must not exist",
+            ),
         ],
         "check_slabs": [
             ("x_i - per_channel(first)", "x_i - per_channel(x_i.mean(OVER))", "G: Tensor-likes"),
             ("R - m * delta[:, None] * delta", "R", "R: Tensor-likes are not close!"),
             ("first = x_i", "first = 0 * x_i", "subtract the same value, one amid"),
+            ("x_i - per_channel(first)", "x_i.sub_(per_channel(first))", "a slab has been overwritten"),
             ("in slabs", "in list(slabs)", "all slabs at once"),
         ],
         "check_instance_norm": [
             ("X.mean(2, keepdim=True)", "X.mean((0, 2), keepdim=True)", "each image has its own mean"),
             ("dgamma / (sigma * m)", "dgamma / (sigma * m * len(x))", "m is its pixels"),
             ("dgamma.sum(0)", "dgamma", "dgamma: The values for attribute 'shape'"),
+            ("(var + eps)", "(var + EPS)", "dx: Tensor-likes"),
             ("W, m = w", "_ = torch.zeros_like(dz); W, m = w", "a tensor of y's size was made"),
         ],
     },

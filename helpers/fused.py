@@ -219,7 +219,7 @@ class FusedConvBN2d(nn.Module):
         y = self.output_of_no_images(input, weight)
         m = input.shape[0] * y.shape[2:].numel()  # not len(), which would make an exported batch size fixed
         if m == 0:  # no statistics
-            return bn(conv._conv_forward(input, weight, bias))
+            return bn.forward(conv._conv_forward(input, weight, bias))
         if not bn.training and bn.running_mean is not None:
             return conv._conv_forward(input, *fold(weight, bias, bn))
         if m == 1:

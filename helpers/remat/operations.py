@@ -200,7 +200,7 @@ class Rerun(Operation):
         # Backward may run inside remat's context, or of saved-tensor hooks.
         with torch.enable_grad(), torch._C.DisableTorchFunction(), unhooked():
             z = self.forward(*inputs)
-            dz = in_layout(dz, z) if self.reads_layout else dz
+            dz = in_layout(dz.contiguous(), z) if self.reads_layout else dz
             edge = torch.autograd.graph.get_gradient_edge(z)
             del z
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]

@@ -44,7 +44,7 @@ def require(holds, words: str) -> None:
 
 def attempted(got):
     """``got``, unless it is None, as in the gap on the page."""
-    require(got is not None, "not attempted yet (or is there no return?)")
+    require(got is not None, "not attempted yet (None)")
     return got
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
@@ -369,6 +370,19 @@ def test_a_norm_reads_its_gradient_in_any_layout(norm):
     for layout in (torch.contiguous_format, torch.channels_last):
         found += torch.autograd.grad(z, x, dz.contiguous(memory_format=layout), retain_graph=True)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("norm", [F.instance_norm, functools.partial(F.batch_norm, **BATCH_STATISTICS)])
+def test_a_norm_reads_its_gradient_in_any_order(norm):
+    """With the images innermost, as after ``flatten(2).permute(2, 0, 1)``, PyTorch's instance norm does not."""
+    x, dz, found = image(2, 3, 4, 2).requires_grad_(), image(2, 3, 4, 2, seed=1), []
+    with remat():
+        z = norm(x * 1.5)
+    for order in itertools.permutations(range(4)):
+        other = torch.empty_permuted(dz.shape, order, dtype=dz.dtype).copy_(dz)
+        found += torch.autograd.grad(z, x, other, retain_graph=True)
+    for dx in found[1:]:
+        torch.testing.assert_close(dx, found[0])
 
 
 @pytest.mark.parametrize("layouts", [(0, 1), (1, 0)], ids=["nchw", "nhwc"])

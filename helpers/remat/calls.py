@@ -49,7 +49,7 @@ from .arguments import (
 from .convolutions import CONVOLUTIONS, Convolution, Convolve, Linear, may_run_again, setting_of
 from .layouts import layout_of
 from .pools import FromShape, MaxPool
-from .values import MOST_PASSES, SMALL, Row, Value, copy_of, storage_of
+from .values import SMALL, Row, Value, copy_of, storage_of
 from .writes import targets, unseen_change, writes
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
                 saved = scales and not t.requires_grad and not (in_place and t is p)
                 if saved:  # by PyTorch's node, too: a mask
                     mode.table.count_plain(value)
-                if t.numel() * SMALL <= first.numel() and values[0].passes < MOST_PASSES:
+                if t.numel() * SMALL <= first.numel() and values[0].copied + t.nbytes <= first.nbytes / 8:
                     # It may change after the context.
                     mode.table.keep(value, copy_of(t))
                 elif saved:

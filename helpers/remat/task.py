@@ -213,6 +213,9 @@ def slack(table: Table, retained: bool) -> list[int]:
     while table.alive < len(table.operations) and table.operations[table.alive]() is None:
         table.alive += 1  # of steps before this one, in a long context
     gone = table.alive
+    table.looked_at += len(table.operations) - gone
+    if table.looked_at > 10_000 + 32 * len(table.operations):  # in many small passes: there is no room
+        return []
     operations = [None] * gone + [ref() for ref in table.operations[gone:]]
     change, seen = [0] * (len(operations) + 1), set()  # of the level, before each operation's backward
     level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them

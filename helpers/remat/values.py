@@ -27,6 +27,7 @@ MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of one storage, among which the base of a view is looked for
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
+MANY = 64  # of the parts of a longer concatenation nobody asks which ones need not be kept
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
 
@@ -149,7 +150,7 @@ class Value:
     read = False  # whether a recipe reads it
     counted = False  # whether `Table.plain_bytes` has it
     private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
-    passes = 0.0  # over its size, at least, that it takes from what was kept when it was made
+    copied = 0  # bytes of small factors and terms that its recipe holds, back to what was kept before
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -160,14 +161,16 @@ class Value:
             self.nbytes = min(t.nbytes, storage_of(t).nbytes())
         self.recipe, self.parents, self.when, self.start = recipe, parents, when, when - 1
         if recipe is not None:
-            self.origin = recipe.origin or parents[0].origin
+            self.origin, small = recipe.origin or parents[0].origin, 0
             for parent in parents:
                 parent.read = True
                 if parent.start < self.start:
                     self.start = parent.start
-                if parent.kept is None and parent.passes > self.passes:
-                    self.passes = parent.passes
-            self.passes += recipe.passes
+                if parent.kept is None:
+                    self.copied = max(self.copied, parent.copied)
+                elif parent.size * SMALL <= self.size:
+                    small += parent.nbytes
+            self.copied += small
 
     def held(self) -> Tensor | None:
         """The kept tensor; a RuntimeError if it was changed after forward."""
@@ -197,6 +200,7 @@ class Table:
         self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
         self.operations = []  # weak references, in forward's order
         self.alive = 0  # the number of the first that is not known to be gone
+        self.looked_at = 0  # how many the backward passes have looked at, in all
         self.tasks = weakref.WeakValueDictionary()  # of backward passes, by the engine's number
         # Of concatenations: their parts, held until it is decided whether to keep these or the whole.
         self.waiting: weakref.WeakKeyDictionary[Value, list[Tensor]] = weakref.WeakKeyDictionary()
@@ -205,6 +209,11 @@ class Table:
         self._exposed: dict[int, weakref.ref] = {}  # storages
 
     def clear(self) -> None:
+        """The context ends: nothing will read a value that nothing has read so far."""
+        for ref in self.operations[self.alive :]:
+            value = (operation := ref()) and operation.output
+            if value and value.first is None and not value.read:
+                value.recipe, value.parents = None, ()
         self._storages.clear()
         self._exposed.clear()
         self._living.clear()
@@ -324,7 +333,7 @@ class Table:
         # Parts of a value share what it takes to recompute it, and it is there until the last is used.
         size = value.parents[0].size if isinstance(value.recipe, Part) else value.size
         work = passes = made = 0.0
-        largest, path = value.nbytes, [value]
+        largest, path, seen = value.nbytes, [value], {value}
         for v in path:  # it grows
             recipe = v.recipe
             if recipe is None:
@@ -335,7 +344,10 @@ class Table:
             if recipe.work:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
-                if p.kept is None and p not in path and p not in also:
+                if p.kept is not None and p.nbytes > SMALL * value.nbytes and size == value.size:
+                    return False  # which would then be held for a small value, after its own node is gone
+                if p.kept is None and p not in seen and p not in also:
+                    seen.add(p)
                     path.append(p)
         if limited and made > most_made * largest:
             return False
@@ -357,7 +369,8 @@ class Table:
         # If the price would do, but not the limit, convolutions may lead to a small value.
         through = self.max_cost > 0 and self.affordable(value, limited=False)
         parts = None if recipe is None else self.parts(value, {}, through)
-        if parts and recipe.joins:  # of a list of features some need not be kept: they are affordable
+        if parts and recipe.joins and len(parts) <= MANY:
+            # Of a list of features some need not be kept: they are affordable.
             for part in sorted(parts, key=lambda part: part.nbytes, reverse=True):
                 if self.affordable(part) and self.affordable(value, parts.keys() - {part}):
                     del parts[part]

@@ -374,7 +374,7 @@ def test_a_norm_reads_its_gradient_in_any_layout(norm):
 
 @pytest.mark.parametrize("norm", [F.instance_norm, functools.partial(F.batch_norm, **BATCH_STATISTICS)])
 def test_a_norm_reads_its_gradient_in_any_order(norm):
-    """With the images innermost, as after ``flatten(2).permute(2, 0, 1)``, PyTorch's instance norm does not."""
+    """With the images innermost, as after ``flatten(2).permute(2, 0, 1)``, PyTorch's does not."""
     x, dz, found = image(2, 3, 4, 2).requires_grad_(), image(2, 3, 4, 2, seed=1), []
     with remat():
         z = norm(x * 1.5)

@@ -8,14 +8,19 @@ from torch import nn
 
 from helpers import remat
 from helpers.predict import Held
+from helpers.remat import task
+from helpers.remat.values import Table
 from helpers.tests.remat.examples import EVERY_ACTIVATION, example
 from helpers.tests.remat.support import (
     COSTS,
     Net,
     block,
+    check_scenario,
     counted_forward,
     held_plainly_and_under_remat,
     image,
+    leaf,
+    named,
     under,
 )
 
@@ -372,6 +377,98 @@ def test_small_terms_of_a_long_sum_do_not_pile_up():
             y.square().mean()
         peaks.append(held.peak)
     assert max(peaks[1:]) <= peaks[0] + 2 * y.nbytes  # those of the last passes
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_small_terms_before_what_saves_their_sum_do_not_pile_up(cost):
+    """PyTorch's node holds the sum, and with the tensor its recipe lives on, which nothing will read."""
+    peaks = []
+    for how in (None, cost):
+        held, x = Held(), image(16, 16, 8, 8, dtype=torch.float32).exp().requires_grad_()
+        held.ignore(x)
+        with held, under(how):
+            y = x
+            for _ in range(10):
+                for _ in range(15):
+                    y = y + torch.ones(1, 16, 8, 8)
+                y = torch.log(y).cumsum(0) * 0.1 + 3
+        peaks.append(held.peak / y.nbytes)
+    assert peaks[1] <= peaks[0] + 3
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_small_value_does_not_hold_a_large_one(cost):
+    """That was kept for another node, which is gone."""
+    small = {
+        "copy": lambda z: z[:, :1].clone().sin(),
+        "concatenation": lambda z: torch.cat([z[:, :1], z[:, 1:2]], 1).sin(),
+        "cast": lambda z: z[:, :1].bfloat16().sin(),
+    }
+    for name, read in small.items():
+        found = []
+        for how in (None, cost):
+            held, x = Held(), image(4, 64, 8, 8, dtype=torch.float32).requires_grad_()
+            held.ignore(x)
+            with held, under(how):
+                outs = []
+                for _ in range(5):
+                    z = x.cumsum(1) * 0.125
+                    monitor = z.square().mean()  # what was kept for it
+                    outs.append(read(z).mean())
+                del z, monitor
+            found.append(held.held)
+        assert found[1] <= found[0] + x.nbytes / 4, name
+
+
+@pytest.mark.parametrize("name", ["layer", "batch", "prelu"])
+def test_a_recipe_that_nothing_reads_holds_no_copies(name):
+    """Of parameters that are not much smaller than a batch."""
+    norms = {
+        "layer": lambda x, w, b: F.layer_norm(x, (512,), w, b),
+        "batch": lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+        "prelu": lambda x, w, b: F.prelu(x, w),
+    }
+    found = []
+    for cost in (None, 0):
+        held, x, w, b = Held(), *(image(*s, dtype=torch.float32) for s in ((8, 512), (512,), (512,)))
+        leaves = [t.requires_grad_() for t in (x, w, b)]
+        held.ignore(*leaves)
+        with held, under(cost):
+            y = x
+            for _ in range(8):
+                y = norms[name](y, w, b).cumsum(1) * 0.3
+        found.append(held.held)
+    assert found[1] <= found[0]
+
+
+def test_a_long_concatenation_is_decided_in_a_few_steps(monkeypatch):
+    """For each part one question, and none about all the others."""
+    x, w, asked, real = image(2, 4, 4, 4), leaf(image(4, 4, 1, 1)), [], Table.affordable
+
+    def affordable(table, value, also=(), **how):
+        asked.append(1 + len(also))
+        return real(table, value, also, **how)
+
+    monkeypatch.setattr(Table, "affordable", affordable)
+    with remat(300):
+        y = F.conv2d(x, w)
+        F.silu(torch.cat([F.relu(y + i) for i in range(300)], 1))
+    assert 300 < sum(asked) < 3000
+
+
+def test_many_backward_passes_in_one_context():
+    """Each looks at all operations to find room, until there are too many of them."""
+
+    def scenario(context):
+        x, w = leaf(image(3, 4)), leaf(image(4, 4, seed=1))
+        with context() as record:
+            losses = [F.silu(F.linear(F.relu(F.linear(x * i, w)), w)).sum() for i in range(100)]
+        for loss in reversed(losses):
+            assert record is None or loss is not losses[0] or not task.slack(record._table, False)
+            loss.backward()
+        return named(x.grad, w.grad)
+
+    check_scenario(scenario)
 
 
 def test_parts_of_concatenations_do_not_pile_up():

@@ -5,6 +5,10 @@ LOCKED ?=
 EXECUTED ?=
 PYTEST_ARGS ?=
 
+ifeq ($(strip $(PYTHON)),)
+$(error PYTHON is empty: name an interpreter, Python 3.10 or later)
+endif
+
 # What else is on the command line is a parameter: make run EPOCHS=3 DEVICE=cpu
 OWN := PYTHON LOCKED EXECUTED PYTEST_ARGS MAKEFLAGS MAKEOVERRIDES SHELL
 NAMES := $(filter-out $(OWN),$(foreach v,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $v))),$v)))

@@ -305,12 +305,15 @@ def main(arguments: list[str]) -> str | None:
     parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
     path = BUILD / f"{'_'.join(parts)}.json"
     write(path, {**about, "tables": {}})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `run` stops its process
     minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
     try:
         run(chosen, path, values["REPEATS"], minutes)
     except KeyboardInterrupt:
         return f"\ninterrupted; as far as it came: {os.path.relpath(path)}"
     if not values["QUICK"]:
+        if any("error" in row for rows in read_json(path)["tables"].values() for row in rows):
+            return f"\nnot all was measured, so the record stays; what there is: {os.path.relpath(path)}"
         path = path.replace(MEASUREMENTS / path.name)
     print(f"\nwritten to {os.path.relpath(path)}")
 

@@ -33,15 +33,19 @@ def load_mnist(
         train_images, test_images: use that many, the first ones; 0 means all.
 
     Raises:
-        ValueError: an argument is wrong.
-        OSError, RuntimeError: the download failed.
+        ValueError: an argument is wrong, a file is damaged, or the download failed.
     """
     if data not in ("auto", "sample", "full"):
         raise ValueError(f"DATA must be auto, sample or full, got {data!r}")
-    files = list(Path(root, "MNIST", "raw").glob("*-ubyte"))
-    whole = data == "full" or (data == "auto" and len(files) == len(MNIST.resources))
+    files = [Path(root, "MNIST", "raw", packed).with_suffix("") for packed, _ in MNIST.resources]
+    whole = data == "full" or (data == "auto" and all(file.exists() for file in files))
     if whole:
-        sets = [MNIST(root, train, download=data == "full") for train in (True, False)]
+        try:
+            sets = [MNIST(root, train, download=data == "full") for train in (True, False)]
+        except Exception as error:  # of the network, or whatever is wrong with a file
+            why, raw = " ".join(str(error).split()), files[0].parent
+            advice = f"remove what is damaged in {raw}, or take DATA=sample"
+            raise ValueError(f"DATA={data} could not be read: {why}; {advice}") from error
         parts = [(part.data, part.targets) for part in sets]
     else:
         arrays = [torch.from_numpy(array) for array in np.load(Path(root) / SAMPLE).values()]

@@ -134,9 +134,11 @@ def check_networks(names: str, images: int, size: int) -> None:
         with torch.device("meta"):  # where nothing is computed
             model, x = torchvision.models.get_model(name, weights=None), torch.empty(images, 3, size, size)
         try:
-            model(x)
+            out = model(x)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"NETWORKS must take 3×{size}×{size} images, {name} says: {error}") from None
+        if not isinstance(out, Tensor):
+            raise ValueError(f"NETWORKS must return one tensor, {name} returns {type(out).__name__}")
 
 
 def build(network: str, method: str) -> nn.Module:

@@ -17,7 +17,6 @@ from typing import Any
 import nbformat
 import papermill
 import torch
-from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from helpers.book.data import load_mnist
@@ -86,13 +85,13 @@ def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) 
             coalesce_streams=True,
             extra_arguments=KERNEL_ARGUMENTS,
         )
-    except (PapermillExecutionError, DeadKernelError) as error:
+    except (PapermillExecutionError, RuntimeError) as error:  # the latter from a kernel that is dead
         cells = code_cells(read_json(unfinished))
         started = [cell for cell in cells if cell["metadata"]["papermill"]["start_time"]]
+        where = f"in cell {started[-1]['id']}, In [{len(started)}]" if started else "before its first cell"
         name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
         raise NotebookFailure(
-            f"{path.name} failed in cell {started[-1]['id']}, In [{len(started)}]: {name}: {value}\n"
-            f"  as far as it came: {os.path.relpath(unfinished)}"
+            f"{path.name} failed {where}: {name}: {value}\n  as far as it came: {os.path.relpath(unfinished)}"
         ) from error
     notebook = nbformat.read(unfinished, as_version=4)
     device = pick_device(settings(path, given or {}).get("DEVICE", "cpu"))
@@ -121,7 +120,7 @@ def check_here(values: dict[Path, dict[str, Any]]) -> None:
                 check_batch_size(train_split, value["BATCH_SIZE"])
             if "NETWORKS" in value:
                 check_networks(value["NETWORKS"], value["IMAGES"], value["SIZE"])
-        except (OSError, RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             raise ParameterError(error) from None
 
 
@@ -136,7 +135,7 @@ def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECU
     values = plan(arguments, source)
     check_here(values)
     for stale in folder.glob("*.ipynb"):
-        stale.unlink()
+        stale.unlink(missing_ok=True)  # another run may be as far
     errors, tables, start = [], [], time.perf_counter()
     for path, given in values.items():
         begin, verdict = time.perf_counter(), "done"

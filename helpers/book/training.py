@@ -31,7 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def check_batch_size(split: Split, batch_size: int) -> None:
     n = len(split.images)
     if not 1 <= batch_size <= n:
-        raise ValueError(f"BATCH_SIZE must be from 1 to {n:,}, the images there are, got {batch_size:,}")
+        raise ValueError(f"BATCH_SIZE must be from 1 to {n:,}, the number of images, got {batch_size:,}")
 
 
 def batches(

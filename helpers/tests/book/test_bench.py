@@ -69,23 +69,25 @@ def test_parameters_are_checked_before_anything_runs(monkeypatch, tmp_path):
     assert len(called) == 2
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_record_is_replaced_by_a_run_that_ends(monkeypatch, tmp_path, stopped):
+@pytest.mark.parametrize("how", ["ends", "is stopped", "has errors"])
+def test_a_record_is_replaced_by_a_run_that_ends(monkeypatch, tmp_path, how):
     record, build = tmp_path / "record", tmp_path / "build"
     monkeypatch.setattr(bench, "MEASUREMENTS", record)
     monkeypatch.setattr(bench, "BUILD", build)
     bench.write(record / "bench_cpu_MNIST.json", {"tables": "the last run's"})
 
     def run(tables, path, *_):
-        bench.write(path, {"tables": "new"})
-        if stopped:
+        row = {"name": "a"} | ({"error": "b"} if how == "has errors" else {})
+        bench.write(path, {"tables": {"new": [row]}})
+        if how == "is stopped":
             raise KeyboardInterrupt
 
     monkeypatch.setattr(bench, "run", run)
     wrong = bench.main(["DEVICE=cpu", "TABLE=MNIST"])
-    assert "interrupted" in wrong if stopped else wrong is None
+    said = {"is stopped": "interrupted", "has errors": "not all was measured, so the record stays"}
+    assert wrong is None if how == "ends" else said[how] in wrong
     kept = json.loads((record / "bench_cpu_MNIST.json").read_text())["tables"]
-    assert kept == ("the last run's" if stopped else "new")
+    assert kept == ({"new": [{"name": "a"}]} if how == "ends" else "the last run's")
 
 
 def test_every_table_of_a_card_has_a_title():

@@ -106,6 +106,15 @@ def test_auto_takes_the_sample_where_the_whole_set_is_not_whole(root, name):
     assert load_mnist(root=root)[0].name.startswith("sample")
 
 
+def test_a_damaged_file_is_named(root):
+    (root / "MNIST" / "raw" / NAMES[0]).write_bytes(b"")
+    with pytest.raises(ValueError, match="^DATA=auto could not be read: .*remove what is damaged in .*raw"):
+        load_mnist(root=root)
+    for name in NAMES:  # other names, as some pages have them
+        (root / "MNIST" / "raw" / name).rename(root / "MNIST" / "raw" / name.replace("-idx", ".idx"))
+    assert load_mnist(root=root)[0].name.startswith("sample")
+
+
 def test_first_images():
     splits = zip(load_mnist("sample"), load_mnist("sample", train_images=100, test_images=7), strict=True)
     for (whole, cut), n in zip(splits, (100, 7), strict=True):
@@ -172,7 +181,8 @@ def test_full_downloads_what_is_missing(tmp_path, whole, monkeypatch):
 @pytest.mark.parametrize("fault", ["404", "short"])
 def test_a_failed_download_is_an_error_until_it_is_taken_up(tmp_path, whole, monkeypatch, fault):
     words = {"404": "404", "short": "corrupted"}[fault]
-    with mirror(monkeypatch, whole, fault), pytest.raises(RuntimeError, match=words):
+    wanted = f"^DATA=full could not be read: .*{words}.*take DATA=sample"
+    with mirror(monkeypatch, whole, fault), pytest.raises(ValueError, match=wanted):
         load_mnist("full", root=tmp_path)
     with mirror(monkeypatch, whole):
         assert load_mnist("full", root=tmp_path)[1].name.startswith("whole set: 60")

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 from packaging.requirements import Requirement
 
@@ -134,7 +135,7 @@ TEST_IMAGES: int = 9  # images"""
     "wrong",
     [
         *("SED=1", "DEVICE=abacus", "BATCH_SIZE=100", "TRAIN_IMAGES=60000"),
-        *(f"NETWORKS={names}" for names in ("resnet51", "", "resnet18 vit_b_16", "r3d_18")),
+        *(f"NETWORKS={names}" for names in ("resnet51", "", "resnet18 vit_b_16", "r3d_18", "googlenet")),
     ],
 )
 def test_a_wrong_parameter_is_refused_before_any_run(write_pages, tmp_path, wrong):
@@ -266,6 +267,8 @@ def test_make_refuses_an_old_python(clone, tmp_path):
     done, calls = clone("run", python=old)
     assert done.returncode == 2 and calls == []
     assert f"Python 3.10 or later is needed, {old} is Python 3.9.1" in done.stderr
+    done, calls = clone("run", python="")
+    assert "PYTHON is empty: name an interpreter" in done.stderr and calls == []
     done, calls = clone("run", python=tmp_path / "none")
     assert f"There is no Python at {tmp_path / 'none'}" in done.stderr and calls == []
 
@@ -345,6 +348,17 @@ def test_failing_notebook(write_pages, tmp_path, capsys):
     as_far = texts(out / "02_bad.unfinished.ipynb")
     assert "begun" in as_far and "never" not in as_far
     assert [p.name for p in find_notebooks(out)] == ["01_good.ipynb", "04_good.ipynb"]
+
+
+def test_a_kernel_that_does_not_start_costs_its_notebook(write_pages, tmp_path, monkeypatch):
+    path, start = write_pages("01_a"), papermill.execute_notebook
+
+    def execute_notebook(*args, kernel_name, **how):
+        return start(*args, kernel_name="python3", **how | {"extra_arguments": ["--f=/"]})
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
+    with pytest.raises(runner.NotebookFailure, match="^01_a.ipynb failed before its first cell: Runt"):
+        runner.run_notebook(path, tmp_path / "out")
 
 
 # A kernel whose control thread flushes after the main thread has closed the sockets: a busy machine does it.

@@ -210,8 +210,8 @@ class remat:  # noqa: N801
             groups · kH · kW per value of its output. A value costs the multiplications of all convolutions
             and linear layers that must run again for it, divided by its number of values; that of a norm, an
             activation or a product may be a sixteenth more. At 0 no convolution is computed twice; 64 allows
-            a 1x1 convolution of 64 channels. It is a limit: what is at the end of a long path, or small and
-            very expensive, is kept at any price (chapter 8).
+            a 1x1 convolution of 64 channels. It is a limit: what is at the end of a long path, small and very
+            expensive, or made from something much larger, is kept at any price (chapter 8).
 
     Raises:
         ValueError: ``max_cost`` is no number, or below 0.

@@ -276,12 +276,12 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
     with torch.random.fork_rng([]), same_numbers_again(), fakes:
         try:
             run = alone("predict_memory", recomputation)
-            with held, precision, Linears(held), guard, run as record:
+            with guard, held, precision, Linears(held), run as record:
                 out = model(*args)
             ends = ends_of(out)
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
             held.ignore(*grads)
-            with held:
+            with guard, held:
                 torch.autograd.backward(ends, grads)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error

@@ -6,7 +6,6 @@ serve goes to PyTorch unchanged. `HANDLERS` at the end is the whole list.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -50,7 +49,7 @@ from .convolutions import CONVOLUTIONS, Convolution, Convolve, Linear, may_run_a
 from .layouts import layout_of
 from .pools import FromShape, MaxPool
 from .values import SMALL, Row, Value, copy_of, storage_of
-from .writes import targets, unseen_change, writes
+from .writes import LOST, lost_argument, targets, unseen_change, writes
 
 if TYPE_CHECKING:
     from .mode import Mode
@@ -102,9 +101,7 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
             elif function is not F.linear or a.requires_grad:
                 table.count_cast(w, dtype)
         if dtype is not None and input.dtype != dtype:
-            a = input.detach().to(dtype)
-            cast, now = ops.Again("cast", lambda x: x.to(dtype), 1.0), len(table.operations)
-            value = Value(a, cast, (table.find(input),), now)
+            value, a = table.cast(input, dtype, ops.Again("cast", lambda x: x.to(dtype), 1.0))
         if w.requires_grad:
             value = mode.needed(a, value, copied=function is F.linear and is_copied(a))
         else:
@@ -457,15 +454,7 @@ def leave(mode: Mode, function, args, kwargs):
 
 
 def with_lost_argument(mode: Mode, function, args, kwargs):
-    """PyTorch 2.14 does not tell a mode this argument, and would ignore it: take it from the call itself."""
-    name, frame = LOST[function], sys._getframe()
-    while frame is not None and frame.f_code is not function.__code__:
-        frame = frame.f_back
-    value = None if frame is None else frame.f_locals.get(name)
-    return leave(mode, function, args, kwargs if value is None else {**kwargs, name: value})
-
-
-LOST = {F.l1_loss: "weight", torch.chain_matmul: "out", Tensor.dim_order: "ambiguity_check"}
+    return leave(mode, function, args, {**kwargs, **lost_argument(function)})
 
 
 COPIES = "reshape flatten contiguous clone to type_as double float half bfloat16"

@@ -87,14 +87,14 @@ class Convolve(Recipe):
         self.function, self.arguments, self.dtype = function, arguments, dtype
         self.name, self.work, self.origin = function.__name__, work, origin_of(weight)
         parameters = (weight,) if bias is None else (weight, bias)
-        self.parameters = [t if t.is_leaf else t.detach() for t in parameters]
+        self.parameters = [t if t.is_leaf else t.detach().requires_grad_(t.requires_grad) for t in parameters]
         self.states = [state_of(t) for t in parameters]
 
     def copy_parameters(self) -> None:
         """Before one of them changes; not what has changed already."""
         for i, (t, state) in enumerate(zip(self.parameters, self.states, strict=True)):
             if state_of(t) == state:
-                self.parameters[i] = copy_of(t)
+                self.parameters[i] = copy_of(t).requires_grad_(t.requires_grad)
                 self.states[i] = state_of(self.parameters[i])
 
     def run(self, out, a):

@@ -66,7 +66,8 @@ def weak(t: Tensor | None):
 
 
 def to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-    return t if t is None or dtype in (None, t.dtype) else t.to(dtype)
+    """``t`` in this dtype; it requires a gradient like ``t``, by which PyTorch chooses a product's kernel."""
+    return t if t is None or dtype in (None, t.dtype) else t.to(dtype).requires_grad_(t.requires_grad)
 
 
 def unhooked():

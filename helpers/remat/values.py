@@ -24,10 +24,9 @@ MOST_PASSES = 16
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
 MOST_STEPS = 256  # to one value: each may be a level of recursion
-MOST_VALUES = 64  # of one storage, among which the base of a view is looked for
+MOST_VALUES = 64  # of one storage, as bases of a view; or of a concatenation, asked for one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
-MANY = 64  # of the parts of a longer concatenation nobody asks which ones need not be kept
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
 
@@ -149,8 +148,9 @@ class Value:
     first = None  # the number of the first operation whose node needs it, if one does
     read = False  # whether a recipe reads it
     counted = False  # whether `Table.plain_bytes` has it
+    copy = None  # a weak reference to the value of autocast's copy
     private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
-    copied = 0  # bytes of small factors and terms that its recipe holds, back to what was kept before
+    copied = 0  # bytes of small factors and terms that its recipe holds, back to what a node needs
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -168,7 +168,7 @@ class Value:
                     self.start = parent.start
                 if parent.kept is None:
                     self.copied = max(self.copied, parent.copied)
-                elif parent.size * SMALL <= self.size:
+                elif parent.first is None and parent.size * SMALL <= self.size:
                     small += parent.nbytes
             self.copied += small
 
@@ -196,8 +196,7 @@ class Table:
         self.max_cost, self.rows = max_cost, []
         self.next_cost = math.inf  # the lowest price at which a value that was too expensive is not
         self.plain_bytes, self._cast = 0, set()  # ids of the weights whose copies by autocast it includes
-        # Weak references to recipes, by the storage of their weight or bias.
-        self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}
+        self.parameters: dict[int, list[weakref.ref[Recipe]]] = {}  # by the storage of a weight or bias
         self.operations = []  # weak references, in forward's order
         self.alive = 0  # the number of the first that is not known to be gone
         self.looked_at = 0  # how many the backward passes have looked at, in all
@@ -263,8 +262,8 @@ class Table:
             outermost = t.stride(0) == stride[0] > span(shape[1:], stride[1:])
             per_image = t.shape[0] == shape[0] and (outermost or shape[0] == 1)
             if (per_image or t.numel() == whole.size) and offset >= 0 and 0 not in t.stride():
-                first = 1 if per_image else 0
-                if offset + span(t.shape[first:], t.stride()[first:]) <= span(shape[first:], stride[first:]):
+                i = int(per_image)
+                if offset + span(t.shape[i:], t.stride()[i:]) <= span(shape[i:], stride[i:]):
                     return Part(t.shape, t.stride(), offset, not per_image), (whole,)
         return None, ()
 
@@ -293,6 +292,16 @@ class Table:
                 value.origin = operation.weight and origin_of(operation.weight())
         return value
 
+    def cast(self, t: Tensor, dtype: torch.dtype, recipe: Recipe) -> tuple[Value, Tensor]:
+        """Autocast's copy of ``t``, by ``recipe``: one for all readers of a trained leaf, if it is kept."""
+        source, one = self.find(t), t.is_leaf and t.requires_grad and torch.is_autocast_cache_enabled()
+        value = source.copy() if one and source.copy else None
+        if value is not None and value.kept is not None and value.kept.dtype == dtype:
+            return value, value.kept
+        value = Value(copied := recipe.run(None, t.detach()), recipe, (source,), len(self.operations))
+        source.copy = weakref.ref(value)
+        return value, copied
+
     # Deciding -------------------------------------------------------------------------------------------
 
     def need(self, value: Value, t: Tensor, copied: bool = False) -> Value:
@@ -303,7 +312,7 @@ class Table:
         """
         if value.first is not None:
             return value
-        value.first, value.private = len(self.operations), copied
+        value.first, value.private, value.copied = len(self.operations), copied, 0
         self.add_row(value)
         if value.kept is None:
             if not self.affordable(value):
@@ -369,9 +378,8 @@ class Table:
         # If the price would do, but not the limit, convolutions may lead to a small value.
         through = self.max_cost > 0 and self.affordable(value, limited=False)
         parts = None if recipe is None else self.parts(value, {}, through)
-        if parts and recipe.joins and len(parts) <= MANY:
-            # Of a list of features some need not be kept: they are affordable.
-            for part in sorted(parts, key=lambda part: part.nbytes, reverse=True):
+        if parts and recipe.joins:  # of a list of features some need not be kept: they are affordable
+            for part in sorted(parts, key=lambda part: part.nbytes, reverse=True)[:MOST_VALUES]:
                 if self.affordable(part) and self.affordable(value, parts.keys() - {part}):
                     del parts[part]
         if parts:
@@ -422,7 +430,7 @@ class Table:
         value.kept, value.version = t.detach(), t._version
         self.add_row(value)
         value.row.kept = True
-        value.recipe, value.parents = None, ()
+        value.recipe, value.parents, value.copied = None, (), 0
         if not shared:
             self._living.pop(id(value), None)
         operation = value.operation and value.operation()

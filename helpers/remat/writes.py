@@ -1,12 +1,14 @@
-"""What a call changes: which tensors, and whether with a new version."""
+"""What a call changes: which tensors, and whether with a new version; and what PyTorch tells no mode."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .values import Table
@@ -16,6 +18,8 @@ OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift m
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__, Tensor.__cuda_array_interface__.__get__,
             Tensor.unsafe_chunk, Tensor.unsafe_split, torch.unsafe_chunk, torch.unsafe_split)  # fmt: skip
+# Arguments that PyTorch 2.14 does not tell a mode, and would ignore.
+LOST = {F.l1_loss: "weight", torch.chain_matmul: "out", Tensor.dim_order: "ambiguity_check"}
 IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
 
 
@@ -68,6 +72,15 @@ def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
 def before_new_statistics(table: Table, t: Tensor) -> None:
     if t.dim() < 2 and not t.requires_grad:
         table.before_write(t)
+
+
+def lost_argument(function) -> dict:
+    """The argument of a call that now runs, by name, if it is in `LOST` and was given."""
+    name, frame = LOST[function], sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    value = None if frame is None else frame.f_locals.get(name)
+    return {} if value is None else {name: value}
 
 
 def name_of(function) -> str:

@@ -500,6 +500,19 @@ def test_a_model_that_cannot_be_copied():
         predict_memory(model, (2, 3))
 
 
+def test_a_backward_inside_the_model():
+    """What the engine does there counts as in backward."""
+
+    class Inner(nn.Linear):
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            y = torch.maximum(x, x.detach() * 2).sum() + x.abs().sum() + x.abs().sum()
+            return super().forward(torch.autograd.grad(y, x)[0][:8])
+
+    model, x = Inner(64, 8), torch.randn(128, 64)
+    assert predict_memory(model, x) == measure(model, x)
+
+
 def test_a_loss_inside_the_model_is_part_of_forward():
     class Two(nn.Module):
         def __init__(self, loss):

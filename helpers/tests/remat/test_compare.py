@@ -307,6 +307,26 @@ def test_a_wrapped_forward_leads_to_the_original(tool, wrap):
 
 
 @pytest.mark.parametrize("tool", [compare, predict_memory])
+def test_a_hook_that_changes_the_original_in_backward(tool):
+    model = network()
+
+    def shrink(*_):
+        with torch.no_grad():
+            weight.mul_(0.5)
+
+    weight, before = model[3].weight, model[3].weight.detach().clone()
+    model.register_full_backward_hook(shrink)
+    with pytest.raises(ValueError, match="^model must allow copy.deepcopy, got one whose copy still"):
+        tool(model, IMAGES)
+    assert torch.equal(weight, before)
+
+
+def test_a_higher_order_operator():
+    model = Model(lambda net, x: torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (net(x),)))
+    assert compare(model, IMAGES, rounds=1).equal
+
+
+@pytest.mark.parametrize("tool", [compare, predict_memory])
 def test_a_bound_method_is_copied_with_its_module(tool):
     model = network()
     model[0].forward = model[0].forward  # as some libraries patch it

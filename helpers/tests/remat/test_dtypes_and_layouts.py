@@ -119,6 +119,40 @@ def test_norms_by_image_under_autocast(name, policy):
             assert apart(f, w) <= rounding(torch.float32, terms=100)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4, 64, 32), (2, 300, 200)])
+def test_a_product_with_transposed_rows_under_autocast(shape, dtype):
+    """PyTorch chooses its kernel by whether the weight requires a gradient; so must the weight's copy."""
+    x, w = image(*shape, dtype=torch.float32), leaf(image(32, shape[1], seed=1, dtype=torch.float32))
+    for weight in (lambda: w, lambda: w * 1.5):
+        found = []
+        for cost in (None, *COSTS):
+            with torch.autocast("cpu", dtype), under(cost):
+                y = F.linear(x.mT, weight())
+                found += [y.detach(), *torch.autograd.grad(F.silu(y).float().sum(), w)]
+        assert all(torch.equal(found[i], found[0]) for i in range(2, len(found), 2))
+        for dw in found[3::2]:
+            torch.testing.assert_close(dw, found[1], rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_trained_leaf_that_several_read_under_autocast_is_copied_once(kind, cost):
+    if kind == "linear":
+        x, readers = image(64, 256, dtype=torch.float32), [nn.Linear(256, 64) for _ in range(4)]
+    else:
+        x, readers = image(4, 8, 32, 32, dtype=torch.float32), [nn.Conv2d(8, 8, 3) for _ in range(4)]
+    found, x = [], leaf(x)
+    for how in (None, cost):
+        held = Held()
+        held.ignore(x, *(p for reader in readers for p in reader.parameters()))
+        with held, torch.autocast("cpu", torch.bfloat16), under(how) as record:
+            loss = sum(reader(x).float().mean() for reader in readers)
+        found.append((held.held, *torch.autograd.grad(loss, x)))
+    assert found[1][0] <= found[0][0] and record.kept_bytes == x.nbytes / 2
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0.01, atol=1e-4)
+
+
 @pytest.mark.parametrize("cost", COSTS)
 def test_a_computed_weight_under_autocast(cost):
     """Of it PyTorch keeps the copy in half precision that autocast makes, and so does remat."""

@@ -406,8 +406,8 @@ def test_small_terms_of_what_nodes_need(terms):
         h = x
         for w in ws:
             z = F.group_norm(h, 2)
-            for _ in range(terms):
-                z = F.gelu(z + term)
+            for i in range(terms):
+                z = F.gelu(z + term * i)
             h = F.conv2d(z, w, padding=1)
     assert held.held <= h.nbytes * (5 + 4 * (terms + 1) / 16)  # z is alive, too
 

@@ -120,7 +120,7 @@ def check_here(values: dict[Path, dict[str, Any]]) -> None:
                 check_batch_size(train_split, value["BATCH_SIZE"])
             if "NETWORKS" in value:
                 check_networks(value["NETWORKS"], value["IMAGES"], value["SIZE"])
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ParameterError(error) from None
 
 

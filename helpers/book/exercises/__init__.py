@@ -99,7 +99,7 @@ def compare(names: str, got, want, mistakes=None, note: str = "", **tolerances: 
             words += [
                 f"{name}: that is {n}" for n, _, other in pairs if not difference(g, other, **tolerances)
             ]
-            if getattr(g, "shape", None) == getattr(w, "shape", ()):  # both are tensors
+            if isinstance(g, Tensor) and isinstance(w, Tensor) and g.shape == w.shape:
                 times = ((g * w).sum() / (w * w).sum()).item()
                 words += [f"{name} is {times:.4g} times the right one"] * (not difference(g, times * w))
             raise Wrong((words or [f"{name}: {wrong}"])[0] + (f" ({note})" if note else ""))

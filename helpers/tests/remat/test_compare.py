@@ -321,6 +321,7 @@ def test_a_hook_that_changes_the_original_in_backward(tool):
     assert torch.equal(weight, before)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.10", reason="PyTorch 2.9 compiles it with the first try's mode")
 def test_a_higher_order_operator():
     model = Model(lambda net, x: torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (net(x),)))
     assert compare(model, IMAGES, rounds=1).equal

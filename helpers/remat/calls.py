@@ -441,7 +441,7 @@ def leave(mode: Mode, function, args, kwargs):
     """PyTorch's call. Copies what is kept before the call changes it in place; follows views."""
     written, change = targets(function, args, kwargs), unseen_change(function)
     if written or change:
-        with torch._C.DisableTorchFunction():  # a subclass, another name of a tensor, would hear of questions
+        with torch._C.DisableTorchFunction():  # these questions are no calls for a tensor subclass to handle
             for t in filter(has_memory, tree_leaves(written)):
                 mode.table.before_write(t)
             for t in filter(has_memory, tree_leaves((args, kwargs)) if change else ()):

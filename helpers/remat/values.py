@@ -24,7 +24,7 @@ MOST_PASSES = 16
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
 MOST_STEPS = 256  # to one value: each may be a level of recursion
-MOST_VALUES = 64  # of one storage, as bases of a view; or of a concatenation, asked for one by one
+MOST_VALUES = 64  # of a storage, tried as the base of a view; of a concatenation, asked about one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
@@ -498,7 +498,7 @@ def storage_of(t: Tensor) -> torch.UntypedStorage:
 
 
 def copy_of(t: Tensor | None) -> Tensor | None:
-    """A copy without a graph, and with a version, which one made in inference mode would not have."""
+    """A copy without a graph, but with a version: one made in inference mode would have none."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             return copy_of(t)

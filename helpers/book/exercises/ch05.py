@@ -11,7 +11,7 @@ from helpers.remat.writes import name_of, targets
 
 
 class NothingInPlace(TorchFunctionMode):
-    """Refuses calls that change any tensor but a counter."""
+    """Refuses calls that change a tensor in place, unless it is a counter."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         changed = any(t.is_floating_point() for t in targets(function, args, kwargs or {}))

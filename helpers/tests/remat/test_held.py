@@ -458,7 +458,7 @@ def test_a_recipe_that_nothing_reads_holds_no_copies(name):
 
 
 def test_a_long_concatenation_is_decided_in_a_few_steps(monkeypatch):
-    """About the largest parts alone one question each, which is one about all the others."""
+    """It asks about the largest parts alone, one by one: each question is about all the others, too."""
     x, w, asked, real = image(2, 4, 4, 4), leaf(image(4, 4, 1, 1)), [], Table.affordable
 
     def affordable(table, value, also=(), **how):

@@ -273,7 +273,7 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
 
     guard, (model, args) = OnlyCopies(model), fake_copy(model, inputs, fake)
     held.ignore(*model.parameters(), *model.buffers(), *args)
-    with torch.random.fork_rng([]), same_numbers_again(), fakes:
+    with same_numbers_again(torch.device("cpu")), fakes:
         try:
             run = alone("predict_memory", recomputation)
             with guard, held, precision, Linears(held), run as record:
@@ -322,8 +322,8 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
 
 def checked(name: str, shape):
     """``shape``, or a ValueError if it is none."""
-    sizes = shape if isinstance(shape, (tuple, list)) else [None]
-    if not all(isinstance(n, numbers.Integral) and n >= 0 for n in sizes):
+    whole = isinstance(shape, (tuple, list)) and all(isinstance(n, numbers.Integral) for n in shape)
+    if not whole or any(isinstance(n, bool) or n < 0 for n in shape):
         raise ValueError(f"{name} must be a shape of whole numbers, at least 0, got {shape!r:.80}")
     return shape
 

@@ -11,6 +11,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
     step, traces = functools.partial(one_step, device), (MemoryTrace(device), MemoryTrace(device))
     with torch.inference_mode(False), torch.enable_grad():
         try:  # libraries allocate at first use
-            start = step(model, given, None, OnlyCopies(model)).start
+            start = step(model, given, guard=OnlyCopies(model)).start
         except RuntimeError:  # the model's own, or of a higher-order operator, which takes no such mode
             start = step(model, given).start
         plain, ours = (step(model, given, start, *how) for how in zip(contexts, traces, strict=True))
@@ -105,8 +106,7 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
         exact, reference = None, "a second run"
         if plain.fixed:
             with contextlib.suppress(Exception):  # whatever a model may find wrong with float64
-                to_float64 = functools.cache(lambda t: t.double() if t.is_floating_point() else t)
-                arguments = tree_map_only(Tensor, to_float64, (given, start))
+                arguments = each(lambda t: t.double() if t.is_floating_point() else t, (given, start))
                 no_autocast = torch.autocast(device.type, enabled=False)
                 wide_model = deep_copy("model", model, computed(model)).double()
                 exact, reference = step(wide_model, *arguments, no_autocast), "float64"
@@ -137,17 +137,16 @@ class Step(NamedTuple):
     seconds: float
 
 
-def one_step(device, model, given, start=None, context=None, trace: MemoryTrace | None = None) -> Step:
-    """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments."""
-    # Cached, so that a tensor that is passed twice stays one.
-    detached = functools.cache(lambda t: t.detach().requires_grad_(t.requires_grad))
-    given = tree_map_only(Tensor, detached, given)
+def one_step(device, model, given, start=None, context=None, trace=None, guard=None) -> Step:
+    """Forward within ``context``, and backward, of copies of ``model`` and ``given``, its arguments.
+
+    ``trace``, a `MemoryTrace`, and ``guard``, an `OnlyCopies`, see both.
+    """
+    given = each(lambda t: t.detach().requires_grad_(t.requires_grad), given)
     model, (args, kwargs) = deep_copy("model and its arguments", (model, given), computed(model))
     leaves = [t for t in (*model.parameters(), *tensors_in((args, kwargs))) if t.requires_grad]
     torch.clear_autocast_cache()
-    others = [] if device.type == "cpu" else [device]
-    fork = torch.random.fork_rng(others, device_type=device.type if others else "cuda")
-    with fork, same_numbers_again():
+    with same_numbers_again(device), guard or contextlib.nullcontext():
         before, since = random_state(device), clock(device)
         with trace or contextlib.nullcontext():
             with alone("compare", context or contextlib.nullcontext()):
@@ -159,8 +158,7 @@ def one_step(device, model, given, start=None, context=None, trace: MemoryTrace 
                 noise = torch.Generator().manual_seed(0)
                 normal = [torch.randn(t.shape, generator=noise, device="cpu") for t in ends]
                 start = [torch.empty_like(t).copy_(n) for t, n in zip(ends, normal, strict=True)]
-            with context if isinstance(context, OnlyCopies) else contextlib.nullcontext():
-                torch.autograd.backward(ends, start)
+            torch.autograd.backward(ends, start)
         seconds, fixed = clock(device) - since, before == random_state(device)
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
@@ -228,12 +226,13 @@ def random_state(device: torch.device) -> list:
 
 
 @contextlib.contextmanager
-def same_numbers_again():
-    """Afterwards the generators of Python and NumPy are as before; PyTorch's have ``fork_rng``."""
-    numpy = sys.modules.get("numpy")
+def same_numbers_again(device: torch.device):
+    """Afterwards the generators of PyTorch, on a CPU and ``device``, of Python and of NumPy are as before."""
+    others, numpy = [] if device.type == "cpu" else [device], sys.modules.get("numpy")
     state, of_numpy = random.getstate(), numpy and numpy.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng(others, device_type=device.type if others else "cuda"):
+            yield
     finally:
         random.setstate(state)
         if numpy:
@@ -244,6 +243,11 @@ def clock(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
+
+
+def each(function: Callable[[Tensor], Tensor], tree):
+    """``tree`` with ``function`` of each tensor, made once, so that one that is passed twice stays one."""
+    return tree_map_only(Tensor, functools.cache(function), tree)
 
 
 def tensors_in(tree) -> list[Tensor]:

@@ -686,6 +686,7 @@ class AsksInBackward(nn.Linear):
         (lambda m: predict_memory(m), r".*missing 1 required positional argument: 'input'"),
         (lambda m: predict_memory(m, "23"), r"inputs \(other than tensors\) must be a shape .* got '23'"),
         (lambda m: predict_memory(m, (2, -3)), r"inputs .* must be a shape .* at least 0, got \(2, -3"),
+        (lambda m: predict_memory(m, (True, 3)), r"inputs .* must be a shape .* got \(True, 3"),
         (lambda m: predict_memory(m, {"x": (2, 3)}), "inputs .* must be a shape .* got {'x'"),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
         (lambda m: predict_memory(Asks(), (2, 3)), "model must not ask for its tensors' values, got aten"),

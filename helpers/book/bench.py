@@ -43,6 +43,7 @@ from helpers.book.training import pick_device
 from helpers.memory import MemoryTrace, describe_device, memory_device
 from helpers.predict import largest_batch
 from helpers.remat.compare import clock, compare
+from helpers.remat.record import MIB
 
 PARAMETERS = {
     parameter.name: parameter
@@ -56,7 +57,6 @@ PARAMETERS = {
     )
 }
 MEASUREMENTS, BUILD = NOTEBOOKS.parent / "data" / "measurements", NOTEBOOKS.parent / "build"
-MIB = 2**20
 
 
 class Table(NamedTuple):

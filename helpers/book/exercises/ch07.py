@@ -89,7 +89,8 @@ def check_dropout(function):
     def mistakes(dout):
         return {"backward must multiply by 1 / (1 - p), too": dout * (k != 0)}
 
-    compare_function(lambda a: function.apply(a, p), lambda a: a * k, "da", [a], mistakes, 0, note, True)
+    ours, reference = lambda a: function.apply(a, p), lambda a: a * k
+    compare_function(ours, reference, "da", [a], mistakes, note=note, copies=True)
     first, second = (function.apply(a.requires_grad_(), p) for _ in range(2))
     (first + second).sum().backward()
     third = function.apply(a, p)

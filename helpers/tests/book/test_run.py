@@ -353,11 +353,12 @@ def test_failing_notebook(write_pages, tmp_path, capsys):
 def test_a_kernel_that_does_not_start_costs_its_notebook(write_pages, tmp_path, monkeypatch):
     path, start = write_pages("01_a"), papermill.execute_notebook
 
-    def execute_notebook(*args, kernel_name, **how):
-        return start(*args, kernel_name="python3", **how | {"extra_arguments": ["--f=/"]})
+    def execute_notebook(*args, **how):
+        return start(*args, **how | {"extra_arguments": ["--f=/"]})
 
     monkeypatch.setattr(papermill, "execute_notebook", execute_notebook)
-    with pytest.raises(runner.NotebookFailure, match="^01_a.ipynb failed before its first cell: Runt"):
+    words = "^01_a.ipynb failed before its first cell: RuntimeError"
+    with pytest.raises(runner.NotebookFailure, match=words):
         runner.run_notebook(path, tmp_path / "out")
 
 

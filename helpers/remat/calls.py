@@ -226,7 +226,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
                 saved = scales and not t.requires_grad and not (in_place and t is p)
                 if saved:  # by PyTorch's node, too: a mask
                     mode.table.count_plain(value)
-                if t.numel() * SMALL <= first.numel() and values[0].copied + t.nbytes <= first.nbytes / 8:
+                if t.numel() * SMALL <= first.numel() and values[0].terms + t.nbytes <= first.nbytes / 8:
                     # It may change after the context.
                     mode.table.keep(value, copy_of(t))
                 elif saved:

@@ -201,7 +201,8 @@ class Rerun(Operation):
         # Backward may run inside remat's context, or of saved-tensor hooks.
         with torch.enable_grad(), torch._C.DisableTorchFunction(), unhooked():
             z = self.forward(*inputs)
-            dz = in_layout(dz.contiguous(), z) if self.reads_layout else dz
+            if self.reads_layout:  # of images and channels in one dimension, as z is contiguous
+                dz = in_layout(dz.contiguous(), z)
             edge = torch.autograd.graph.get_gradient_edge(z)
             del z
         wanted = [t for t, need in zip(inputs, needs, strict=True) if need]

@@ -148,9 +148,9 @@ class Value:
     first = None  # the number of the first operation whose node needs it, if one does
     read = False  # whether a recipe reads it
     counted = False  # whether `Table.plain_bytes` has it
-    copy = None  # a weak reference to the value of autocast's copy
+    cast = None  # a weak reference to the value of autocast's copy, if there is one for all readers
     private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
-    copied = 0  # bytes of small factors and terms that its recipe holds, back to what a node needs
+    terms = 0  # bytes of small factors and terms that its recipe holds, back to what a node needs
 
     def __init__(
         self, t: Tensor, recipe: Recipe | None = None, parents: tuple[Value, ...] = (), when: int = 0
@@ -164,13 +164,12 @@ class Value:
             self.origin, small = recipe.origin or parents[0].origin, 0
             for parent in parents:
                 parent.read = True
-                if parent.start < self.start:
-                    self.start = parent.start
+                self.start = min(self.start, parent.start)
                 if parent.kept is None:
-                    self.copied = max(self.copied, parent.copied)
+                    self.terms = max(self.terms, parent.terms)
                 elif parent.first is None and parent.size * SMALL <= self.size:
                     small += parent.nbytes
-            self.copied += small
+            self.terms += small
 
     def held(self) -> Tensor | None:
         """The kept tensor; a RuntimeError if it was changed after forward."""
@@ -262,8 +261,8 @@ class Table:
             outermost = t.stride(0) == stride[0] > span(shape[1:], stride[1:])
             per_image = t.shape[0] == shape[0] and (outermost or shape[0] == 1)
             if (per_image or t.numel() == whole.size) and offset >= 0 and 0 not in t.stride():
-                i = int(per_image)
-                if offset + span(t.shape[i:], t.stride()[i:]) <= span(shape[i:], stride[i:]):
+                first = 1 if per_image else 0
+                if offset + span(t.shape[first:], t.stride()[first:]) <= span(shape[first:], stride[first:]):
                     return Part(t.shape, t.stride(), offset, not per_image), (whole,)
         return None, ()
 
@@ -294,13 +293,15 @@ class Table:
 
     def cast(self, t: Tensor, dtype: torch.dtype, recipe: Recipe) -> tuple[Value, Tensor]:
         """Autocast's copy of ``t``, by ``recipe``: one for all readers of a trained leaf, if it is kept."""
-        source, one = self.find(t), t.is_leaf and t.requires_grad and torch.is_autocast_cache_enabled()
-        value = source.copy() if one and source.copy else None
+        source = self.find(t)
+        value = source.cast and source.cast()
         if value is not None and value.kept is not None and value.kept.dtype == dtype:
             return value, value.kept
-        value = Value(copied := recipe.run(None, t.detach()), recipe, (source,), len(self.operations))
-        source.copy = weakref.ref(value)
-        return value, copied
+        a = recipe.run(None, t.detach())
+        value = Value(a, recipe, (source,), len(self.operations))
+        if t.is_leaf and t.requires_grad and torch.is_autocast_cache_enabled():
+            source.cast = weakref.ref(value)
+        return value, a
 
     # Deciding -------------------------------------------------------------------------------------------
 
@@ -312,7 +313,7 @@ class Table:
         """
         if value.first is not None:
             return value
-        value.first, value.private, value.copied = len(self.operations), copied, 0
+        value.first, value.private, value.terms = len(self.operations), copied, 0
         self.add_row(value)
         if value.kept is None:
             if not self.affordable(value):
@@ -344,8 +345,7 @@ class Table:
         work = passes = made = 0.0
         largest, path, seen = value.nbytes, [value], {value}
         for v in path:  # it grows
-            recipe = v.recipe
-            if recipe is None:
+            if (recipe := v.recipe) is None:
                 return False
             work, passes = work + recipe.work * v.size, passes + recipe.passes * v.size
             if passes > most_passes * size or len(path) > MOST_STEPS:
@@ -430,7 +430,7 @@ class Table:
         value.kept, value.version = t.detach(), t._version
         self.add_row(value)
         value.row.kept = True
-        value.recipe, value.parents, value.copied = None, (), 0
+        value.recipe, value.parents, value.terms = None, (), 0
         if not shared:
             self._living.pop(id(value), None)
         operation = value.operation and value.operation()

@@ -365,7 +365,7 @@ def test_the_parts_of_a_concatenation_go_with_the_context():
 
 
 def test_small_terms_of_a_long_sum_do_not_pile_up():
-    """Their sum is too many passes away to be made again, and then needs none of them."""
+    """After a few of them their sum is not made again, and needs no copies."""
     peaks = []
     for cost in (None, *COSTS):
         conv, held, x = nn.Conv2d(3, 16, 3, padding=1), Held(), image(2, 3, 32, 32, dtype=torch.float32)
@@ -376,7 +376,7 @@ def test_small_terms_of_a_long_sum_do_not_pile_up():
                 y = y - y.detach().mean(2, keepdim=True)
             y.square().mean()
         peaks.append(held.peak)
-    assert max(peaks[1:]) <= peaks[0] + 2 * y.nbytes  # those of the last passes
+    assert max(peaks[1:]) <= peaks[0] + 2 * y.nbytes  # one term, and the copies
 
 
 @pytest.mark.parametrize("cost", COSTS)

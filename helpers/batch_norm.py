@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .conv import check_images
 
-__all__ = ["batch_norm_backward", "batch_norm_forward", "batch_stats", "update_running_stats"]
-
 CHANNELS = (0, 2, 3)  # the dimensions that a per-channel sum runs over
 
 

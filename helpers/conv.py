@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-__all__ = ["conv2d_backward"]
-
 
 def conv2d_backward(
     grad_out: Tensor,

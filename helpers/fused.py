@@ -32,8 +32,6 @@ from .batch_norm import (
 )
 from .conv import conv2d_backward
 
-__all__ = ["FusedConvBN2d", "FusedConvBN2dFunction", "Settings"]
-
 TWICE = (
     b"FusedConvBN2d has first derivatives only; where you need second ones, call its two modules instead, "
     b"first conv and then bn"

@@ -50,8 +50,6 @@ from .remat.mode import alone
 from .remat.record import check_module
 from .remat.values import storage_of
 
-__all__ = ["Prediction", "largest_batch", "max_cost_for", "predict_memory"]
-
 # What stands in for a device, since backward on a fake "cuda" tensor needs a real GPU; and the bytes to a
 # multiple of which its allocator rounds up.
 DEVICES = {"cpu": ("cpu", 1), "cuda": ("meta", 512)}

@@ -13,23 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import (
-    add_up,
-    batch_norm_sums,
-    batch_stats,
-    centre,
-    check_changeable,
-    check_momentum,
-    check_norm,
-    check_vectors,
-    grad_input_,
-    grad_input_coefficients,
-    per_channel,
-    piece_bytes,
-    pieces,
-    scale_of,
-    update_running_stats,
-)
+from . import batch_norm as norm
 from .conv import conv2d_backward
 
 TWICE = (
@@ -58,7 +42,7 @@ class Settings(NamedTuple):
             y_values = F.conv2d(x[:0], weight, None, *self.geometry).shape[1:].numel()
             image_bytes = max(x[0].numel(), y_values) * x.element_size()
             # Every slab adds a whole weight gradient to the sum: make it large enough to be worth that.
-            images = max(1, max(piece_bytes(x), weight.nbytes) // image_bytes)
+            images = max(1, max(norm.piece_bytes(x), weight.nbytes) // image_bytes)
         return [slice(start, start + images) for start in range(0, len(x), images)]
 
 
@@ -83,16 +67,16 @@ def fused_backward(
         # This must be forward's y, with the same rounding: with any other, Σ (y - μ) is not 0, and a large
         # gradient leaks through it. So subtract μ afterwards, not inside the convolution.
         y = F.conv2d(x[s], weight, None, *settings.geometry)
-        sums.append(batch_norm_sums(dz[s], y, mean))
+        sums.append(norm.batch_norm_sums(dz[s], y, mean))
         if dx is not None and y.numel() <= dx[s].numel():
             y = dx[s].as_strided(y.shape, y.stride()).copy_(y)
         waiting.append(y)
         del y
-    sums, var_eps = add_up(sums), var + settings.eps
-    kappas = grad_input_coefficients(scale_of(gamma, var_eps), var_eps, sums, dz.numel() // dz.shape[1])
+    sums, var_eps, m = norm.add_up(sums), var + settings.eps, dz.numel() // dz.shape[1]
+    kappas = norm.grad_input_coefficients(norm.scale_of(gamma, var_eps), var_eps, sums, m)
     for s in slabs:
-        y_centred = centre(waiting.pop(0), mean, inplace=True)
-        dy = grad_input_(dz[s], y_centred, *kappas).to(x.dtype)
+        y_centred = norm.centre(waiting.pop(0), mean, inplace=True)
+        dy = norm.grad_input_(dz[s], y_centred, *kappas).to(x.dtype)
         del y_centred  # in half precision it is not dy's memory
         dx_s, dw_s, _ = conv2d_backward(dy, x[s], weight, *settings.geometry, (need_x, need_w, False))
         if need_w:  # a sum in the statistics' dtype
@@ -129,12 +113,12 @@ class FusedConvBN2dFunction(torch.autograd.Function):
                 del y_first
             for s in others:
                 y[s] = F.conv2d(x[s], weight, None, *settings.geometry)
-            mean, var = batch_stats(y)
-            scale = scale_of(gamma, var + settings.eps)
-            for piece in pieces(y):  # becomes z
-                z = centre(piece, mean, inplace=True).mul_(per_channel(scale))
+            mean, var = norm.batch_stats(y)
+            scale = norm.scale_of(gamma, var + settings.eps)
+            for piece in norm.pieces(y):  # becomes z
+                z = norm.centre(piece, mean, inplace=True).mul_(norm.per_channel(scale))
                 if beta is not None:
-                    z.add_(per_channel(beta))
+                    z.add_(norm.per_channel(beta))
                 piece.copy_(z)  # in half precision z has memory of its own
         ctx.save_for_backward(x, weight, gamma, mean, var)
         ctx.mark_non_differentiable(mean, var)
@@ -239,17 +223,17 @@ class FusedConvBN2d(nn.Module):
                 if momentum is None:  # PyTorch's share without a counter is 0
                     momentum = 0.0 if counter is None else 1 / counter.to(bn.running_mean.dtype).view(())
                 mean = mean if bias is None else mean + bias.detach()
-                update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
+                norm.update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
         return z
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
         for name, module in (("conv", self.conv), ("bn", self.bn)):
             check_hooks(name, module, ("forward_pre",))  # torch.nn.utils.prune computes the weight in one
-        check_norm(input, self.bn.eps)
+        norm.check_norm(input, self.bn.eps)
         check_slab_size(self.slab_size)
         if self.bn.momentum is not None:
-            check_momentum(self.bn.momentum)
+            norm.check_momentum(self.bn.momentum)
         if (self.bn.running_mean is None) != (self.bn.running_var is None):
             raise ValueError("bn must have both running_mean and running_var, or neither, got one")
         y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
@@ -262,9 +246,9 @@ class FusedConvBN2d(nn.Module):
                 must = f"{' or '.join(sorted(map(str, allowed)))} on {input.device}"
                 raise ValueError(f"{name} must be {must} to fit input, got {t.dtype} on {t.device}")
             if self.bn.training and name.startswith(("bn.running_", "bn.num_")):
-                check_changeable(name, t)
+                norm.check_changeable(name, t)
             if name in VECTORS:
-                check_vectors(y.shape[1], input.device, **{name: t})
+                norm.check_vectors(y.shape[1], input.device, **{name: t})
         return y
 
     def extra_repr(self) -> str:
@@ -311,7 +295,7 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
     gradients that cancel where |μ| is many times σ: there it has fewer digits than the pair's, which keeps y.
     """
     mean, var = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (bn.running_mean, bn.running_var))
-    scale, beta = scale_of(bn.weight, var + bn.eps), bn.bias
+    scale, beta = norm.scale_of(bn.weight, var + bn.eps), bn.bias
     shift = scale * (-mean if bias is None else bias - mean)
     shift = shift if beta is None else shift + beta
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)

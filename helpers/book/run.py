@@ -180,28 +180,20 @@ def html(executed: bool, source: Path = NOTEBOOKS, folder: Path = BUILD / "html"
 COMMANDS = {"run": run, "refresh": refresh, "html": html}
 
 
-def parse(argv: Sequence[str]) -> dict[str, Any]:
-    """The command and its arguments, by name; --help, and what there is not, end the program."""
+def main(argv: Sequence[str]) -> str | None:
+    """What went wrong, or None; --help, and what there is not, end the program."""
     parser = argparse.ArgumentParser(prog="python -m helpers.book.run")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("run", help="run the notebooks into build/notebooks/")
     command.add_argument("arguments", nargs="*", metavar="NAME=VALUE", help="parameters, as of make run")
     command = commands.add_parser("refresh", help="run committed notebooks, in place")
-    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", type=existing, help="all by default")
+    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", type=Path, help="all by default")
     command = commands.add_parser("html", help="export the notebooks as pages to build/html/")
     command.add_argument("--executed", action="store_true", help="those of the last run")
-    return vars(parser.parse_args(argv))
-
-
-def existing(name: str) -> Path:
-    if not Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {name}")
-    return Path(name)
-
-
-def main(argv: Sequence[str]) -> str | None:
-    """What went wrong, or None."""
-    given = parse(argv)
+    given = vars(parser.parse_args(argv))
+    for path in given.get("notebooks", []):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
     try:
         return COMMANDS[given.pop("command")](**given)
     except ParameterError as error:

@@ -50,13 +50,8 @@ def check_chain(answer):
 @exercise(2)
 def check_only_input(answer):
     """The least price at which three convolutions keep their input alone."""
-    for c_in, width, c_out, stride in (
-        (16, 4, 16, 1),
-        (16, 4, 16, 2),
-        (7, 8, 7, 2),
-        (8, 8, 3, 1),
-        (4, 8, 4, 1),
-    ):
+    cases = (16, 4, 16, 1), (16, 4, 16, 2), (7, 8, 7, 2), (8, 8, 3, 1), (4, 8, 4, 1)
+    for c_in, width, c_out, stride in cases:
         (got,) = numbers([attempted(answer(c_in, width, c_out, stride))])
         require(isinstance(got, int) and got >= 0, f"return an integer, at least 0, got {got}")
         layers = nn.Conv2d(c_in, width, 1), nn.Conv2d(width, width, 3, stride, 1), nn.Conv2d(width, c_out, 1)

@@ -94,11 +94,9 @@ def compare(names: str, got, want, mistakes=None, note: str = "", **tolerances: 
     for name, g, w in pairs:
         require(g is not None or w is None, f"{name} is None")
         if wrong := difference(g, w, **tolerances):
-            known = (mistakes or {}).items()
-            words = [said for said, value in known if not difference(g, value, equal_nan=True, **tolerances)]
-            words += [
-                f"{name}: that is {n}" for n, _, other in pairs if not difference(g, other, **tolerances)
-            ]
+            differs = functools.partial(difference, g, equal_nan=True, **tolerances)
+            words = [said for said, value in (mistakes or {}).items() if not differs(value)]
+            words += [f"{name}: that is {n}" for n, _, other in pairs if not differs(other)]
             if isinstance(g, Tensor) and isinstance(w, Tensor) and g.shape == w.shape:
                 times = ((g * w).sum() / (w * w).sum()).item()
                 words += [f"{name} is {times:.4g} times the right one"] * (not difference(g, times * w))
@@ -122,14 +120,6 @@ def one_tensor(got) -> Tensor:
     return got
 
 
-def held_after(function, *args):
-    """``(function(*args), bytes of memory that are held then)``."""
-    with MemoryTrace() as trace:
-        out = function(*args)
-        trace.mark("end of forward")
-    return out, trace.marks["end of forward"]
-
-
 def compare_nets(base, network, x, contexts, atol: float) -> list[MemoryTrace]:
     """Check that ``network`` computes what ``base`` does; the memory of a step of each, in its context."""
     steps = []
@@ -141,9 +131,8 @@ def compare_nets(base, network, x, contexts, atol: float) -> list[MemoryTrace]:
                 with alone("forward", context()):
                     out = one_tensor(model(x))
             except RuntimeError as error:
-                require(
-                    "enters remat itself" not in str(error), "the checker's context is to be the only one"
-                )
+                words = "the checker's context is to be the only one"
+                require("enters remat itself" not in str(error), words)
                 raise
             trace.mark("end of forward")
             out.square().sum().backward()
@@ -173,14 +162,12 @@ def compare_function(
     ``mistakes(dout)`` and ``note`` are as in `compare`.
     """
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
-
-    def run():
+    with MemoryTrace() as trace:
         given = [t + 0 for t in leaves] if copies else leaves
-        return one_tensor(call(function, *given)) + 0  # a copy: a kept output counts, too
-
-    out, held = held_after(run)
+        out = one_tensor(call(function, *given)) + 0  # a copy: a kept output counts, too
+        del given
     compare("the output", out, reference(*inputs), note=note)
-    more = (held - out.nbytes) / out.numel()
+    more = (trace.timeline[-1][1] - out.nbytes) / out.numel()
     words = f"the output is right, but {more:.1f} bytes a value are kept for backward, and {kept} would do"
     require(more < kept + 0.5, words)
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()

@@ -8,7 +8,8 @@ from torch import nn
 from torchvision.models import DenseNet
 
 from helpers import remat
-from helpers.book.exercises import call, compare, compare_function, exercise, grads, held_after, require
+from helpers.book.exercises import call, compare, compare_function, exercise, grads, require
+from helpers.memory import MemoryTrace
 
 
 @exercise(1)
@@ -18,9 +19,9 @@ def check_bottleneck(answer):
     def channels(context, n, c0, k, b):
         block = DenseNet(k, (n,), c0, b, num_classes=1).features.denseblock1
         model, x = nn.Sequential(nn.Conv2d(3, c0, 3, padding=1, bias=False), block), torch.randn(4, 3, 24, 24)
-        with context():
-            _, held = held_after(lambda: model(x).mean((2, 3)))
-        return round(held / x[:, :1].nbytes)
+        with context(), MemoryTrace() as trace:
+            out = model(x).mean((2, 3))
+        return round((trace.timeline[-1][1] - out.nbytes) / x[:, :1].nbytes)
 
     for n, c0, k, b in ((1, 11, 4, 3), (4, 7, 5, 2)):
         plain, recipes = want = channels(nullcontext, n, c0, k, b), channels(remat, n, c0, k, b)

@@ -21,7 +21,6 @@ TWICE = (
     b"first conv and then bn"
 )
 VECTORS = ("conv.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
-HOOKS = ("forward", "forward_pre", "backward", "backward_pre")  # the kinds that a module may have
 
 
 class Settings(NamedTuple):
@@ -184,9 +183,7 @@ class FusedConvBN2d(nn.Module):
 
         Raises a ValueError if they are not plain modules that fit each other, or if they have hooks.
         """
-        for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
-            check_plain(name, module, kind)
-            check_hooks(name, module, HOOKS)
+        check_modules(conv, bn, ("forward", "forward_pre", "backward", "backward_pre"))
         if bn.num_features != conv.out_channels:
             raise ValueError(f"bn must have conv's {conv.out_channels} channels, got {bn.num_features}")
         layer = cls(1, 1, 1, slab_size=slab_size, device="meta")
@@ -195,8 +192,8 @@ class FusedConvBN2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         conv, bn = self.conv, self.bn
-        check_plain("conv", conv, nn.Conv2d)  # prepare_qat makes it another
-        check_plain("bn", bn, nn.BatchNorm2d)  # and convert_sync_batchnorm
+        # prepare_qat and convert_sync_batchnorm make them others; prune computes the weight in a hook.
+        check_modules(conv, bn, ("forward_pre",))
         weight, bias = conv.weight, conv.bias  # once: a parametrization computes them at each access
         y = self.output_of_no_images(input, weight)
         m = input.shape[0] * y.shape[2:].numel()  # not len(), which would make an exported batch size fixed
@@ -228,8 +225,6 @@ class FusedConvBN2d(nn.Module):
 
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
-        for name, module in (("conv", self.conv), ("bn", self.bn)):
-            check_hooks(name, module, ("forward_pre",))  # torch.nn.utils.prune computes the weight in one
         norm.check_norm(input, self.bn.eps)
         check_slab_size(self.slab_size)
         if self.bn.momentum is not None:
@@ -261,19 +256,16 @@ def check_slab_size(slab_size) -> None:
         raise ValueError(f"slab_size must be {allowed}, got {slab_size!r}")
 
 
-def check_plain(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise a ValueError if ``module`` computes anything but what ``kind`` does."""
+def check_modules(conv: nn.Module, bn: nn.Module, hooks: tuple[str, ...]) -> None:
+    """Raise a ValueError if they compute anything but what nn's do, or have hooks of these kinds."""
     functions = ("forward", "_conv_forward", "__call__")
-    same = all(getattr(type(module), f, None) is getattr(kind, f, None) for f in functions)
-    if not (isinstance(module, kind) and same) or any(f in module.__dict__ for f in functions):
-        got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
-        raise ValueError(f"{name} {got}; helpers.remat works with any module")
-
-
-def check_hooks(name: str, module: nn.Module, kinds: tuple[str, ...]) -> None:
-    """Raise a ValueError if ``module`` has hooks of these kinds."""
-    if any(getattr(module, f"_{when}_hooks") for when in kinds):
-        raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
+    for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
+        same = all(getattr(type(module), f, None) is getattr(kind, f, None) for f in functions)
+        if not (isinstance(module, kind) and same) or any(f in module.__dict__ for f in functions):
+            got = f"must be a plain nn.{kind.__name__}, got {type(module).__name__}"
+            raise ValueError(f"{name} {got}; helpers.remat works with any module")
+        if any(getattr(module, f"_{when}_hooks") for when in hooks):
+            raise ValueError(f"{name} has hooks, which the fused layer would not call; remove them first")
 
 
 def padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:

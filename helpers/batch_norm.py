@@ -139,16 +139,13 @@ def grad_input_(
 def batch_norm_forward(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float = 1e-5
 ) -> Tensor:
-    """z = γ (y - μ) / sqrt(var + ε) + β, in ``input``'s dtype (Ioffe & Szegedy 2015, arXiv:1502.03167).
+    """z = γ (y - μ) / sqrt(var + ε) + β, in y's shape and dtype (Ioffe & Szegedy 2015, arXiv:1502.03167).
 
     Args:
         input: y, (N, C, H, W).
         weight, bias: γ and β, (C,), or None for 1 and 0.
         mean, var: (C,): the batch's own (``batch_stats``) in training, the running ones in eval mode.
         eps: ε, inside the root.
-
-    Returns:
-        z, (N, C, H, W).
 
     Raises:
         ValueError: shapes that do not belong together, or a negative ε.

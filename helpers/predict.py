@@ -70,8 +70,8 @@ class Held(TorchDispatchMode):
     def __init__(self, block: int = 1) -> None:
         super().__init__()
         self.held = self.peak = 0
-        self.block, self.known, self.ignored, self.waiting = block, set(), {}, None
-        self.in_linear = False
+        self.block, self.known, self.ignored = block, set(), {}
+        self.waiting, self.in_linear = [], False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and not isinstance(args[0], FakeTensor):
@@ -88,7 +88,7 @@ class Held(TorchDispatchMode):
             for t in made:
                 self.follow(storage_of(t), 0)  # of a constant that was there before
         if isinstance(out, Tensor) and self.in_place_if_real(func, args[0]):
-            self.waiting = out  # to be counted once the first argument has had the chance to go
+            self.waiting.append(out)  # to be counted once the first argument has had the chance to go
         else:
             for t in made:
                 self.count(t)
@@ -97,9 +97,8 @@ class Held(TorchDispatchMode):
 
     def settle(self) -> None:
         """Count what waits."""
-        if self.waiting is not None:
-            self.count(self.waiting)
-            self.waiting = None
+        while self.waiting:
+            self.count(self.waiting.pop())
 
     def in_place_if_real(self, func, first) -> bool:
         """Whether PyTorch, which called ``func`` on ``first``, would write over a real one."""
@@ -248,10 +247,9 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
         raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
     device, block = DEVICES[device_type]
     if autocast is not None and device != device_type:
-        raise ValueError(
-            f"autocast needs device_type='cpu', whose prediction is close, got {device_type!r}: "
-            "what autocast keeps there, only the device itself can tell"
-        )
+        why = "what autocast keeps there, only the device itself can tell"
+        close = "autocast needs device_type='cpu', whose prediction is close"
+        raise ValueError(f"{close}, got {device_type!r}: {why}")
     precision = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
     inputs, held = as_tensors(model, inputs), Held(block)
@@ -370,9 +368,8 @@ def largest_batch(
     except ValueError:  # batch norm may need more than one value per channel
         least = 2
     if needed(least) > memory:
-        raise ValueError(
-            f"memory must hold a step of batch size {least}, {needed(least):,} bytes, got {memory:,}"
-        )
+        step = f"a step of batch size {least}, {needed(least):,} bytes"
+        raise ValueError(f"memory must hold {step}, got {memory:,}")
     low, high, n = least, math.inf, 16
     for step in itertools.count(1):
         low, high = (n, high) if needed(n) <= memory else (low, n)
@@ -400,15 +397,13 @@ def max_cost_for(
 
         with remat(max_cost_for(model, images, memory=16 * 2**30)):
 
-    ``memory`` counts what `largest_batch` counts. What is held at the end of forward usually falls as the
-    price rises; the peak need not. So this tries each price at which `remat` decides anything differently,
-    from 0 upwards, until one fits: one prediction for each, which may take a minute in all. Where 0 fits, so
-    may plain PyTorch: see `predict_memory` without ``max_cost``.
+    What is held at the end of forward usually falls as the price rises; the peak need not. So this tries each
+    price at which `remat` decides anything differently, from 0 upwards, until one fits: one prediction for
+    each, which may take a minute in all. Where 0 fits, so may plain PyTorch: see `predict_memory`.
 
     Args:
-        memory: bytes for the step and all that is there before it.
         model, inputs, autocast, device_type: see `predict_memory`.
-        optimizer_copies: see `largest_batch`.
+        memory, optimizer_copies: see `largest_batch`.
 
     Raises:
         ValueError: no price makes it fit (the message names the price that takes least), or an argument that
@@ -427,10 +422,8 @@ def max_cost_for(
         cost += 1
     least_at = min(needed, key=needed.get)
     plain, _ = bytes_needed(model, inputs, optimizer_copies, **how)
-    raise ValueError(
-        f"memory must be at least {needed[least_at]:,} bytes, what this step takes at max_cost={least_at} "
-        f"({plain:,} in plain PyTorch), got {memory:,}"
-    )
+    least = f"{needed[least_at]:,} bytes, what this step takes at max_cost={least_at}"
+    raise ValueError(f"memory must be at least {least} ({plain:,} in plain PyTorch), got {memory:,}")
 
 
 def check_memory(memory) -> None:

@@ -145,12 +145,12 @@ def compare_nets(base, network, x, contexts, atol: float) -> list[MemoryTrace]:
     return [before, after]
 
 
-def conv_flops(function, *args, **options):
-    """``(function(*args, **options), operations of its convolutions)``."""
-    with FlopCounterMode(display=False) as counter:
+def measured(function, *args, **options):
+    """``(function(*args, **options), the trace of its memory, operations of its convolutions)``."""
+    with FlopCounterMode(display=False) as counter, MemoryTrace() as trace:
         out = function(*args, **options)
     flops = counter.get_flop_counts().get("Global", {})
-    return out, sum(count for operation, count in flops.items() if "convolution" in str(operation))
+    return out, trace, sum(count for operation, count in flops.items() if "convolution" in str(operation))
 
 
 def compare_function(

@@ -2,7 +2,7 @@
 
 import torch.nn.functional as F
 
-from helpers.book.exercises import call, compare, conv_flops, exercise, grads, new, require
+from helpers.book.exercises import call, compare, exercise, grads, measured, new, require
 
 
 @exercise(1)
@@ -41,7 +41,7 @@ def check_grads_by_patches(answer):
         (dy,) = new(F.conv2d(x, w, **options).shape)
         want = grads(F.conv2d, (x, w), dy, **options)
         _, of_one = grads(F.conv2d, (x[:1], w), dy[:1], **options)
-        got, flops = conv_flops(call, answer, dy, x, w, **options)
+        got, _, flops = measured(call, answer, dy, x, w, **options)
         mistakes = {"that is dw of the first image alone; add up those of all images": of_one}
         compare("dx, dw", got, want, mistakes, note=f"{options}")
         require(not flops, "that calls a convolution; F.unfold, F.fold and torch.einsum are enough")

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from helpers import conv2d_backward
 from helpers.batch_norm import CHANNELS, per_channel
-from helpers.book.exercises import call, compare, compare_function, conv_flops, exercise, grads, new, require
-from helpers.memory import MemoryTrace
+from helpers.book.exercises import call, compare, compare_function, exercise, grads, measured, new, require
 
 NAMES = "dx, dw, dgamma, dbeta"
 HowMade = namedtuple("HowMade", "function inputs")  # a recipe, as chapter 6 has it
@@ -36,10 +35,9 @@ def check_frozen(answer):
         "z is γ/σ times y, and the factor is missing from dw": dw,
         "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,
     }
-    with MemoryTrace() as trace:
-        got, flops = conv_flops(call, answer, dz, x, w, gamma, mean, var, eps)
+    got, trace, flops = measured(call, answer, dz, x, w, gamma, mean, var, eps)
     compare(NAMES, got, want, mistakes)
-    times = flops / conv_flops(conv2d_backward, dz, x, w, padding=1)[1]
+    times = flops / measured(conv2d_backward, dz, x, w, padding=1)[2]
     require(times <= 1, f"right gradients, but convolutions take {times:.1f} times those of one backward")
     more = (trace.tensor_peak - x.nbytes) / dz.nbytes
     require(more <= 0.5, f"right gradients, but they needed {more:.1f} buffers of y's size")
@@ -61,10 +59,8 @@ def check_norm_leaky(answer):
 
     compare_function(layer, lambda *inputs: F.leaky_relu(norm(*inputs), alpha), NAMES, inputs, mistakes)
     leaves, da = [t.requires_grad_() for t in inputs], torch.randn_like(inputs[0])
-    with MemoryTrace() as forward:
-        out = layer(*leaves)
-    with MemoryTrace() as backward:
-        out.backward(da)
+    out, forward, _ = measured(layer, *leaves)
+    _, backward, _ = measured(out.backward, da)
     for name, buffers in (("forward", forward.tensor_peak), ("backward", out.nbytes + backward.tensor_peak)):
         words = f"right gradients, but {name} peaks at {buffers / da.nbytes:.1f} buffers, and L + 2 is 3"
         require(buffers <= 3.5 * da.nbytes, words)

@@ -5,15 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.batch_norm import CHANNELS, batch_stats
-from helpers.book.exercises import call, compare, conv_flops, exercise, grads, new, require
-from helpers.memory import MemoryTrace
+from helpers.book.exercises import call, compare, exercise, grads, measured, new, require
 
 
 @exercise(1)
 def check_forward(answer):
     """``answer(x, w, gamma, beta, eps)``: z of a pointwise convolution and batch norm, by one convolution."""
     (x, w, gamma, beta), eps = new((3, 4, 5, 7), (24, 4, 1, 1), (24,), (24,)), 0.1
-    y, once = conv_flops(F.conv2d, x, w)
+    y, _, once = measured(F.conv2d, x, w)
     (mean, var), m = batch_stats(y), y[:, 0].numel()
 
     def z_with(mean, var):
@@ -30,8 +29,7 @@ def check_forward(answer):
         "R must be of centred x": z_with(mean, var + mean**2),
         "the scale is gamma / sqrt(var + eps)": z_with(mean, var - eps),
     }
-    with MemoryTrace() as trace:
-        got, flops = conv_flops(call, answer, x, w, gamma, beta, eps)
+    got, trace, flops = measured(call, answer, x, w, gamma, beta, eps)
     compare("z", got, z, mistakes)
     require(flops <= once, f"z is right, but call F.conv2d once; you call it {flops / once:.0f} times")
     alone = trace.tensor_peak < 1.8 * z.nbytes and got._version == 0
@@ -53,9 +51,8 @@ def check_slabs(answer):
     x = x + 3 * shift + 1000  # images whose means differ, far from 0, where float32 loses digits
     centred = x.double() - x.double().mean(CHANNELS, keepdim=True)
     G, R = (torch.einsum("nohw,nchw->oc", t.double(), centred).float() for t in (dz, centred))
-    with MemoryTrace() as trace:
-        slabs = ((a.clone(), b.clone()) for a, b in zip(dz.split(2), x.split(2), strict=True))
-        got = call(answer, untouched(slabs))
+    slabs = ((a.clone(), b.clone()) for a, b in zip(dz.split(2), x.split(2), strict=True))
+    got, trace, _ = measured(call, answer, untouched(slabs))
     if isinstance(got, tuple | list):
         got = [t.float() if isinstance(t, Tensor) else t for t in got]  # float64 is right, too
     note = "subtract the same value, one amid the data, from every slab, and correct G and R with δ"
@@ -73,8 +70,7 @@ def check_instance_norm(answer):
         return F.instance_norm(F.conv2d(x, w), None, None, gamma, beta, eps=0.1)
 
     want, var = grads(layer, (x, w, gamma, beta), dz), F.conv2d(x, w).var((2, 3), correction=0)
-    with MemoryTrace() as trace:
-        got = call(answer, dz, x, w, gamma, var, 0.1)
+    got, trace, _ = measured(call, answer, dz, x, w, gamma, var, 0.1)
     note = "each image has its own mean of x, its own σ and κ, and m is its pixels; sum over the images last"
     compare("dx, dw, dgamma, dbeta", got, want, note=note)
     require(trace.tensor_peak < dz.nbytes, "right gradients, but a tensor of y's size was made on the way")

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from . import batch_norm as norm
 from .conv import conv2d_backward
 
-TWICE = (
-    b"FusedConvBN2d has first derivatives only; where you need second ones, call its two modules instead, "
-    b"first conv and then bn"
-)
+TWICE = b"FusedConvBN2d has first derivatives only; for second ones, call its two modules, conv and then bn"
 VECTORS = ("conv.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 

@@ -293,9 +293,8 @@ def main(arguments: list[str]) -> str | None:
         found, only = tables(device, values["QUICK"], values["FRONT"]), values["TABLE"]
         chosen = {title: table for title, table in found.items() if only in title}
         if not chosen:
-            raise ParameterError(
-                f"TABLE must be part of a title, got {only!r}; there are: {'; '.join(found)}"
-            )
+            titles = "; ".join(found)
+            raise ParameterError(f"TABLE must be part of a title, got {only!r}; there are: {titles}")
     except ValueError as error:
         return f"bench: {error}"
     about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}

@@ -90,9 +90,8 @@ def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) 
         started = [cell for cell in cells if cell["metadata"]["papermill"]["start_time"]]
         where = f"in cell {started[-1]['id']}, In [{len(started)}]" if started else "before its first cell"
         name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
-        raise NotebookFailure(
-            f"{path.name} failed {where}: {name}: {value}\n  as far as it came: {os.path.relpath(unfinished)}"
-        ) from error
+        so_far = f"\n  as far as it came: {os.path.relpath(unfinished)}"
+        raise NotebookFailure(f"{path.name} failed {where}: {name}: {value}{so_far}") from error
     notebook = nbformat.read(unfinished, as_version=4)
     device = pick_device(settings(path, given or {}).get("DEVICE", "cpu"))
     notebook.metadata["collection"] = {  # what made these outputs

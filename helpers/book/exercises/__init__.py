@@ -153,13 +153,11 @@ def measured(function, *args, **options):
     return out, trace, sum(count for operation, count in flops.items() if "convolution" in str(operation))
 
 
-def compare_function(
-    function, reference, names, inputs, mistakes=lambda dout: {}, kept=0, note="", copies=False
-) -> None:
+def compare_function(function, reference, names, inputs, mistakes=None, kept=0, note="", copies=False):
     """Check that a differentiable ``function`` is ``reference``: output, memory and gradients.
 
     It may keep ``kept`` bytes a value for backward, and its inputs unless it gets ``copies`` of them.
-    ``mistakes(dout)`` and ``note`` are as in `compare`.
+    ``note`` is as in `compare`, and so are ``mistakes``, but for values that are functions of dout.
     """
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     with MemoryTrace() as trace:
@@ -186,4 +184,5 @@ def compare_function(
         require("view size is not compatible" not in str(error), words)
         require("returned an invalid grad" not in str(error), f"backward: {error}")
         raise
-    compare(names, got, grads(reference, inputs, dout), mistakes(dout), note)
+    known = {words: value(dout) for words, value in (mistakes or {}).items()}
+    compare(names, got, grads(reference, inputs, dout), known, note)

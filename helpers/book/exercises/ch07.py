@@ -54,10 +54,8 @@ def check_silu(function):
     z = torch.randn(4, 3, 40, 30, dtype=torch.float64)
     source = Recipe(kept=z.clone())
     made = Recipe([source])
-
-    def mistakes(da):
-        return {"that is a's slope at a: ctx must hold the recipe of z": grads(F.silu, [F.silu(z)], da)[0]}
-
+    words = "that is a's slope at a: ctx must hold the recipe of z"
+    mistakes = {words: lambda da: grads(F.silu, [F.silu(z)], da)[0]}
     norm = Recipe([source])
     norm.make = lambda z: z * 1
     for made.parents in ([norm], [source]):  # z is recomputed, and z is kept
@@ -84,10 +82,7 @@ def check_dropout(function):
     torch.manual_seed(1)
     note = "torch.manual_seed decides forward's k, and backward needs the same k, whatever dout's layout"
     note += ", which rand_like and empty_like follow"
-
-    def mistakes(dout):
-        return {"backward must multiply by 1 / (1 - p), too": dout * (k != 0)}
-
+    mistakes = {"backward must multiply by 1 / (1 - p), too": lambda dout: dout * (k != 0)}
     ours, reference = lambda a: function.apply(a, p), lambda a: a * k
     compare_function(ours, reference, "da", [a], mistakes, note=note, copies=True)
     first, second = (function.apply(a.requires_grad_(), p) for _ in range(2))

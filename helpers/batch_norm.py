@@ -4,8 +4,6 @@ Throughout, y is the norm's input (N, C, H, W), m = N·H·W the number of values
 per-channel vectors have shape (C,). Statistics and sums are float32 at least, whatever y is.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 

@@ -1,7 +1,5 @@
 """The gradients of conv2d, derived in notebooks/02_convolution_backward.ipynb."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -5,8 +5,6 @@ keeps x alone and recomputes y in backward (chapter 4), one *slab* of a few imag
 needs little extra memory (chapter 6).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -10,8 +10,6 @@ Every number counts bytes *allocated since the trace began*: weights, optimizer 
 before it and are not included.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -98,7 +96,7 @@ class MemoryTrace:
             with record_function("mark:" + name):
                 pass
 
-    def __enter__(self) -> MemoryTrace:
+    def __enter__(self) -> "MemoryTrace":
         if self._records and torch.autograd._profiler_enabled():
             raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
         self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}

@@ -19,8 +19,6 @@ without values, and more memory: ``cumprod``, ``prod``, ``quantile``, ``nan_to_n
 not PyTorch's own allocates inside, such as torchvision's ``deform_conv2d``, is not seen.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

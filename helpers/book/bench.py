@@ -14,8 +14,6 @@ of over 32 MiB is fresh pages at each allocation, which punishes those that use 
 table with times is measured again (and of the front, only so), in a process whose allocator keeps its memory.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import datetime
@@ -63,7 +61,7 @@ class Table(NamedTuple):
     With ``amp`` in channels_last and bfloat16 autocast, else in float32 with PyTorch's defaults.
     """
 
-    measure: Callable[[Table, str], dict]
+    measure: Callable[..., dict]  # of the table and a method
     methods: list[str]
     network: str
     shape: tuple[int, ...]

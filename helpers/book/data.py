@@ -1,7 +1,5 @@
 """MNIST for notebooks/05_mnist_memory.ipynb: the collection's sample, or the whole set from torchvision."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The drawings of chapters 2 to 7 that would be long on the page: axes and a few numbers go in."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 

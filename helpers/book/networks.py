@@ -1,7 +1,5 @@
 """What `bench` compares: the same layers and networks, trained by different methods."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import pairwise
 

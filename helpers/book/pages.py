@@ -4,8 +4,6 @@ A page needs nothing but the fonts next to it, and has no script: formulas becom
 is in the page. Template, style and fonts are in `template/`; the index page is made from the README.
 """
 
-from __future__ import annotations
-
 import base64
 import re
 import shutil
@@ -100,8 +98,7 @@ def export(paths: Sequence[Path], folder: Path, root: Path = ROOT) -> list[str]:
     readme = root / "README.md"
     index = nbformat.v4.new_markdown_cell(index_source(readme.read_text(encoding="utf-8")), id="readme")
     notebooks = {readme: nbformat.v4.new_notebook(cells=[index])}  # by the file where their links start
-    for path in paths:
-        notebooks[root / "notebooks" / path.name] = nbformat.read(path, as_version=4)
+    notebooks |= {root / "notebooks" / path.name: nbformat.read(path, as_version=4) for path in paths}
     addresses = {source: f"{source.stem}.html" for source in notebooks} | {readme: "index.html"}
     lines = [notebook.cells[0].source.partition("\n")[0] for notebook in notebooks.values()]
     titles = dict(zip(addresses.values(), [line.lstrip("# ") for line in lines], strict=True))

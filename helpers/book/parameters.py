@@ -7,8 +7,6 @@ A parameter is a line of the one cell tagged `parameters`, and its comment says 
 ``EPOCHS: int = 5  # passes over the data, at least 1``.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import operator

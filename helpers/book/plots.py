@@ -4,8 +4,6 @@ Write on the curves rather than in a legend: `label_lines`. A figure says the sa
 to the colour-blind: it stands on white, a method has one colour everywhere, and colour alone tells nothing.
 """
 
-from __future__ import annotations
-
 import io
 
 import matplotlib.pyplot as plt

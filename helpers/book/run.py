@@ -1,7 +1,5 @@
 """Run, refresh and export the notebooks: what `make` calls. See `python -m helpers.book.run --help`."""
 
-from __future__ import annotations
-
 import argparse
 import base64
 import datetime
@@ -75,7 +73,7 @@ def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) 
     out = folder.resolve() / path.name
     unfinished = out.with_suffix(".unfinished.ipynb")
     try:
-        papermill.execute_notebook(
+        notebook = papermill.execute_notebook(
             path.resolve(),
             unfinished,
             given,
@@ -92,7 +90,6 @@ def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) 
         name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", str(error))
         so_far = f"\n  as far as it came: {os.path.relpath(unfinished)}"
         raise NotebookFailure(f"{path.name} failed {where}: {name}: {value}{so_far}") from error
-    notebook = nbformat.read(unfinished, as_version=4)
     device = pick_device(settings(path, given or {}).get("DEVICE", "cpu"))
     notebook.metadata["collection"] = {  # what made these outputs
         "code_sha256": code_hash(notebook),

@@ -1,7 +1,5 @@
 """Chapter 9: what one training step holds over time, by stage of the network, counted without computing."""
 
-from __future__ import annotations
-
 import weakref
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """The tutorial's network for MNIST and its training loop, for notebooks/05_mnist_memory.ipynb."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator

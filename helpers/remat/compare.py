@@ -1,7 +1,5 @@
 """Is a model the same function under `remat`, and what does it save?"""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses

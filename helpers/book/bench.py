@@ -4,8 +4,7 @@
 
 prints tables and writes build/bench_<device>.json (with TABLE, a record of its own name), each row as soon as
 it is there; a run that ends, and is not quick, puts the record in its place in data/measurements/. What fails
-costs its own row, which carries the error. FRONT=1 measures what chapter 8 draws. Torch and torchvision are
-enough to run all of it.
+costs its own row, which carries the error. Torch and torchvision are enough to run all of it.
 
 Times are forward and backward of the network; all methods take turns, a ratio is taken within each round,
 and the median of the ratios is shown with their quartiles. Each table has a process of its own, as a training

@@ -88,10 +88,8 @@ def index_source(readme: str) -> str:
 def export(paths: Sequence[Path], folder: Path, root: Path = ROOT) -> list[str]:
     """Export the notebooks at ``paths`` and an index page into ``folder``, made anew; the names of the pages.
 
-    The collection is in ``root``: README.md, notebooks/ and what they link to, which comes along.
-
-    Raises:
-        PageError: there are no notebooks, or a formula does not convert.
+    The collection is in ``root``: README.md, notebooks/ and what they link to, which comes along. A
+    `PageError` if there are no notebooks, or a formula does not convert.
     """
     if not paths:
         raise PageError("there are no notebooks to export: `make run` comes first")

@@ -95,8 +95,7 @@ def read_quick(path: Path) -> dict[str, Any]:
 def plan(arguments: Sequence[str], source: Path = NOTEBOOKS) -> dict[Path, dict[str, Any]]:
     """The notebooks that NAME=VALUE ``arguments`` choose, each with the values that it takes from them.
 
-    Raises:
-        ParameterError: an argument is not NAME=VALUE, no notebook has it, or it does not take the value.
+    A `ParameterError` if an argument is not NAME=VALUE, no notebook has it, or it does not take the value.
     """
     given = {}
     for argument in arguments:

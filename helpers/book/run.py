@@ -64,10 +64,7 @@ def code_hash(notebook: dict) -> str:
 def run_notebook(path: Path, folder: Path, given: dict[str, Any] | None = None) -> Path:
     """Run the notebook at ``path`` with these parameters into ``folder``, and return the executed one.
 
-    It is called NAME.unfinished.ipynb there until its last cell is done.
-
-    Raises:
-        NotebookFailure: a cell failed.
+    It is called NAME.unfinished.ipynb there until its last cell is done; a `NotebookFailure` if one fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     out = folder.resolve() / path.name
@@ -123,10 +120,8 @@ def check_here(values: dict[Path, dict[str, Any]]) -> None:
 def run(arguments: Sequence[str], source: Path = NOTEBOOKS, folder: Path = EXECUTED) -> str | None:
     """Run the notebooks of ``source`` into ``folder``, one at a time; the errors of those that failed.
 
-    What cells tagged headline printed is printed at the end: the tables that a run is for.
-
-    Raises:
-        ParameterError: from `plan` and `check_here`, before anything runs.
+    What cells tagged headline printed is printed at the end: the tables that a run is for. Before anything
+    runs, `plan` and `check_here` may raise a `ParameterError`.
     """
     values = plan(arguments, source)
     check_here(values)

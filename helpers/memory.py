@@ -104,8 +104,7 @@ class MemoryTrace:
         if self._records:
             _silence_the_profilers_first_warning()
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
-            self._profile = profile(activities=activities, profile_memory=True)
-            self._profile.__enter__()
+            self._profile = profile(activities=activities, profile_memory=True).__enter__()
             with record_function(BEGINS):  # lost if another profiler starts inside
                 pass
         if self.device.type != "cpu":

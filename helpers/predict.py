@@ -156,10 +156,8 @@ def takes_number(func, args: tuple) -> bool:
 
     The 8 bytes are not followed any further if autograd saves them, as for x * 2.
     """
-    return any(
-        type(a) in (int, float) and isinstance(wanted.type, torch.TensorType)
-        for a, wanted in zip(args, func._schema.arguments, strict=False)
-    )
+    pairs = zip(args, func._schema.arguments, strict=False)
+    return any(type(a) in (int, float) and isinstance(wanted.type, torch.TensorType) for a, wanted in pairs)
 
 
 def as_real(func, args: tuple, out):

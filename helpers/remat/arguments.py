@@ -1,7 +1,5 @@
 """What the arguments of a call say: whether remat can serve it, and which operation it is."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from itertools import pairwise

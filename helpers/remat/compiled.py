@@ -7,8 +7,6 @@ on a GPU. For graphs compiled under `remat`, this file changes both. The compile
 again.
 """
 
-from __future__ import annotations
-
 import functools
 from unittest import mock
 

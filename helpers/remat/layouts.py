@@ -1,7 +1,5 @@
 """Memory formats: where the values of a tensor lie, and what a size of 1 leaves open."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for

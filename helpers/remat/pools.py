@@ -1,7 +1,5 @@
 """Pooling, and padding by an image's own pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What a call changes: which tensors, and whether with a new version; and what PyTorch tells no mode."""
 
-from __future__ import annotations
-
 import functools
 import sys
 import types

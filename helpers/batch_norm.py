@@ -44,7 +44,8 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
         s = Σ (y - c)            μ = Σ (n c + s) / m
         q = Σ (y - c)²         var = Σ (q + 2 (c - μ) s + n (c - μ)²) / m
 
-    This reads y once, a piece at a time, and loses no digits where μ is far from 0, or pieces differ.
+    This reads y once, a piece at a time, and loses no digits where μ is far from 0, or pieces differ. Where c
+    is so small that y - c loses its last digits, below σ, μ has Σ y in place of n c + s.
 
     Args:
         y: (N, C, H, W), floating point, at least one value in a channel.
@@ -60,13 +61,14 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"y must have at least one value in a channel, got shape {tuple(y.shape)}")
     dtype, m, parts = torch.promote_types(y.dtype, torch.float32), y.numel() // y.shape[1], []
     for piece in pieces(y):
-        c = piece.mean((2, 3), dtype=dtype).mean(0)  # faster than in one step
-        n = torch.full((1,), piece[:, 0].numel(), dtype=dtype_of_sums(y), device=y.device)  # no copy to it
+        total, n = channel_sums(piece, dtype), piece[:, 0].numel()
+        c = (total / n).to(dtype)
         centred = centre(piece, c)
-        parts.append((n, c, *batch_norm_sums(centred, centred, torch.zeros_like(c))))
+        sums = batch_norm_sums(centred, centred, torch.zeros_like(c))
+        parts.append((torch.full_like(total, n), total, c, *sums))
         del centred
-    n, c, s, q = (torch.stack(t).to(dtype_of_sums(y)) for t in zip(*parts, strict=True))
-    mean = (n * c + s).sum(0) / m
+    n, total, c, s, q = (torch.stack(t).to(dtype_of_sums(y)) for t in zip(*parts, strict=True))
+    mean = torch.where(n * c * c < q, total, n * c + s).sum(0) / m
     var = (q + 2 * (c - mean) * s + n * (c - mean) ** 2).sum(0) / m
     return mean.to(dtype), var.clamp_min(0).to(dtype)
 
@@ -92,18 +94,24 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
     return y - per_channel(mean)  # the wider of the two dtypes
 
 
+def channel_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ t of each channel: of each image in this dtype, then of all: as exact as in float64, and faster."""
+    return t.sum((2, 3), dtype=dtype).sum(0, dtype=dtype_of_sums(t))
+
+
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
+    sum_dz = channel_sums(grad_out, mean.dtype)
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, y, mean))
     if y.is_cpu and one_dtype and dense and y.numel() and not graph:
-        # The library's backward for constant statistics returns dγ and dβ at σ = 1: one pass over dz and y,
-        # and no tensor of y's size, but no graph either. In other layouts and dtypes its sums are less exact.
-        _, sum_dz_y, sum_dz = torch.ops.aten.native_batch_norm_backward(
-            grad_out, y, None, mean, torch.ones_like(mean), None, None, False, 0.0, (False, True, True)
+        # The library's backward for constant statistics returns dγ at σ = 1: one pass over dz and y, and no
+        # tensor of y's size, but no graph either. In other layouts and dtypes its sum is less exact.
+        _, sum_dz_y, _ = torch.ops.aten.native_batch_norm_backward(
+            grad_out, y, None, mean, torch.ones_like(mean), None, None, False, 0.0, (False, True, False)
         )
         return sum_dz, sum_dz_y
-    return grad_out.sum(CHANNELS, dtype=mean.dtype), (grad_out * centre(y, mean)).sum(CHANNELS)
+    return sum_dz, channel_sums(grad_out * centre(y, mean), mean.dtype)
 
 
 def scale_of(weight: Tensor | None, var_eps: Tensor) -> Tensor:
@@ -113,25 +121,24 @@ def scale_of(weight: Tensor | None, var_eps: Tensor) -> Tensor:
 
 def grad_input_coefficients(
     scale: Tensor, var_eps: Tensor, sums: tuple[Tensor, Tensor], m: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-channel κ_dz, κ_y and κ_0 of batch norm's input gradient, dy = κ_dz dz + κ_y (y - μ) + κ_0.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-channel κ, λ, η and η' of batch norm's input gradient, dy = κ (dz - λ (y - μ) - η - η').
 
-    With σ² = var + ε (``var_eps``), they are κ_dz = γ/σ (``scale``), κ_y = -κ_dz Σ dz (y - μ) / (m σ²) and
-    κ_0 = -κ_dz Σ dz / m.
+    With σ² = var + ε (``var_eps``), κ = γ/σ (``scale``) and λ = Σ dz (y - μ) / (m σ²). The mean of dz is η,
+    a rounded number, plus what that leaves, η'.
     """
-    # Round each once: an error in κ_0 is in all m values, and Σ dy would no longer vanish.
-    sum_dz, sum_dz_y = sums
-    by_m = scale / -m
-    return scale, (by_m * sum_dz_y / var_eps).to(scale.dtype), (by_m * sum_dz).to(scale.dtype)
+    # An error in the mean would be in all m values, and Σ dy would no longer vanish.
+    mean_dz, mean_dz_y = (t.to(dtype_of_sums(t)) / m for t in sums)
+    eta = mean_dz.to(scale.dtype)
+    return scale, (mean_dz_y / var_eps).to(scale.dtype), eta, (mean_dz - eta).to(scale.dtype)
 
 
 def grad_input_(
-    grad_out: Tensor, y_centred: Tensor, kappa_dz: Tensor, kappa_y: Tensor, kappa_0: Tensor
+    grad_out: Tensor, y_centred: Tensor, kappa: Tensor, slope: Tensor, eta: Tensor, eta_rest: Tensor
 ) -> Tensor:
-    """dy = κ_dz dz + κ_y (y - μ) + κ_0, in the memory of ``y_centred`` = y - μ."""
-    # A broadcast first argument of addcmul is slow on a CPU; these three steps are not.
-    y_centred.mul_(per_channel(kappa_y)).add_(per_channel(kappa_0))
-    return y_centred.addcmul_(grad_out, per_channel(kappa_dz))
+    """dy = κ (dz - λ (y - μ) - η - η'), in the memory of ``y_centred`` = y - μ; λ is the ``slope``."""
+    dy = y_centred.mul_(per_channel(-slope)).add_(grad_out)
+    return dy.sub_(per_channel(eta)).sub_(per_channel(eta_rest)).mul_(per_channel(kappa))
 
 
 def batch_norm_forward(
@@ -193,8 +200,8 @@ def batch_norm_backward(
     scale = scale_of(weight, var_eps)
     sums = add_up([batch_norm_sums(grad_out, input, mean)])
     if training:
-        kappas = grad_input_coefficients(scale, var_eps, sums, m)
-        dy = grad_input_(grad_out, centre(input, mean), *kappas)
+        coefficients = grad_input_coefficients(scale, var_eps, sums, m)
+        dy = grad_input_(grad_out, centre(input, mean), *coefficients)
     else:
         dy = grad_out * per_channel(scale)
     dgamma, dbeta = sums[1] * torch.rsqrt(var_eps), sums[0]
@@ -265,6 +272,6 @@ def update_running_stats(
         raise ValueError(f"m must be a whole number of values, at least 1, got {m!r}")
     check_momentum(momentum)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
-    with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (m / max(m - 1, 1))).to(running_var.dtype), momentum)
+    with torch.no_grad():  # not by lerp_, of which an infinite value becomes NaN
+        running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
+        running_var.copy_((1 - momentum) * running_var + momentum * (var * (m / max(m - 1, 1))))

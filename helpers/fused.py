@@ -45,11 +45,11 @@ def fused_backward(
 ) -> tuple[Tensor | None, ...]:
     """dx, dw, db, dγ and dβ of the pair, from dz. dx and dw are None unless ``needs`` them; db is 0.
 
-        dβ = Σ dz        dγ = Σ dz (y - μ) / σ        dy = κ_dz dz + κ_y (y - μ) + κ_0
+        dβ = Σ dz        dγ = Σ dz (y - μ) / σ        dy = κ (dz - λ (y - μ) - η - η')
 
-    with the κ of chapter 3. dy needs sums over the whole batch, so there are two sweeps over the slabs: the
-    first computes y and the sums, the second turns y into dy and differentiates the convolution. In between,
-    each y is stored where its dx will be written, if it fits there.
+    with chapter 3's coefficients. dy needs sums over the whole batch, so there are two sweeps over the slabs:
+    the first computes y and the sums, the second turns y into dy and differentiates the convolution. In
+    between, each y is stored where its dx will be written, if it fits there.
     """
     need_x, need_w = needs
     slabs, dx, dw = settings.slabs(x, weight), None, None
@@ -67,10 +67,10 @@ def fused_backward(
         waiting.append(y)
         del y
     sums, var_eps, m = norm.add_up(sums), var + settings.eps, dz.numel() // dz.shape[1]
-    kappas = norm.grad_input_coefficients(norm.scale_of(gamma, var_eps), var_eps, sums, m)
+    coefficients = norm.grad_input_coefficients(norm.scale_of(gamma, var_eps), var_eps, sums, m)
     for s in slabs:
         y_centred = norm.centre(waiting.pop(0), mean, inplace=True)
-        dy = norm.grad_input_(dz[s], y_centred, *kappas).to(x.dtype)
+        dy = norm.grad_input_(dz[s], y_centred, *coefficients).to(x.dtype)
         del y_centred  # in half precision it is not dy's memory
         dx_s, dw_s, _ = conv2d_backward(dy, x[s], weight, *settings.geometry, (need_x, need_w, False))
         if need_w:  # a sum in the statistics' dtype

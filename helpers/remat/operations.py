@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import compute_elementwise_output_strides
 
-from ..batch_norm import batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
+from ..batch_norm import add_up, batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
 from .layouts import in_layout, layout_of, one_image
 from .task import slabs
@@ -125,7 +125,7 @@ class BatchNorm(Operation):
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         self.layout = layout_of(y)
-        alike = y.is_contiguous() and y.dtype == self.mean.dtype
+        alike = y.is_contiguous() and y.dtype == self.mean.dtype and y.dtype in WIDE
         self.beside = not (y.is_cpu and alike and self.training)  # else dy may be written over y
         return z
 
@@ -155,8 +155,8 @@ class BatchNorm(Operation):
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
         y, dz = in_layout(y, y), in_layout(dz, y)
-        alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype == self.mean.dtype
-        if y.is_cpu and alike and self.training and need_y and task.room() < y.nbytes:
+        alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype
+        if not self.beside and alike and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         how = (*self.running, self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
@@ -169,15 +169,15 @@ def grads_in_slabs(dz: Tensor, y: Tensor, mine: bool, gamma: Tensor | None, mean
     The CPU library's backward allocates dy twice. Here dy is computed some images at a time, over y if that
     is ``mine``.
     """
-    dz, images = (t.view(*t.shape[:2], -1, 1) for t in (dz, y))
+    dz, images, parts = dz.view(*y.shape[:2], -1, 1), y.view(*y.shape[:2], -1, 1), slabs(y)
+    sum_dz, sum_dz_y = sums = add_up([batch_norm_sums(dz[part], images[part], mean) for part in parts])
     scale, m = invstd if gamma is None else invstd * gamma, y.numel() // y.shape[1]
-    sum_dz, sum_dz_y = sums = batch_norm_sums(dz, images, mean)
-    kappas = grad_input_coefficients(scale, invstd**-2, sums, m)
+    coefficients = grad_input_coefficients(scale, invstd.double() ** -2, sums, m)
     dy = images if mine else torch.empty_like(images)
-    for part in slabs(y):
+    for part in parts:
         torch.sub(images[part], per_channel(mean), out=dy[part])
-        grad_input_(dz[part], dy[part], *kappas)
-    return [dy.view(y.shape), sum_dz_y * invstd, sum_dz]
+        grad_input_(dz[part], dy[part], *coefficients)
+    return [dy.view(y.shape), (sum_dz_y * invstd).to(scale.dtype), sum_dz.to(scale.dtype)]
 
 
 class Rerun(Operation):

@@ -18,7 +18,7 @@ from helpers import (
     update_running_stats,
 )
 from helpers.batch_norm import batch_norm_sums, piece_bytes
-from helpers.tests.kernels.rounding import rounding
+from helpers.tests.kernels.rounding import apart, rounding
 
 GEOMETRIES = [
     {"stride": s, "padding": p, "dilation": d, "groups": g}
@@ -210,6 +210,45 @@ def test_sums_of_many_values_keep_their_digits(dtype, layout):
     found, exact = batch_norm_sums(dz, y, mean), batch_norm_sums(dz.double(), y.double(), mean.double())
     for f, e in zip(found, exact, strict=True):
         assert (f - e).norm() <= 2e-6 * e.norm() + 2e-6 * dz.double().norm()
+
+
+@pytest.mark.parametrize("mean", [0, 3, 30, 1000])
+def test_a_gradient_far_from_zero(mean):
+    """dy is no less exact than PyTorch's where the norm subtracts most of dz."""
+    torch.manual_seed(0)
+    y, dz, gamma = torch.randn(33, 8, 17, 19), torch.randn(33, 8, 17, 19) + mean, torch.rand(8) + 0.5
+    found, errors = {}, {}
+    for dtype in (torch.float32, torch.float64):
+        y_d, gamma_d = y.to(dtype).requires_grad_(), gamma.to(dtype)
+        z = F.batch_norm(y_d, None, None, gamma_d, training=True)
+        found[dtype] = torch.autograd.grad(z, y_d, dz.to(dtype))[0]
+    found["ours"], _, _ = batch_norm_backward(dz, y, gamma, *batch_stats(y))
+    for way in ("ours", torch.float32):
+        errors[way] = apart(found[way], found[torch.float64])
+    assert errors["ours"] <= 1.5 * errors[torch.float32]
+
+
+def test_a_gradient_of_a_tiny_norm():
+    """γ/σ alone is close to the smallest number; γ/(σ m) would be below it."""
+    y, dz, gamma = torch.randn(8, 2, 32, 32), torch.randn(8, 2, 32, 32) + 3, torch.full((2,), 1e-36)
+    dy, _, _ = batch_norm_backward(dz, y, gamma, *batch_stats(y))
+    y, dz = y.double(), dz.double()
+    exact, _, _ = batch_norm_backward(dz, y, gamma.double(), *batch_stats(y))
+    assert apart(dy * 2.0**100, exact * 2.0**100) < 1e-6
+
+
+def test_a_mean_close_to_zero():
+    torch.manual_seed(0)
+    y = torch.randn(200, 4, 38, 38)
+    y -= y.mean((0, 2, 3), keepdim=True)
+    mean, _ = batch_stats(y)
+    assert (mean - y.double().mean((0, 2, 3))).abs().max() < 2e-9
+
+
+def test_infinite_running_statistics_stay_infinite():
+    running = [torch.full((3,), math.inf), torch.full((3,), math.inf)]
+    update_running_stats(*running, THREE, THREE, 8, 0.1)
+    assert running[0].isinf().all() and running[1].isinf().all()
 
 
 def test_batch_stats_of_half_precision_are_float32():

@@ -168,6 +168,24 @@ def test_a_computed_weight_under_autocast(cost):
     assert held[1] <= held[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gradient_far_from_zero(dtype):
+    """The norm subtracts its mean: no less exact than PyTorch, and no overflow of its sum."""
+    torch.manual_seed(0)
+    norm, errors = nn.BatchNorm2d(4).to(dtype), []
+    y, dz = torch.randn(64, 4, 16, 16).to(dtype).requires_grad_(), (torch.randn(64, 4, 16, 16) + 30).to(dtype)
+    inputs = [t.detach().double().requires_grad_() for t in (y, norm.weight, norm.bias)]
+    exact = F.batch_norm(inputs[0], None, None, *inputs[1:], training=True)
+    exact = torch.autograd.grad(exact, inputs, dz.double())
+    for cost in (None, 0):
+        with under(cost):
+            z = norm(y * 1)
+        grads = torch.autograd.grad(z, [y, *norm.parameters()], dz)
+        errors.append([apart(*pair) for pair in zip(grads, exact, strict=True)])
+    for plain, ours in zip(*errors, strict=True):
+        assert ours <= 1.5 * plain + torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
 def test_dead_channels(precision):
     """A norm's result that is 0 exactly is 0 when made again: else the ReLU's mask flips, and dβ is not 0."""

@@ -15,8 +15,10 @@ that a checkpoint stores (5 KB), the 8 bytes of a number that autograd saves, as
 that forward makes from Python's lists. The backward of a few operations takes another way for tensors
 without values, and more memory: ``cumprod``, ``prod``, ``quantile``, ``nan_to_num``, ``clamp`` by tensors,
 ``max``, ``min`` and ``median`` of a whole tensor, and ``binary_cross_entropy_with_logits`` with
-``pos_weight``. That of ``var_mean`` and ``std_mean`` counts one tensor too few, and what an operator that is
-not PyTorch's own allocates inside, such as torchvision's ``deform_conv2d``, is not seen.
+``pos_weight``. That of ``var_mean`` and ``std_mean`` counts one tensor too few, as does that of an
+operation in place on a view of a whole tensor, such as ``nn.ReLU(inplace=True)`` after a linear layer of
+images or sequences. What an operator that is not PyTorch's own allocates inside, such as torchvision's
+``deform_conv2d``, is not seen.
 """
 
 import functools
@@ -85,7 +87,7 @@ class Held(TorchDispatchMode):
         if func.is_view and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor):
             for t in made:
                 self.follow(storage_of(t), 0)  # of a constant that was there before
-        if isinstance(out, Tensor) and self.in_place_if_real(func, args[0]):
+        if isinstance(out, Tensor) and self.in_place_if_real(func, *args[:2]):
             self.waiting.append(out)  # to be counted once the first argument has had the chance to go
         else:
             for t in made:
@@ -98,14 +100,15 @@ class Held(TorchDispatchMode):
         while self.waiting:
             self.count(self.waiting.pop())
 
-    def in_place_if_real(self, func, first) -> bool:
-        """Whether PyTorch, which called ``func`` on ``first``, would write over a real one."""
+    def in_place_if_real(self, func, first, second=None) -> bool:
+        """Whether PyTorch, which called ``func`` on these, would write over a real ``first``."""
         adds = func is torch.ops.aten.add.Tensor
         if not called_by_engine():
             return adds and self.in_linear  # a bias
         if adds:
             # Two gradients of one tensor, if nothing else holds the first, such as the base of a view.
-            return not first._is_view() and storage_of(first)._cdata not in self.ignored
+            elsewhere = {storage_of(second)._cdata, *self.ignored}
+            return not first._is_view() and storage_of(first)._cdata not in elsewhere
         node = torch._C._current_autograd_node()
         in_place = func.overloadpacket.__name__ in ON_TEMPORARIES
         return in_place or (node is not None and node.name().startswith(IN_PLACE_FORMULAS))
@@ -167,8 +170,9 @@ def as_real(func, args: tuple, out):
     name = func.overloadpacket.__name__
     if name in ("native_batch_norm", "native_group_norm", "native_layer_norm"):
         (z, *stats), x = out, args[0]
-        if z.is_cpu and "batch" in name and x.is_contiguous():
-            z = torch.empty(x.shape, dtype=z.dtype)  # also where one pixel makes it channels_last, too
+        if z.is_cpu and "batch" in name:  # of one pixel, which is channels_last too, contiguous
+            layout = torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
+            z = torch.empty(x.shape, dtype=z.dtype, memory_format=layout)
         elif z.is_cpu and "group" in name:
             z = torch.empty_like(x, dtype=z.dtype)
         if z.is_cpu and any(isinstance(t, Tensor) and t.dtype == torch.float32 for t in args):

@@ -165,6 +165,18 @@ class Permute(nn.Module):
         return x.permute(0, 2, 3, 1)
 
 
+class Columns(nn.Module):
+    def forward(self, x):
+        return (x * 2).transpose(1, 2)
+
+
+class Rows(nn.Module):
+    """Of memory in the order of dimensions."""
+
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
 class SumInBackward(torch.autograd.Function):
     """Its gradient is a sum in a third tensor's memory."""
 
@@ -228,6 +240,7 @@ GROUPS, MEAN = functools.partial(nn.GroupNorm, 2, 8), functools.partial(nn.Batch
 IMAGES = {
     "group norm": lambda: Images(GROUPS),
     "a norm that averages": lambda: Images(MEAN),
+    "a norm of columns": lambda: nn.Sequential(Columns(), nn.BatchNorm2d(16), nn.BatchNorm2d(16), Rows()),
     "layer norm": lambda: nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)),
     "a loss of each value": lambda: Images(GROUPS, lambda z, t: F.mse_loss(z, t, reduction="none").sum(1)),
     **{
@@ -269,8 +282,20 @@ class Pyramid(nn.Module):
         return self.convs[2](torch.cat([F.interpolate(z, size=y.shape[2:]), y], 1))
 
 
+class Twice(nn.Module):
+    """Two gradients of one tensor are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(c, 8, 1) for c in (3, 8))
+
+    def forward(self, x):
+        y = self.convs[0](x)
+        return self.convs[1](y + y)
+
+
 @pytest.mark.parametrize("max_cost", [None, 0, 64])
-@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid])
+@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid, Twice])
 def test_to_the_byte_with_channels_last(make, max_cost):
     model, x = make(), torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)

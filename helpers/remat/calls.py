@@ -106,6 +106,8 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
             value = mode.needed(a, value, copied=function is F.linear and is_copied(a))
         else:
             value = value or table.find(input)
+            if function is not F.linear:
+                table.count_plain(value)  # PyTorch saves it all the same
         kind = Linear if function is F.linear else Convolution
         operation = kind(function, arguments, geometry, a, value if w.requires_grad else None, dtype)
         y = mode.apply(operation, input, w, bias)
@@ -287,7 +289,7 @@ def concatenate(mode, function, tensors, dim=0):
 
 
 def again(
-    name: str, passes: float = 1.0, node: bool = True, fits=None, saves: int = 2, reads_layout: bool = False
+    name: str, passes: float = 1.0, node=True, fits=None, saves: int = 2, reads_layout=False, whole=False
 ) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
@@ -298,6 +300,7 @@ def again(
         fits: whether one image alone can be computed, from all arguments, where not always.
         saves: how many of the parameters PyTorch's node saves; the others may change before backward.
         reads_layout: whether its backward does, see `layouts.in_layout`.
+        whole: whether a value's last bit depends on its position in memory.
     """
 
     def bind(mode: Mode, function, x, /, *args, **named):
@@ -333,6 +336,7 @@ def again(
             if small and alike and storage_of(out) is not storage_of(x):
                 steps = passes * max(1.0, x.numel() / out.numel())
                 recipe = ops.Again(name, lambda x: call(x, *copies), steps, *parameters[:1])
+                recipe.whole = whole
                 table.note(out, recipe, (value,), operation)
             return out
 
@@ -501,7 +505,7 @@ HANDLERS: dict[Callable, Callable] = {
         "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: vector_norm_fits(x, p, dim)
     ),
     torch.prelu: again("prelu"),
-    F.softplus: again("softplus"),
+    F.softplus: again("softplus", whole=True),
     F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),
     **dict.fromkeys((F.dropout, *DROPOUTS), handler(dropout)),
     **dict.fromkeys((F.avg_pool2d, F.avg_pool3d), handler(avg_pool)),

@@ -153,7 +153,7 @@ class Mode(TorchFunctionMode):
     def needed(self, t: Tensor, value: Value | None = None, copied: bool = False) -> Value:
         """A node needs ``t``, as PyTorch's node would."""
         value = value or self.table.find(t)
-        self.table.count_plain(value)
+        self.table.count_plain(value, copied)
         return self.table.need(value, t, copied)
 
 

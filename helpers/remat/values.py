@@ -27,6 +27,7 @@ MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of a storage, tried as the base of a view; of a concatenation, asked about one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
+MUCH_LARGER = 4  # than a value: a kept tensor from which it is not computed, as that may outlive its own node
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
 
@@ -353,7 +354,7 @@ class Table:
             if recipe.work:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
-                if p.kept is not None and p.nbytes > SMALL * value.nbytes and size == value.size:
+                if p.kept is not None and p.nbytes > MUCH_LARGER * value.nbytes and size == value.size:
                     return False  # which would then be held for a small value, after its own node is gone
                 if p.kept is None and p not in seen and p not in also:
                     seen.add(p)
@@ -384,7 +385,8 @@ class Table:
                     del parts[part]
         if parts:
             most = value.nbytes + (len(parts) == 1) if recipe.joins else MUCH_SMALLER * value.nbytes
-            if sum(part.nbytes for part in parts) < most and self.affordable(value, parts):
+            held = {id(storage := storage_of(t)): storage.nbytes() for t in parts.values()}  # whole ones
+            if sum(held.values()) < most and self.affordable(value, parts):
                 for part, tensor in parts.items():
                     self.keep_whole(part, tensor)
                 return
@@ -433,8 +435,7 @@ class Table:
         value.recipe, value.parents, value.terms = None, (), 0
         if not shared:
             self._living.pop(id(value), None)
-        operation = value.operation and value.operation()
-        if operation is not None:  # its node outlives those that need the tensor
+        if value.operation and (operation := value.operation()):  # its node outlives those that need it
             operation.output = None
 
     # What others write ----------------------------------------------------------------------------------
@@ -450,8 +451,7 @@ class Table:
 
     def expose(self, t: Tensor) -> None:
         """From now on ``t`` may be written to unseen: nodes see that, as PyTorch's do; recipes must not."""
-        storage, exposed = storage_of(t), self._exposed
-        key = id(storage)
+        key, exposed = id(storage := storage_of(t)), self._exposed
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):
             needed, now = value.first is not None and value.kept is None, value.live()
@@ -475,9 +475,9 @@ class Table:
         exposed = self._exposed
         return not exposed or all(t is None or id(storage_of(t)) not in exposed for t in tensors)
 
-    def count_plain(self, value: Value) -> None:
-        """PyTorch would save this value; of a view, the memory behind it."""
-        (value,) = value.parents if isinstance(value.recipe, Part) else (value,)
+    def count_plain(self, value: Value, copied: bool = False) -> None:
+        """PyTorch would save this value or, if ``copied``, a copy; of a view, the memory behind it."""
+        (value,) = value.parents if isinstance(value.recipe, Part) and not copied else (value,)
         if not value.counted:
             value.counted, self.plain_bytes = True, self.plain_bytes + value.nbytes
 

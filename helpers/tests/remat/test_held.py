@@ -285,6 +285,19 @@ def test_a_small_part_that_is_enlarged_does_not_hold_the_whole():
     assert 0 < found[1] <= found[0]
 
 
+@pytest.mark.parametrize("make", [torch.cumsum, torch.add])
+def test_half_of_a_tensor_in_a_concatenation(make):
+    """To keep the half would hold all of it, in place of the concatenation that PyTorch keeps."""
+    x, weights = leaf(image(2, 64, 8, 8)), [leaf(image(4, 64, 3, 3)), leaf(image(8, 36, 1, 1))]
+
+    def forward(x):
+        half = make(x, 1)[:, :32]
+        return F.conv2d(torch.cat([half, F.conv2d(x, weights[0], padding=1).relu()], 1), weights[1])
+
+    plain, found = held_plainly_and_under_remat(Net(lambda self, x: forward(x)), x)
+    assert 0 < found <= plain
+
+
 def test_images_put_together_are_recomputed():
     with torch.device("meta"):
         model, x = example("norms of few images")().to("meta"), torch.empty(6, 3, 32, 32)
@@ -419,6 +432,7 @@ def test_a_small_value_does_not_hold_a_large_one(cost):
         "copy": lambda z: z[:, :1].clone().sin(),
         "concatenation": lambda z: torch.cat([z[:, :1], z[:, 1:2]], 1).sin(),
         "cast": lambda z: z[:, :1].bfloat16().sin(),
+        "an eighth": lambda z: z[:, :8].clone().sin(),
     }
     for name, read in small.items():
         found = []

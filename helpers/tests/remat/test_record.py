@@ -21,6 +21,18 @@ def test_the_record_says_what_recomputing_costs():
     assert costs == [first, first, first + second, first + second]
 
 
+def test_the_record_counts_the_input_of_a_frozen_convolution_and_a_linear_layers_copy():
+    """PyTorch saves both."""
+    x, frozen = X.float(), nn.Conv2d(8, 8, 1).requires_grad_(False)
+    conv, linear = nn.Conv2d(3, 8, 3), nn.Linear(7, 4)
+    with remat() as record:
+        y = frozen(conv(x))
+    assert record.plain_bytes == x.nbytes + y.nbytes
+    with remat() as record:
+        linear(y[:, :2])
+    assert record.plain_bytes == y[:, :2].numel() * y.itemsize
+
+
 def test_the_record_counts_the_memory_behind_a_view():
     """A half that is kept holds the whole."""
     convs = nn.ModuleList(nn.Conv1d(16, 32, 7, padding=3) for _ in range(3))

@@ -104,6 +104,7 @@ def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, 
     sum_dz = channel_sums(grad_out, mean.dtype)
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, y, mean))
+    graph = graph or torch._C._are_functorch_transforms_active()
     if y.is_cpu and one_dtype and dense and y.numel() and not graph:
         # The library's backward for constant statistics returns dγ at σ = 1: one pass over dz and y, and no
         # tensor of y's size, but no graph either. In other layouts and dtypes its sum is less exact.
@@ -231,9 +232,12 @@ def check_vectors(channels: int, device: torch.device, **vectors: Tensor | None)
             raise ValueError(f"{name} must be on {device}, like the others, got one on {vector.device}")
 
 
-def check_momentum(momentum: float | Tensor) -> None:
+def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
     number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool) and 0 <= momentum <= 1
-    if not number and not (isinstance(momentum, Tensor) and momentum.dim() == 0):
+    if isinstance(momentum, Tensor):
+        here = momentum.device.type == "cpu" or momentum.device == device
+        number = momentum.dim() == 0 and momentum.is_floating_point() and here
+    if not number:
         raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
 
 
@@ -270,7 +274,7 @@ def update_running_stats(
         check_changeable(name, vectors[name])
     if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
         raise ValueError(f"m must be a whole number of values, at least 1, got {m!r}")
-    check_momentum(momentum)
+    check_momentum(momentum, mean.device)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
     with torch.no_grad():  # not by lerp_, of which an infinite value becomes NaN
         running_mean.copy_((1 - momentum) * running_mean + momentum * mean)

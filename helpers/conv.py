@@ -61,7 +61,8 @@ def conv2d_backward(
     if grad_out.shape != expected:
         raise ValueError(f"grad_out must have the output's shape {expected}, got {tuple(grad_out.shape)}")
     how = (stride, padding, dilation, False, [0, 0], groups, needs)
-    return torch.ops.aten.convolution_backward(grad_out, input, weight, [weight.shape[0]], *how)
+    grads = torch.ops.aten.convolution_backward(grad_out, input, weight, [weight.shape[0]], *how)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))  # some give more
 
 
 def check_images(name: str, images: Tensor) -> None:

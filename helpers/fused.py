@@ -34,7 +34,7 @@ class Settings(NamedTuple):
         images = len(x) if self.slab_size == "batch" else self.slab_size
         if images is None:
             y_values = F.conv2d(x[:0], weight, None, *self.geometry).shape[1:].numel()
-            image_bytes = max(x[0].numel(), y_values) * x.element_size()
+            image_bytes = max(x[0].numel(), y_values) * max(x.itemsize, 4)  # y - μ is float32 at least
             # Every slab adds a whole weight gradient to the sum: make it large enough to be worth that.
             images = max(1, max(norm.piece_bytes(x), weight.nbytes) // image_bytes)
         return [slice(start, start + images) for start in range(0, len(x), images)]
@@ -145,7 +145,7 @@ class FusedConvBN2d(nn.Module):
     (N, C_out, H_out, W_out) are those of ``nn.Conv2d``, and under autocast the output has its dtype, too. In
     eval mode the norm is folded into the weight: dγ has fewer digits than the pair's where the running mean
     is hundreds of σ from 0, and in half precision the folded numbers may overflow before the pair's output
-    does.
+    does. In training mode the layer breaks the graph under torch.compile, and cannot be exported.
 
     Raises:
         ValueError, or PyTorch's own RuntimeError: an argument that does not fit, before anything is computed
@@ -189,13 +189,17 @@ class FusedConvBN2d(nn.Module):
         conv, bn = self.conv, self.bn
         # prepare_qat and convert_sync_batchnorm make them others; prune computes the weight in a hook.
         check_modules(conv, bn, ("forward_pre",))
+        self.check(input)
         weight, bias = conv.weight, conv.bias  # once: a parametrization computes them at each access
         y = self.output_of_no_images(input, weight)
-        m = input.shape[0] * y.shape[2:].numel()  # not len(), which would make an exported batch size fixed
+        m = input.shape[0] * y.shape[2] * y.shape[3]  # not len() or numel(), which would fix exported sizes
         if m == 0:  # no statistics
             return bn.forward(conv._conv_forward(input, weight, bias))
         if not bn.training and bn.running_mean is not None:
-            return conv._conv_forward(input, *fold(weight, bias, bn))
+            weight, shift = fold(weight, bias, bn)
+            if torch.is_grad_enabled() and shift.requires_grad:
+                return Shift.apply(conv._conv_forward(input, weight, None), shift)
+            return conv._conv_forward(input, weight, shift.to(weight.dtype))
         if m == 1:
             raise ValueError("input: batch statistics need more than 1 value per channel, got 1")
         x, padding = padded(input, conv)
@@ -218,14 +222,20 @@ class FusedConvBN2d(nn.Module):
                 norm.update_running_stats(bn.running_mean, bn.running_var, mean, var, m, momentum)
         return z
 
+    def check(self, input: Tensor) -> None:
+        """Raise a ValueError if something does not fit that can be seen without the weight."""
+        bn = self.bn
+        norm.check_norm(input, bn.eps)
+        check_slab_size(self.slab_size)
+        if bn.momentum is not None:
+            norm.check_momentum(bn.momentum, input.device)
+        if (bn.running_mean is None) != (bn.running_var is None):
+            raise ValueError("bn must have both running_mean and running_var, or neither, got one")
+        if bn.eps == 0 and (bn.training or bn.running_mean is None):
+            raise ValueError(f"eps must be above 0 for batch statistics, got {bn.eps}")
+
     def output_of_no_images(self, input: Tensor, weight: Tensor) -> Tensor:
         """conv of none of the images: its shape and, under autocast, its dtype. Raises what does not fit."""
-        norm.check_norm(input, self.bn.eps)
-        check_slab_size(self.slab_size)
-        if self.bn.momentum is not None:
-            norm.check_momentum(self.bn.momentum)
-        if (self.bn.running_mean is None) != (self.bn.running_var is None):
-            raise ValueError("bn must have both running_mean and running_var, or neither, got one")
         y = self.conv._conv_forward(input[:0].detach(), weight.detach(), None)  # with PyTorch's checks
         for name, t in (*self.named_parameters(), *self.named_buffers()):
             allowed = {y.dtype, torch.promote_types(y.dtype, torch.float32)}
@@ -253,7 +263,7 @@ def check_slab_size(slab_size) -> None:
 
 def check_modules(conv: nn.Module, bn: nn.Module, hooks: tuple[str, ...]) -> None:
     """Raise a ValueError if they compute anything but what nn's do, or have hooks of these kinds."""
-    functions = ("forward", "_conv_forward", "__call__")
+    functions = ("forward", "_conv_forward", "_check_input_dim", "__call__", "_call_impl")
     for name, module, kind in (("conv", conv, nn.Conv2d), ("bn", bn, nn.BatchNorm2d)):
         same = all(getattr(type(module), f, None) is getattr(kind, f, None) for f in functions)
         if not (isinstance(module, kind) and same) or any(f in module.__dict__ for f in functions):
@@ -276,7 +286,7 @@ def padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals this one, then a norm with constant statistics.
+    """Weight and shift (`Shift`) of the convolution that equals this one, then a norm of constant statistics.
 
     γ (w∗x + b - μ)/σ + β  =  (γ/σ w)∗x  +  β + γ/σ (b - μ), with ∗ the convolution. dγ follows from two
     gradients that cancel where |μ| is many times σ: there it has fewer digits than the pair's, which keeps y.
@@ -285,4 +295,19 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
     scale, beta = norm.scale_of(bn.weight, var + bn.eps), bn.bias
     shift = scale * (-mean if bias is None else bias - mean)
     shift = shift if beta is None else shift + beta
-    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift
+
+
+class Shift(torch.autograd.Function):
+    """y plus a number for each channel, in y's dtype. That number's gradient is a sum in float32 at least.
+
+    As a convolution's bias it would have y's dtype, and overflow in half precision.
+    """
+
+    @staticmethod
+    def forward(ctx, y, shift):
+        return (y + norm.per_channel(shift)).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, dz):
+        return dz, norm.channel_sums(dz, torch.promote_types(dz.dtype, torch.float32))

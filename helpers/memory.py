@@ -17,7 +17,7 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch._C._profiler import _EventType
@@ -77,9 +77,11 @@ class MemoryTrace:
 
     Raises:
         ValueError: ``device`` does not fit.
-        RuntimeError: on entry, if PyTorch's profiler is running already, as it is inside another trace; on
-            exit, if the profiler was started inside, because that ended this trace.
+        RuntimeError: on entry, inside another trace, or if PyTorch's profiler is running already; on exit, if
+            the profiler was started inside, because that ended this trace.
     """
+
+    _traced: ClassVar[set[torch.device]] = set()  # accelerators, which count one peak
 
     def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:
         self.device = torch.device(device)
@@ -97,7 +99,7 @@ class MemoryTrace:
                 pass
 
     def __enter__(self) -> "MemoryTrace":
-        if self._records and torch.autograd._profiler_enabled():
+        if (self._records and torch.autograd._profiler_enabled()) or self.device in MemoryTrace._traced:
             raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
         self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
         self._complete = False
@@ -108,6 +110,7 @@ class MemoryTrace:
             with record_function(BEGINS):  # lost if another profiler starts inside
                 pass
         if self.device.type != "cpu":
+            MemoryTrace._traced.add(self.device)
             gc.collect()  # what is freed from now on would count as negative
             torch.accelerator.synchronize(self.device)
             torch.accelerator.reset_peak_memory_stats(self.device)
@@ -116,6 +119,7 @@ class MemoryTrace:
 
     def __exit__(self, *exception) -> None:
         if self.device.type != "cpu":
+            MemoryTrace._traced.discard(self.device)
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:

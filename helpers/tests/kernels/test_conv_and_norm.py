@@ -61,10 +61,12 @@ def test_conv2d_backward_gradcheck():
     )
 
 
-def test_conv2d_backward_computes_only_what_is_needed():
-    x, w = randn(1, 2, 5, 5), randn(3, 2, 3, 3)
-    dx, dw, db = conv2d_backward(randn(1, 3, 3, 3), x, w, needs=(False, True, False))
-    assert dx is None and db is None and dw.shape == w.shape
+@pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conv2d_backward_gives_only_what_is_needed(dtype, needs):
+    x, w, dy = (torch.randn(shape, dtype=dtype) for shape in ((3, 4, 8, 8), (4, 4, 3, 3), (3, 4, 6, 6)))
+    found = conv2d_backward(dy, x, w, needs=needs)
+    assert [grad is not None for grad in found] == [*needs]
 
 
 def test_depthwise_gradients_of_an_empty_batch():
@@ -249,6 +251,18 @@ def test_infinite_running_statistics_stay_infinite():
     running = [torch.full((3,), math.inf), torch.full((3,), math.inf)]
     update_running_stats(*running, THREE, THREE, 8, 0.1)
     assert running[0].isinf().all() and running[1].isinf().all()
+
+
+def test_statistics_and_gradients_under_vmap():
+    y, dz = torch.randn(2, 5, 4, 3, 6, 6)
+
+    def function(y, dz):
+        mean, var = batch_stats(y)
+        return mean, var, *batch_norm_backward(dz, y, None, mean, var)
+
+    wanted = zip(*(function(*pair) for pair in zip(y, dz, strict=True)), strict=True)
+    for found, want in zip(torch.func.vmap(function)(y, dz), wanted, strict=True):
+        torch.testing.assert_close(found, torch.stack(want))
 
 
 def test_batch_stats_of_half_precision_are_float32():

@@ -332,6 +332,19 @@ def test_frozen_norm_inside_a_training_layer():
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
 
+def test_a_frozen_norms_gradients_do_not_overflow_in_half_precision():
+    torch.manual_seed(0)
+    pair = make_pair(8, 8, 3, bias=False, dtype=torch.float32).eval()
+    x, dz, found = torch.randn(32, 8, 32, 32), torch.randn(32, 8, 30, 30) + 16, []
+    for layer, bn in ((pair, pair[1]), (fused := fuse(pair).eval(), fused.bn)):
+        with torch.autocast("cpu", torch.float16):
+            z = layer(x)
+        found.append(torch.autograd.grad(z, [bn.weight, bn.bias], dz.half()))
+    assert found[0][1].abs().max() > torch.finfo(torch.float16).max
+    for theirs, ours in zip(*found, strict=True):
+        close(ours, theirs, "dgamma or dbeta", rounding(torch.float16))
+
+
 # -- dtypes, layouts, digits -----------------------------------------------------------------------
 
 
@@ -567,6 +580,15 @@ def test_bad_input_is_named_and_nothing_changes(x, message):
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
 
+def test_bad_input_does_not_change_a_parametrization():
+    conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3))
+    fused = FusedConvBN2d.from_pair(conv, nn.BatchNorm2d(4))
+    before = copy.deepcopy(fused.state_dict())
+    with pytest.raises(ValueError, match="^input must be "):
+        fused(torch.zeros(2, 5, 5))
+    assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "running_var"])
 def test_a_norm_in_another_dtype_is_named_and_nothing_changes(name):
     fused = FusedConvBN2d(2, 4, 3)
@@ -625,11 +647,11 @@ def test_hooks_that_come_later_are_named(name):
         fused(torch.zeros(2, 2, 5, 5))
 
 
-def test_an_exported_layer_takes_batches_of_any_size():
-    x, size = torch.randn(4, 3, 7, 6), torch.export.Dim("size", min=2, max=64)
-    layer = FusedConvBN2d(3, 5, 3).eval()
-    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: size},)).module()
-    for images in (x, torch.randn(9, 3, 7, 6)):
+def test_an_exported_layer_takes_batches_and_images_of_any_size():
+    x, layer = torch.randn(4, 3, 7, 6), FusedConvBN2d(3, 5, 3).eval()
+    sizes = {i: torch.export.Dim(name, min=4, max=64) for i, name in ((0, "n"), (2, "rows"), (3, "columns"))}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=(sizes,)).module()
+    for images in (x, torch.randn(9, 3, 8, 11)):
         torch.testing.assert_close(exported(images), layer(images))
 
 
@@ -660,11 +682,16 @@ def test_a_norm_that_averages_in_half_precision(dtype):
         torch.testing.assert_close(found, buffer, rtol=4 * torch.finfo(dtype).eps, atol=0.01, msg=name)
 
 
-@pytest.mark.parametrize("setting", [{"momentum": 2}, {"momentum": "a"}, {"eps": -1.0}, {"eps": None}])
+BAD_SETTINGS = [{"momentum": 2}, {"momentum": "a"}, {"eps": -1.0}, {"eps": None}, {"eps": 0.0}]
+BAD_SETTINGS += [{"momentum": torch.tensor(True)}, {"momentum": torch.tensor(0.1, device="meta")}]
+
+
+@pytest.mark.parametrize("setting", BAD_SETTINGS, ids=str)
 def test_a_bad_setting_of_the_norm_is_named_and_nothing_changes(setting):
     fused, (name,) = FusedConvBN2d(2, 4, 3, **setting), setting
     before = copy.deepcopy(fused.state_dict())
-    with pytest.raises(ValueError, match=f"^{name} must be a number(, at least 0| from 0 to 1), got "):
+    allowed = "a number, at least 0|a number from 0 to 1|above 0 for batch statistics"
+    with pytest.raises(ValueError, match=f"^{name} must be ({allowed}), got "):
         fused(torch.randn(2, 2, 5, 5))
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
@@ -688,6 +715,10 @@ def test_from_pair_names_what_does_not_fit():
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, 2 * weight, bias)
 
+    class Any(nn.BatchNorm2d):
+        def _check_input_dim(self, input):
+            pass
+
     changed = nn.Conv2d(2, 4, 3)
     changed.forward = torch.relu
     for pair, message in (
@@ -698,6 +729,7 @@ def test_from_pair_names_what_does_not_fit():
         ((hooked, bn), "conv has hooks"),
         ((Scaled(2, 4, 3), bn), "conv must be a plain nn.Conv2d, got Scaled"),
         ((changed, bn), "conv must be a plain nn.Conv2d, got Conv2d"),
+        ((conv, Any(4)), "bn must be a plain nn.BatchNorm2d, got Any"),
         ((conv, bn, "all"), "slab_size must be None"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from helpers import memory
 from helpers.memory import MemoryTrace, memory_device, saved_by, saved_tensors, storage_address
 
 
@@ -48,6 +49,18 @@ def test_a_trace_can_be_used_again_but_not_inside_another():
         assert trace.peak == 4 * size and trace.marks == {str(size): 4 * size}
     with trace, pytest.raises(RuntimeError, match="^MemoryTrace cannot run inside"), MemoryTrace():
         pass
+
+
+def test_not_inside_another_on_an_accelerator_either(monkeypatch):
+    """It has one peak, which the inner trace would reset."""
+    monkeypatch.setattr(memory, "memory_device", lambda device: (device, ""))
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.accelerator, name, lambda device: 0, raising=False)
+    for _ in range(2):
+        with MemoryTrace("cuda") as trace:
+            with pytest.raises(RuntimeError, match="^MemoryTrace cannot run inside"), MemoryTrace("cuda"):
+                pass
+    assert trace.peak == 0
 
 
 def test_a_profiler_inside_is_an_error():

@@ -187,6 +187,8 @@ def as_real(func, args: tuple, out):
             weight = args[4 if "group" in name else 5]
             others = [t if t is None or weight is None else t.to(weight.dtype) for t in others]
         return tuple(t if wanted else None for t, wanted in zip((dx, *others), mask, strict=True))
+    elif name == "hardswish_backward":  # its layout is the gradient's
+        return torch.empty_like(args[0], dtype=out.dtype)
     elif name == "col2im":  # its memory is made for the columns
         return torch.empty_like(args[0]).resize_(out.shape)
     elif name in RESIZED and out.dim() < args[0].dim():

@@ -358,11 +358,13 @@ def copied(mode: Mode, function, x, /, *args, **named):
     fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
 
     def run() -> Tensor:
+        mode.table.waiting.clear()
         out = leave(mode, function, (x, *args), named)
         if plain(out) and out.device == x.device and storage_of(out) is not storage_of(x):
             shape, dtype = out.shape[1:], out.dtype
             name = "cast" if dtype != x.dtype else "copy" if out.shape == x.shape else "reshape"
-            recipe = ops.Again(name, lambda x: x.to(dtype).reshape(-1, *shape), 1.0)
+            make = (lambda x: x.to(dtype).reshape(-1, *shape)) if name == "reshape" else lambda x: x.to(dtype)
+            recipe = ops.Again(name, make, 1.0)
             recipe.reshapes, recipe.whole = True, out.shape[0] != x.shape[0]
             mode.table.note(out, recipe, (mode.table.find(x),))
         return out

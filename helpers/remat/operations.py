@@ -195,7 +195,9 @@ class Rerun(Operation):
         self.saved = tuple(range(1, 1 + saves))
 
     def backward(self, task, dz, needs, saved):
-        x, _ = task.get(self.value)
+        x, mine = task.get(self.value)
+        if mine and self.reads_layout:  # what reads it is a copy
+            x = x.contiguous()
         given = (x, *saved, *self.copies)
         inputs = [t.detach().requires_grad_(need) for t, need in zip(given, needs, strict=True)]
         # Backward may run inside remat's context, or of saved-tensor hooks.

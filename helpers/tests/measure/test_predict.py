@@ -294,8 +294,20 @@ class Twice(nn.Module):
         return self.convs[1](y + y)
 
 
+class OfPixels(nn.Conv1d):
+    """Its gradient's layout is not the input's."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(2)).unflatten(2, x.shape[2:])
+
+
+def hardswish():
+    convs = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+    return nn.Sequential(*convs, nn.Hardswish(), OfPixels(16, 16, 1))
+
+
 @pytest.mark.parametrize("max_cost", [None, 0, 64])
-@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid, Twice])
+@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid, Twice, hardswish])
 def test_to_the_byte_with_channels_last(make, max_cost):
     model, x = make(), torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)
@@ -310,6 +322,17 @@ def test_to_the_byte_on_a_linear_layer_of_channels(last, max_cost):
     assert predict_memory(model, (2, 3, 9, 9), max_cost=max_cost) == measure(
         model, torch.randn(2, 3, 9, 9), max_cost
     )
+
+
+class OfTokens(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(2).transpose(1, 2).float())
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_to_the_byte_on_a_cast_of_transposed_images(images):
+    model, x = nn.Sequential(nn.Conv2d(16, 16, 3).bfloat16(), OfTokens(16, 16)), torch.randn(images, 16, 9, 9)
+    assert predict_memory(model, x.bfloat16(), max_cost=0) == measure(model, x.bfloat16(), 0)
 
 
 @pytest.mark.parametrize("function", EXACT)

@@ -75,6 +75,18 @@ def test_peak_of_an_operation_alone(name, part):
     assert BLOCK < peaks[1] <= peaks[0] + VECTORS + copied
 
 
+def test_an_instance_norm_of_channels_last_reads_a_copy():
+    """What is recomputed for it goes before its gradient comes."""
+    x, held = image(4, 8, 32, 32, dtype=torch.bfloat16).to(memory_format=torch.channels_last), Held()
+    dz = torch.randn_like(x)
+    with held, remat():
+        z = F.instance_norm((x.requires_grad_() * 1).float() * 1).to(x.dtype)
+    before, held.peak = held.held, 0
+    with held:
+        z.backward(dz)
+    assert held.peak <= before + 4 * BLOCK + VECTORS  # the copy; dz, and as the norm reads it; dx
+
+
 def test_peak_of_a_product():
     """The gate's gradient, a sum, is made first: not while the other factor's waits."""
 

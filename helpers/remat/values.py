@@ -27,7 +27,7 @@ MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of a storage, tried as the base of a view; of a concatenation, asked about one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
-MUCH_LARGER = 4  # than a value: a kept tensor from which it is not computed, as that may outlive its own node
+MUCH_LARGER = 4  # than a value: what it is not recomputed from, unless convolutions are on the way
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
 
@@ -46,7 +46,6 @@ class Recipe:
 
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
         """The value from its parents' tensors, of all images or of some; in ``out`` if given."""
-        raise NotImplementedError
 
     def merged(self, parents: tuple[Value, ...], alone: Callable[[Value], bool]):
         """``(recipe, its parents)`` that does this step and some before it in one pass, or None.
@@ -337,13 +336,12 @@ class Table:
         """
         if value.recipe is None:
             return False
+        margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE  # 1 and squeeze-and-excite's 1/16
         if value.recipe.work:  # leave some for the values computed from it
             margin, most_passes, most_made = 1.0, MOST_PASSES - 4, MOST_MADE - 0.5
-        else:  # and some for squeeze-and-excite's convolutions
-            margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE
         # Parts of a value share what it takes to recompute it, and it is there until the last is used.
         size = value.parents[0].size if isinstance(value.recipe, Part) else value.size
-        work = passes = made = 0.0
+        work = passes = made = source = 0.0
         largest, path, seen = value.nbytes, [value], {value}
         for v in path:  # it grows
             if (recipe := v.recipe) is None:
@@ -354,13 +352,15 @@ class Table:
             if recipe.work:
                 made, largest = made + v.nbytes, max(largest, v.nbytes)
             for p in v.parents:
-                if p.kept is not None and p.nbytes > MUCH_LARGER * value.nbytes and size == value.size:
-                    return False  # which would then be held for a small value, after its own node is gone
-                if p.kept is None and p not in seen and p not in also:
+                if p.kept is not None:
+                    source = max(source, p.nbytes)
+                elif p not in seen and p not in also:
                     seen.add(p)
                     path.append(p)
         if limited and made > most_made * largest:
             return False
+        if size == value.size and source > (SMALL if work else MUCH_LARGER) * value.nbytes:
+            return False  # a large tensor would be held for a small value, after its own node is gone
         cost = work / max(size, 1)
         if work > self.max_cost * margin * size:
             self.next_cost = min(self.next_cost, cost / margin)

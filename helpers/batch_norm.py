@@ -44,8 +44,8 @@ def batch_stats(y: Tensor) -> tuple[Tensor, Tensor]:
         s = Σ (y - c)            μ = Σ (n c + s) / m
         q = Σ (y - c)²         var = Σ (q + 2 (c - μ) s + n (c - μ)²) / m
 
-    This reads y once, a piece at a time, and loses no digits where μ is far from 0, or pieces differ. Where c
-    is so small that y - c loses its last digits, below σ, μ has Σ y in place of n c + s.
+    This reads y once, a piece at a time, and loses no digits where μ is far from 0, or pieces differ. Where
+    |c| < σ, y - c may lose y's last digits, and μ takes the piece's Σ y in place of n c + s.
 
     Args:
         y: (N, C, H, W), floating point, at least one value in a channel.
@@ -95,23 +95,26 @@ def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
 
 
 def channel_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ t of each channel: of each image in this dtype, then of all: as exact as in float64, and faster."""
+    """Σ t of each channel: of each image in this dtype, then of all images in float64.
+
+    Of many images it is as exact as in float64 throughout, and faster.
+    """
     return t.sum((2, 3), dtype=dtype).sum(0, dtype=dtype_of_sums(t))
 
 
 def batch_norm_sums(grad_out: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ)."""
+    """The two sums that batch norm's backward needs of each channel: Σ dz and Σ dz (y - μ), in float64."""
     sum_dz = channel_sums(grad_out, mean.dtype)
     one_dtype, dense = grad_out.dtype == y.dtype == mean.dtype, grad_out.is_contiguous() and y.is_contiguous()
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (grad_out, y, mean))
-    graph = graph or torch._C._are_functorch_transforms_active()
-    if y.is_cpu and one_dtype and dense and y.numel() and not graph:
+    plain = not (graph or torch._C._are_functorch_transforms_active())
+    if y.is_cpu and one_dtype and dense and y.numel() and plain:
         # The library's backward for constant statistics returns dγ at σ = 1: one pass over dz and y, and no
         # tensor of y's size, but no graph either. In other layouts and dtypes its sum is less exact.
         _, sum_dz_y, _ = torch.ops.aten.native_batch_norm_backward(
             grad_out, y, None, mean, torch.ones_like(mean), None, None, False, 0.0, (False, True, False)
         )
-        return sum_dz, sum_dz_y
+        return sum_dz, sum_dz_y.to(sum_dz.dtype)
     return sum_dz, channel_sums(grad_out * centre(y, mean), mean.dtype)
 
 
@@ -233,12 +236,14 @@ def check_vectors(channels: int, device: torch.device, **vectors: Tensor | None)
 
 
 def check_momentum(momentum: float | Tensor, device: torch.device) -> None:
+    """Raise a ValueError unless it is a share, perhaps in a tensor that this device can use."""
     number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool) and 0 <= momentum <= 1
     if isinstance(momentum, Tensor):
         here = momentum.device.type == "cpu" or momentum.device == device
         number = momentum.dim() == 0 and momentum.is_floating_point() and here
     if not number:
-        raise ValueError(f"momentum must be a number from 0 to 1, got {momentum!r}")
+        allowed = "a number from 0 to 1 (or a tensor with a floating-point one, here or on the CPU)"
+        raise ValueError(f"momentum must be {allowed}, got {momentum!r}")
 
 
 def check_changeable(name: str, t: Tensor) -> None:
@@ -276,6 +281,7 @@ def update_running_stats(
         raise ValueError(f"m must be a whole number of values, at least 1, got {m!r}")
     check_momentum(momentum, mean.device)
     momentum = momentum if isinstance(momentum, Tensor) else float(momentum)
-    with torch.no_grad():  # not by lerp_, of which an infinite value becomes NaN
-        running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
-        running_var.copy_((1 - momentum) * running_var + momentum * (var * (m / max(m - 1, 1))))
+    with torch.no_grad():
+        for running, new in ((running_mean, mean), (running_var, var * (m / max(m - 1, 1)))):
+            before = running.to(torch.promote_types(running.dtype, new.dtype))
+            running.copy_((1 - momentum) * before + momentum * new)  # lerp_ would make NaN of infinity

@@ -197,9 +197,9 @@ class FusedConvBN2d(nn.Module):
             return bn.forward(conv._conv_forward(input, weight, bias))
         if not bn.training and bn.running_mean is not None:
             weight, shift = fold(weight, bias, bn)
-            if torch.is_grad_enabled() and shift.requires_grad:
-                return Shift.apply(conv._conv_forward(input, weight, None), shift)
-            return conv._conv_forward(input, weight, shift.to(weight.dtype))
+            if shift.dtype == y.dtype or not (torch.is_grad_enabled() and shift.requires_grad):
+                return conv._conv_forward(input, weight, shift.to(weight.dtype))
+            return Shifted.apply(conv._conv_forward(input, weight, shift.detach().to(weight.dtype)), shift)
         if m == 1:
             raise ValueError("input: batch statistics need more than 1 value per channel, got 1")
         x, padding = padded(input, conv)
@@ -286,7 +286,7 @@ def padded(input: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and shift (`Shift`) of the convolution that equals this one, then a norm of constant statistics.
+    """Weight and bias of the convolution that equals this one, then a norm with constant statistics.
 
     γ (w∗x + b - μ)/σ + β  =  (γ/σ w)∗x  +  β + γ/σ (b - μ), with ∗ the convolution. dγ follows from two
     gradients that cancel where |μ| is many times σ: there it has fewer digits than the pair's, which keeps y.
@@ -298,16 +298,22 @@ def fold(weight: Tensor, bias: Tensor | None, bn: nn.BatchNorm2d) -> tuple[Tenso
     return (weight * scale[:, None, None, None]).to(weight.dtype), shift
 
 
-class Shift(torch.autograd.Function):
-    """y plus a number for each channel, in y's dtype. That number's gradient is a sum in float32 at least.
+class Shifted(torch.autograd.Function):
+    """y, to which the convolution has added the shift. Its gradient is a sum in float32.
 
-    As a convolution's bias it would have y's dtype, and overflow in half precision.
+    The convolution's own would be in y's dtype, and overflow in half precision.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, y, shift):
-        return (y + norm.per_channel(shift)).to(y.dtype)
+    def forward(y, shift):
+        return torch.ops.aten._unsafe_view(y, y.shape)  # what autograd calls a view could not be changed
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, dz):
-        return dz, norm.channel_sums(dz, torch.promote_types(dz.dtype, torch.float32))
+        return dz, norm.channel_sums(dz, torch.float32)

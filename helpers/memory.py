@@ -81,7 +81,7 @@ class MemoryTrace:
             the profiler was started inside, because that ended this trace.
     """
 
-    _traced: ClassVar[set[torch.device]] = set()  # accelerators, which count one peak
+    _traced: ClassVar[set[str]] = set()  # kinds of accelerators: each card counts one peak
 
     def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:
         self.device = torch.device(device)
@@ -99,7 +99,7 @@ class MemoryTrace:
                 pass
 
     def __enter__(self) -> "MemoryTrace":
-        if (self._records and torch.autograd._profiler_enabled()) or self.device in MemoryTrace._traced:
+        if (self._records and torch.autograd._profiler_enabled()) or self.device.type in MemoryTrace._traced:
             raise RuntimeError("MemoryTrace cannot run inside PyTorch's profiler or another MemoryTrace")
         self.peak, self.tensor_peak, self.timeline, self.marks, self.mark_times = 0, None, [], {}, {}
         self._complete = False
@@ -110,16 +110,16 @@ class MemoryTrace:
             with record_function(BEGINS):  # lost if another profiler starts inside
                 pass
         if self.device.type != "cpu":
-            MemoryTrace._traced.add(self.device)
             gc.collect()  # what is freed from now on would count as negative
             torch.accelerator.synchronize(self.device)
             torch.accelerator.reset_peak_memory_stats(self.device)
             self._start = torch.accelerator.memory_allocated(self.device)
+            MemoryTrace._traced.add(self.device.type)
         return self
 
     def __exit__(self, *exception) -> None:
         if self.device.type != "cpu":
-            MemoryTrace._traced.discard(self.device)
+            MemoryTrace._traced.discard(self.device.type)
             torch.accelerator.synchronize(self.device)
             self.peak = torch.accelerator.max_memory_allocated(self.device) - self._start
         if self._profile is not None:

@@ -60,7 +60,7 @@ class Table(NamedTuple):
     With ``amp`` in channels_last and bfloat16 autocast, else in float32 with PyTorch's defaults.
     """
 
-    measure: Callable[..., dict]  # of the table and a method
+    measure: Callable[["Table", str], dict]
     methods: list[str]
     network: str
     shape: tuple[int, ...]

@@ -125,8 +125,10 @@ def explain(error: ParameterError) -> str:
     for path in find_notebooks():
         for parameter in read_parameters(path).values():
             chapters.setdefault(parameter, []).append(path.name[:2])
-    line = "  {:12}  {:5}  {!r:6}  {} [{}]".format
-    lines = [line(*parameter, ", ".join(where)) for parameter, where in chapters.items()]
+    lines = [
+        f"  {name:12}  {kind:5}  {default!r:6}  {text} [{', '.join(where)}]"
+        for (name, kind, default, text), where in chapters.items()
+    ]
     title = "The parameters, with their defaults and the chapters that take them:"
     return "\n".join([title, *lines, "", str(error)])
 

@@ -289,7 +289,13 @@ def concatenate(mode, function, tensors, dim=0):
 
 
 def again(
-    name: str, passes: float = 1.0, node=True, fits=None, saves: int = 2, reads_layout=False, whole=False
+    name: str,
+    passes: float = 1.0,
+    node: bool = True,
+    fits: Callable[..., bool] | None = None,
+    saves: int = 2,
+    reads_layout: bool = False,
+    whole: bool = False,
 ) -> Callable:
     """The handler of a cheap function of each image alone and of parameters, which backward calls again.
 
@@ -358,7 +364,6 @@ def copied(mode: Mode, function, x, /, *args, **named):
     fit(plain(x) and x.requires_grad and x.dim() > 1 and x.numel() > 0 and mode.table.is_safe(x))
 
     def run() -> Tensor:
-        mode.table.waiting.clear()
         out = leave(mode, function, (x, *args), named)
         if plain(out) and out.device == x.device and storage_of(out) is not storage_of(x):
             shape, dtype = out.shape[1:], out.dtype

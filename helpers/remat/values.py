@@ -27,7 +27,7 @@ MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of a storage, tried as the base of a view; of a concatenation, asked about one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
-MUCH_LARGER = 4  # than a value: what it is not recomputed from, unless convolutions are on the way
+MUCH_LARGER = 4  # times a value: so large a tensor is not held for it alone, unless it saves a convolution
 NO_VERSION = -1  # of a value whose tensor may have changed: it cannot be kept any more
 
 

@@ -80,8 +80,10 @@ def check_dropout(function):
     compare("the factor", stays, torch.full_like(stays, 1 / (1 - p)), note=note)
     require(not torch.equal(out, other), "two calls drop the same places; draw a new seed in each forward")
     torch.manual_seed(1)
-    note = "torch.manual_seed decides forward's k, and backward needs the same k, whatever dout's layout"
-    note += ", which rand_like and empty_like follow"
+    note = (
+        "torch.manual_seed decides forward's k, and backward needs the same k, whatever dout's layout, which "
+        "rand_like and empty_like follow"
+    )
     mistakes = {"backward must multiply by 1 / (1 - p), too": lambda dout: dout * (k != 0)}
     ours, reference = lambda a: function.apply(a, p), lambda a: a * k
     compare_function(ours, reference, "da", [a], mistakes, note=note, copies=True)

@@ -216,18 +216,14 @@ def test_sums_of_many_values_keep_their_digits(dtype, layout):
 
 @pytest.mark.parametrize("mean", [0, 3, 30, 1000])
 def test_a_gradient_far_from_zero(mean):
-    """dy is no less exact than PyTorch's where the norm subtracts most of dz."""
+    """The norm subtracts most of dz: dy's errors are in dz's last digits, and their mean is close to 0."""
     torch.manual_seed(0)
     y, dz, gamma = torch.randn(33, 8, 17, 19), torch.randn(33, 8, 17, 19) + mean, torch.rand(8) + 0.5
-    found, errors = {}, {}
-    for dtype in (torch.float32, torch.float64):
-        y_d, gamma_d = y.to(dtype).requires_grad_(), gamma.to(dtype)
-        z = F.batch_norm(y_d, None, None, gamma_d, training=True)
-        found[dtype] = torch.autograd.grad(z, y_d, dz.to(dtype))[0]
-    found["ours"], _, _ = batch_norm_backward(dz, y, gamma, *batch_stats(y))
-    for way in ("ours", torch.float32):
-        errors[way] = apart(found[way], found[torch.float64])
-    assert errors["ours"] <= 1.5 * errors[torch.float32]
+    dy, _, _ = batch_norm_backward(dz, y, gamma, *batch_stats(y))
+    exact, _, _ = batch_norm_backward(*(t.double() for t in (dz, y, gamma)), *batch_stats(y.double()))
+    eps = torch.finfo(torch.float32).eps
+    assert (dy.double() - exact).norm() <= 0.5 * eps * (dz.norm() + (dz - mean).norm())
+    assert dy.double().mean((0, 2, 3)).abs().max() <= 0.4 * eps * (mean + 1)
 
 
 def test_a_gradient_of_a_tiny_norm():
@@ -328,13 +324,13 @@ def test_batch_norm_backward_names_a_bad_gradient(dz, got):
         ({"running_var": THREE[:1].expand(3)}, "running_var must have memory .* got an expanded tensor"),
         ({"running_var": INFERENCE}, "running_var must not be an inference tensor"),
         ({"mean": None}, "mean must be a tensor .* got <class 'NoneType'>"),
-        ({"momentum": True}, "momentum must be a number from 0 to 1, got True"),
+        ({"momentum": True}, "momentum must be a number from 0 to 1 .*, got True"),
         ({"m": True}, "m must be a whole number of values, at least 1, got True"),
         ({"m": math.inf}, "m must be a whole number of values, at least 1, got inf"),
-        ({"momentum": THREE}, "momentum must be a number from 0 to 1, got tensor"),
+        ({"momentum": THREE}, "momentum must be a number from 0 to 1 .*, got tensor"),
         ({"m": 0}, "m must be a whole number of values, at least 1, got 0"),
-        ({"momentum": 2.0}, "momentum must be a number from 0 to 1, got 2.0"),
-        ({"momentum": "a"}, "momentum must be a number from 0 to 1, got 'a'"),
+        ({"momentum": 2.0}, "momentum must be a number from 0 to 1 .*, got 2.0"),
+        ({"momentum": "a"}, "momentum must be a number from 0 to 1 .*, got 'a'"),
     ],
 )
 def test_update_running_stats_names_the_bad_argument_and_changes_nothing(change, message):

@@ -332,6 +332,22 @@ def test_frozen_norm_inside_a_training_layer():
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eval_mode_is_the_same_with_gradients_without_and_under_transforms(dtype):
+    torch.manual_seed(0)
+    layer, x = fuse(make_pair(2, 3, 3, dtype=torch.float32)).eval(), torch.randn(2, 2, 5, 5)
+    layer.conv.to(dtype)
+    z, x = layer(x.to(dtype)), x.to(dtype)
+    with torch.no_grad():
+        assert torch.equal(layer(x), z)
+    assert torch.equal(torch.func.vmap(layer)(x[:, None])[:, 0], z)
+    dz = torch.randn(z.shape).to(dtype)
+    (wanted,) = torch.autograd.grad(z, layer.bn.bias, dz)
+    bias = {"bn.bias": layer.bn.bias.detach()}
+    found = torch.func.grad(lambda bias: (torch.func.functional_call(layer, bias, x) * dz).sum())(bias)
+    torch.testing.assert_close(found["bn.bias"], wanted)
+
+
 def test_a_frozen_norms_gradients_do_not_overflow_in_half_precision():
     torch.manual_seed(0)
     pair = make_pair(8, 8, 3, bias=False, dtype=torch.float32).eval()
@@ -690,7 +706,7 @@ BAD_SETTINGS += [{"momentum": torch.tensor(True)}, {"momentum": torch.tensor(0.1
 def test_a_bad_setting_of_the_norm_is_named_and_nothing_changes(setting):
     fused, (name,) = FusedConvBN2d(2, 4, 3, **setting), setting
     before = copy.deepcopy(fused.state_dict())
-    allowed = "a number, at least 0|a number from 0 to 1|above 0 for batch statistics"
+    allowed = r"a number, at least 0|a number from 0 to 1 \(or a tensor.*\)|above 0 for batch statistics"
     with pytest.raises(ValueError, match=f"^{name} must be ({allowed}), got "):
         fused(torch.randn(2, 2, 5, 5))
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())

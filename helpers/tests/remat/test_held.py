@@ -285,22 +285,6 @@ def test_a_small_part_that_is_enlarged_does_not_hold_the_whole():
     assert 0 < found[1] <= found[0]
 
 
-COPIED = {
-    "cast": lambda x: torch.cat([x.relu().float() * 2, x.float() + 1], 1).to(x.dtype),
-    "in another layout": lambda x: torch.cat([x * 2, x + 1], 1).contiguous(memory_format=torch.channels_last),
-}
-
-
-@pytest.mark.parametrize("name", COPIED)
-def test_the_parts_of_a_concatenation_go_before_it_is_copied(name):
-    model, peaks = Net(lambda self, x: self.c(COPIED[name](x * 1)), c=nn.Conv2d(16, 4, 1)), []
-    model.c.to(torch.bfloat16)
-    for cost in (None, 0):
-        _, held = counted_forward(model, leaf(image(4, 8, 32, 32, dtype=torch.bfloat16)), cost)
-        peaks.append(held.peak)
-    assert 0 < peaks[1] <= peaks[0]
-
-
 @pytest.mark.parametrize("make", [torch.cumsum, torch.add])
 def test_half_of_a_tensor_in_a_concatenation(make):
     """To keep the half would hold all of it, in place of the concatenation that PyTorch keeps."""

@@ -336,7 +336,7 @@ class Table:
         """
         if value.recipe is None:
             return False
-        margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE  # 1 and squeeze-and-excite's 1/16
+        margin, most_passes, most_made = 17 / 16, MOST_PASSES, MOST_MADE  # a little for squeeze-and-excite
         if value.recipe.work:  # leave some for the values computed from it
             margin, most_passes, most_made = 1.0, MOST_PASSES - 4, MOST_MADE - 0.5
         # Parts of a value share what it takes to recompute it, and it is there until the last is used.

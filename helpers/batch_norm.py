@@ -80,7 +80,7 @@ def dtype_of_sums(t: Tensor) -> torch.dtype:
 
 def add_up(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
     """Per-channel sums over a batch, from those over its parts."""
-    return [torch.stack(sums).sum(0, dtype=dtype_of_sums(sums[0])) for sums in zip(*parts, strict=True)]
+    return [torch.stack(sums).sum(0) for sums in zip(*parts, strict=True)]
 
 
 def centre(y: Tensor, mean: Tensor, inplace: bool = False) -> Tensor:
@@ -202,7 +202,7 @@ def batch_norm_backward(
         raise ValueError(f"grad_out must have input's shape, {wanted}, got {got}")
     var_eps, m = var + eps, len(input) * input.shape[2:].numel()
     scale = scale_of(weight, var_eps)
-    sums = add_up([batch_norm_sums(grad_out, input, mean)])
+    sums = batch_norm_sums(grad_out, input, mean)
     if training:
         coefficients = grad_input_coefficients(scale, var_eps, sums, m)
         dy = grad_input_(grad_out, centre(input, mean), *coefficients)

@@ -249,9 +249,10 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
         raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast!r}")
     device, block = DEVICES[device_type]
     if autocast is not None and device != device_type:
-        why = "what autocast keeps there, only the device itself can tell"
-        close = "autocast needs device_type='cpu', whose prediction is close"
-        raise ValueError(f"{close}, got {device_type!r}: {why}")
+        raise ValueError(
+            f"autocast needs device_type='cpu', whose prediction is close, got {device_type!r}: "
+            "what autocast keeps there, only the device itself can tell"
+        )
     precision = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
     recomputation = nullcontext() if max_cost is None else remat(max_cost)
     inputs, held = as_tensors(model, inputs), Held(block)

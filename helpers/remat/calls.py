@@ -369,7 +369,7 @@ def copied(mode: Mode, function, x, /, *args, **named):
             shape, dtype = out.shape[1:], out.dtype
             name = "cast" if dtype != x.dtype else "copy" if out.shape == x.shape else "reshape"
             make = (lambda x: x.to(dtype).reshape(-1, *shape)) if name == "reshape" else lambda x: x.to(dtype)
-            recipe = ops.Again(name, make, 1.0)
+            recipe = ops.Again(name, make, 1.0)  # a needless reshape may give one image another stride
             recipe.reshapes, recipe.whole = True, out.shape[0] != x.shape[0]
             mode.table.note(out, recipe, (mode.table.find(x),))
         return out

@@ -46,6 +46,7 @@ class Recipe:
 
     def run(self, out: Tensor | None, *inputs: Tensor) -> Tensor:
         """The value from its parents' tensors, of all images or of some; in ``out`` if given."""
+        raise NotImplementedError
 
     def merged(self, parents: tuple[Value, ...], alone: Callable[[Value], bool]):
         """``(recipe, its parents)`` that does this step and some before it in one pass, or None.
@@ -375,16 +376,15 @@ class Table:
         Much smaller: an operation that remat does not know may hold ``value`` anyway. But the parts of a
         concatenation, even one that it is a mere copy of, as in a dense block's first layer, are read again.
         """
-        recipe = value.recipe
         # If the price would do, but not the limit, convolutions may lead to a small value.
         through = self.max_cost > 0 and self.affordable(value, limited=False)
-        parts = None if recipe is None else self.parts(value, {}, through)
-        if parts and recipe.joins:  # of a list of features some need not be kept: they are affordable
+        parts = None if value.recipe is None else self.parts(value, {}, through)
+        if parts and value.recipe.joins:  # of a list of features some need not be kept: they are affordable
             for part in sorted(parts, key=lambda part: part.nbytes, reverse=True)[:MOST_VALUES]:
                 if self.affordable(part) and self.affordable(value, parts.keys() - {part}):
                     del parts[part]
         if parts:
-            most = value.nbytes + (len(parts) == 1) if recipe.joins else MUCH_SMALLER * value.nbytes
+            most = value.nbytes + (len(parts) == 1) if value.recipe.joins else MUCH_SMALLER * value.nbytes
             held = {id(storage := storage_of(t)): storage.nbytes() for t in parts.values()}  # whole ones
             if sum(held.values()) < most and self.affordable(value, parts):
                 for part, tensor in parts.items():

@@ -28,13 +28,17 @@ def one_image(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def in_layout(t: Tensor, like: Tensor) -> Tensor:
-    """Where a dimension of size 1 may have any stride: ``t`` with those of a new tensor in ``like``'s layout.
+    """``t``, with the strides of `restrided` in ``like``'s layout if a size of 1 leaves some open.
 
     PyTorch's backward of batch norm reads a layout from these strides, too. If it finds different ones for y
     and dz, it pairs the wrong values.
     """
-    if 1 not in t.shape or (layout := layout_of(like)) is None:
-        return t
+    layout = layout_of(like) if 1 in t.shape else None
+    return t if layout is None else restrided(t, layout)
+
+
+def restrided(t: Tensor, layout: torch.memory_format) -> Tensor:
+    """``t`` in this layout, with a new tensor's strides also where a dimension of size 1 may have any."""
     last = layout is not torch.contiguous_format
     strides = (make_channels_last_strides_for if last else make_contiguous_strides_for)(t.shape)
     return t.contiguous(memory_format=layout).as_strided(t.shape, strides)

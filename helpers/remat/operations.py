@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import compute_elementwise_output_strides
+from torch._prims_common import compute_elementwise_output_strides, suggest_memory_format
 
 from ..batch_norm import add_up, batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
-from .layouts import in_layout, layout_of, one_image
+from .layouts import in_layout, layout_of, one_image, restrided
 from .task import slabs
 from .values import Recipe, Value, View, copy_of, origin_of, storage_of
 
@@ -125,6 +125,7 @@ class BatchNorm(Operation):
         results = torch._batch_norm_impl_index(y, gamma, beta, *how)
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         self.layout = layout_of(y)
+        self.format = suggest_memory_format(y) if self.kernel else None
         alike = y.is_contiguous() and y.dtype == self.mean.dtype and y.dtype in WIDE
         self.beside = not (y.is_cpu and alike and self.training)  # else dy may be written over y
         return z
@@ -154,12 +155,17 @@ class BatchNorm(Operation):
             mask = [need_y, False, need_beta]
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
-        y, dz = in_layout(y, y), in_layout(dz, y)
+        reserve = self.reserve.clone() if task.retained else self.reserve  # the kernel may write to it
+        if self.kernel and self.training:  # a GPU's library must get what it got in forward
+            y, dz = restrided(y, self.format), restrided(dz, self.format)
+        else:
+            y, dz = in_layout(y, y), in_layout(dz, y)
+        gamma = gamma if gamma is None else gamma.contiguous()  # kernels read it without its stride
         alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype
         if not self.beside and alike and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
-        how = (*self.running, self.mean, self.invstd, self.training, self.eps, mask, self.reserve)
+        how = (*self.running, self.mean, self.invstd, self.training, self.eps, mask, reserve)
         return list(aten._batch_norm_impl_index_backward.default(self.kernel, y, dz, gamma, *how))
 
 

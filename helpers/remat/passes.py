@@ -17,6 +17,7 @@ import itertools
 import math
 import operator
 import os
+import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -108,9 +109,19 @@ def one_pass(y: Tensor, *others: Tensor | None) -> bool:
 
 @functools.cache
 def has_kernel(device: torch.device) -> bool:
-    """Whether Triton is there for it. "meta" plays an accelerator, and a CPU interprets if told to."""
+    """Whether Triton runs there. "meta" plays an accelerator, and a CPU interprets if told to."""
     kinds = ("cpu",) if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda", "xpu")
-    return device.type == "meta" or (device.type in kinds and importlib.util.find_spec("triton") is not None)
+    if device.type == "meta":
+        return True
+    if device.type not in kinds or importlib.util.find_spec("triton") is None:
+        return False
+    try:  # it compiles its driver at first use, with a C compiler that a machine may lack
+        from triton.runtime import driver
+
+        return device.type == "cpu" or driver.active is not None
+    except Exception as error:
+        warnings.warn(f"Triton does not run, so remat uses PyTorch's kernels: {error}", stacklevel=2)
+        return False
 
 
 def matrix(y: Tensor) -> tuple[int, ...]:

@@ -3,14 +3,17 @@
 import contextlib
 import functools
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
 from helpers import remat
 from helpers.predict import Held
+from helpers.remat import operations, task
 from helpers.tests.kernels.rounding import apart, rounding
 from helpers.tests.remat.examples import LAYOUTS, NORMS, PRECISIONS, mixed
 from helpers.tests.remat.support import (
@@ -468,6 +471,78 @@ def test_the_gradient_of_an_input_has_its_layout(groups, kernel, layouts):
     found = []
     out.backward(image(*out.shape, seed=1).contiguous(memory_format=of_gradient))
     assert found == [True]
+
+
+class LikeCudnn:
+    """`torch.ops.aten` with a batch norm like cuDNN's: its backward must get what its forward got.
+
+    PyTorch's forward copies a tensor with gaps, and chooses by the strides how the library computes. Its
+    backward raises an error for gaps, takes γ as it is, and may write to the library's buffer.
+    """
+
+    def __init__(self, monkeypatch):
+        self.kernel, self.formats, self.forward = None, [], torch._batch_norm_impl_index
+        monkeypatch.setattr(torch, "_batch_norm_impl_index", self.norm)
+        monkeypatch.setattr(operations, "aten", self)
+        self._batch_norm_impl_index_backward = SimpleNamespace(default=self.norm_backward)
+
+    def __getattr__(self, name):
+        return getattr(torch.ops.aten, name)
+
+    def norm(self, y, *how):
+        self.formats.append(suggest_memory_format(y))
+        z, mean, invstd, _, _ = self.forward(y.contiguous(memory_format=self.formats[-1]), *how)
+        return z, mean, invstd, torch.zeros(4), 1
+
+    def norm_backward(self, kernel, y, dz, gamma, *how):
+        *_, training, _, _, buffer = how
+        if training:
+            assert y.is_contiguous(memory_format=suggest_memory_format(y)) and gamma.is_contiguous()
+            assert suggest_memory_format(y) is self.formats[-1]
+            assert suggest_memory_format(dz) is self.formats[-1]
+            assert not buffer.any()
+            buffer.fill_(1.0)
+        self.kernel = kernel
+        return torch.ops.aten._batch_norm_impl_index_backward.default(0, y, dz, gamma, *how)
+
+
+PARTS = {
+    "transposed": lambda y: y.transpose(2, 3),
+    "some channels": lambda y: y[:, 1:],
+    "a crop": lambda y: y[:, :, 1:-1, 1:-1],
+    "one pixel": lambda y: y[:, :, :1, :1],
+    "one channel": lambda y: y[:, :1],
+    "tokens": lambda y: y.flatten(2).transpose(1, 2),
+    "as it is": lambda y: y,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_gpu_librarys_norm_gets_in_backward_what_it_got_in_forward(name, layout, training, monkeypatch):
+    part, cl = PARTS[name], {"memory_format": LAYOUTS[layout]}
+    conv, x = nn.Conv2d(3, 4, 3).double().to(**cl), image(8, 3, 7, 8).to(**cl).requires_grad_()
+    c = part(conv(x)).shape[1]
+    gamma, beta = (image(c, 2, seed=seed)[:, 0].requires_grad_() for seed in (2, 3))
+    running = image(c, seed=4), image(c, seed=5).abs()
+
+    def gradients(price):
+        with under(price):
+            g = gamma if price is not None else gamma.contiguous()  # a CPU's kernels misread another
+            z = F.batch_norm(part(conv(x)), *(t.clone() for t in running), g, beta, training)
+            out = F.silu(z)
+        inputs, dz = (x, conv.weight, gamma, beta), image(*out.shape, seed=1)
+        return [torch.autograd.grad(out, inputs, dz, retain_graph=True) for _ in range(2)]
+
+    wanted = gradients(None)
+    for price in (0, 1e9):
+        torch.testing.assert_close(gradients(price), wanted)
+    monkeypatch.setattr(task.Task, "room", lambda self, value=None: 1 << 30)  # a GPU needs none of the slabs
+    library = LikeCudnn(monkeypatch)
+    for price in (0, 1e9):
+        torch.testing.assert_close(gradients(price), wanted)
+        assert library.kernel == 1
 
 
 @pytest.mark.parametrize("cost", [0, 1e9])

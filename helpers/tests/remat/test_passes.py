@@ -310,6 +310,21 @@ def test_merged_steps_are_the_same_function(name, monkeypatch):
     support.check(make, support.X)
 
 
+def test_without_a_compiler_there_is_no_kernel(monkeypatch):
+    """Triton is installed with PyTorch for CUDA, but needs more of a machine than PyTorch does."""
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(runtime, "driver", Driver())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.warns(UserWarning, match="^Triton does not run, so remat uses PyTorch's kernels: Failed to"):
+        assert not passes.has_kernel.__wrapped__(torch.device("cuda"))
+
+
 def test_passes_are_counted_as_they_are():
     x = torch.ones(4, 4)
     with Passes(16) as found:

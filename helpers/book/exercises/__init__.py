@@ -44,7 +44,7 @@ def require(holds, words: str) -> None:
 
 def attempted(got):
     """``got``, unless it is None, as in the gap on the page."""
-    require(got is not None, "not attempted yet (None)")
+    require(got is not None, "it returned None: not attempted yet, or a way through it has no `return`")
     return got
 
 
@@ -67,14 +67,28 @@ def call(answer, *args, **options):
 
 
 def difference(got, want, **tolerances: float) -> str:
-    """In one line how ``got`` differs from ``want``, a tensor, number or list; empty if it does not."""
-    if isinstance(got, Tensor) and not (got.dim() or isinstance(want, Tensor)):
+    """In one line how ``got`` differs from ``want``, a tensor, number, list or dict; empty if it does not."""
+    if isinstance(want, dict):
+        missing = want.keys() - got.keys()
+        parts = [(name, difference(got[name], want[name], **tolerances)) for name in want.keys() & got.keys()]
+        words = [f"{name}: {wrong}" for name, wrong in parts if wrong]
+        return f"none for {', '.join(sorted(missing))}" if missing else min(words, default="")
+    of_tensors = isinstance(got, Tensor) and isinstance(want, Tensor)
+    if isinstance(got, Tensor) and not (got.dim() or of_tensors):
         got = got.item()
+    if of_tensors:
+        for what, g, w in (("shape", tuple(got.shape), tuple(want.shape)), ("dtype", got.dtype, want.dtype)):
+            if g != w:
+                return f"the {what} is {g}, and must be {w}"
     try:
-        assert_close(got, want, check_dtype=isinstance(want, Tensor), **tolerances)
-    except AssertionError as error:
-        tensors = isinstance(want, (Tensor, dict))
-        return " ".join(str(error).split()) if tensors else f"expected {want}, got {got}"
+        assert_close(got, want, **tolerances)
+    except AssertionError:
+        if not of_tensors:
+            return f"expected {want}, got {got}"
+        if not got.isfinite().all():
+            return "NaN or infinity is in it"
+        off, right = (t.double().abs().max().item() for t in (got.double() - want, want))
+        return f"wrong by up to {off:.2g}; the right values go up to {right:.2g}"
     except (TypeError, RuntimeError):  # the latter for a bool
         return f"expected {type(want).__name__}, got {type(got).__name__}"
     return ""
@@ -169,7 +183,12 @@ def compare_function(function, reference, names, inputs, mistakes=None, kept=0, 
     words = f"the output is right, but {more:.1f} bytes a value are kept for backward, and {kept} would do"
     require(more < kept + 0.5, words)
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
-    wrong = [f"ctx.{name}" for name, v in attributes if any(isinstance(t, Tensor) for t in tree_leaves(v))]
+    state = torch.get_rng_state()  # the generator's, which is a tensor but nothing that may change
+    wrong = [
+        f"ctx.{name}"
+        for name, v in attributes
+        if any(isinstance(t, Tensor) and t.shape != state.shape for t in tree_leaves(v))
+    ]
     words = "pass it to save_for_backward, which notices if it is changed before backward"
     require(not wrong, f"a tensor is in {', '.join(wrong)}: {words}")
     dout = torch.randn_like(out)
@@ -179,7 +198,7 @@ def compare_function(function, reference, names, inputs, mistakes=None, kept=0, 
         got = call(torch.autograd.grad, out, leaves, dout, allow_unused=True)
     except RuntimeError as error:
         words = "backward must return a tuple (no list), with one gradient for each argument of forward"
-        require("number of grad" not in str(error), words)
+        require(not any(said in str(error) for said in ("number of grad", "expected Variable")), words)
         words = "backward: the gradient that comes is not contiguous here, and need not be: use reshape"
         require("view size is not compatible" not in str(error), words)
         require("returned an invalid grad" not in str(error), f"backward: {error}")

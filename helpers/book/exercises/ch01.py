@@ -43,7 +43,10 @@ def check_predict(answer):
         chain, batch = nn.Sequential(*sum(blocks, ())), torch.randn(n, channels[0], height, width)
         sizes = {s.storage: s.nbytes for s in saved_tensors(chain, batch)[1] if len(s.shape) == 4}
         right = sum(sizes.values()) - batch.nbytes
+        first, last = ((height - 2 * i) * (width - 2 * i) for i in (1, len(blocks)))  # pixels
         mistakes = {
+            "the last ReLU keeps its output, too": right - 4 * n * channels[-1] * last,
+            "each convolution cuts the border off, not the first alone": 8 * n * sum(channels[1:]) * first,
             "those are numbers; a float32 has 4 bytes": right // 4,
             "only half; batch norm keeps its input, and ReLU its output": right // 2,
             "three a block; batch norm's output is not kept: ReLU saves its own output": right * 3 // 2,

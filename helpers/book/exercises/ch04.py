@@ -35,8 +35,13 @@ def check_repaired(answer):
     """The tutorial's norm, backward, without the bug, from (dz, y, mean, sqrt_var, eps)."""
     (y, dz), eps = new((3, 4, 5, 6), (3, 4, 5, 6)), 0.5
     (want,) = grads(simple_norm, (y,), dz, eps=eps)
-    got = call(answer, dz, y, y.mean(CHANNELS), y.std(CHANNELS), eps)
-    compare("dy", got, want, note="for dz = 1, which of the per-channel numbers are 0?")
+    mean, sqrt_var = y.mean(CHANNELS), y.std(CHANNELS)
+    centred, denom, m = y - per_channel(mean), sqrt_var + eps, y.numel() / 4
+    ddenom = -(dz * centred).sum(CHANNELS) / denom**2
+    through_var, as_before = (centred * per_channel(ddenom / (m - 1) / root) for root in (sqrt_var, denom))
+    words = "the bug is still there; for dz = 1, which of the per-channel numbers are 0?"
+    mistakes = {words: want - through_var + as_before}
+    compare("dy", call(answer, dz, y, mean, sqrt_var, eps), want, mistakes)
 
 
 @exercise(3)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from helpers import remat
-from helpers.book.exercises import compare, compare_function, compare_nets, exercise, new, require
+from helpers.book.exercises import compare, compare_function, compare_nets, exercise, grads, new, require
 from helpers.book.training import Net
 from helpers.remat.writes import name_of, targets
 
@@ -37,6 +37,26 @@ def check_lower_peak(network_class):
 @exercise(2)
 def check_pool(function):
     """``function.apply(x)``: 2x2 max-pooling that keeps one byte for each output."""
-    note = "mind rows and columns: each value goes to its window's maximum, the first of equal ones"
     x = new((3, 2, 18, 20))[0].round()  # windows with equal values, and more places than a byte can count
-    compare_function(function.apply, lambda x: F.max_pool2d(x, 2), "dx", [x], kept=1, note=note, copies=True)
+
+    def pool(x):
+        return F.max_pool2d(x, 2)
+
+    def to_all(dout):
+        larger, dout = (F.interpolate(t, scale_factor=2) for t in (pool(x), dout))
+        return dout * (x == larger)
+
+    def to_last(dout):
+        return grads(lambda x: pool(x.flip(2, 3)).flip(2, 3), [x], dout)[0]
+
+    def exchanged(dout):
+        (dx,) = grads(pool, [x], dout)
+        return dx.view(3, 2, 9, 2, 10, 2).transpose(3, 5).reshape(x.shape)
+
+    mistakes = {
+        "of equal values the first gets the gradient, and no other": to_all,
+        "of equal values the first gets the gradient, not the last": to_last,
+        "mind rows and columns: they are exchanged within the windows": exchanged,
+    }
+    note = "each value goes to its window's maximum"
+    compare_function(function.apply, pool, "dx", [x], mistakes, kept=1, note=note, copies=True)

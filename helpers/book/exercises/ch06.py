@@ -34,6 +34,8 @@ def check_frozen(answer):
         "z is γ/σ times y, and the factor is missing from dx": dx,
         "z is γ/σ times y, and the factor is missing from dw": dw,
         "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,
+        "subtract μ Σ dz from Σ dz y, do not add it": no_mean - no_y,
+        "dgamma is divided by σ, too": (no_mean + no_y) / inv_std,
     }
     got, trace, flops = measured(call, answer, dz, x, w, gamma, mean, var, eps)
     compare(NAMES, got, want, mistakes)
@@ -54,8 +56,16 @@ def check_norm_leaky(answer):
     def norm(x, w, gamma, beta):
         return F.batch_norm(convolve(x, w), None, None, gamma, beta, training=True)
 
-    words = "that is without leaky ReLU; dz = da where z > 0, α da elsewhere"
-    mistakes = {words: lambda da: grads(norm, inputs, da)[0]}
+    def with_mask(mask):  # dx, if dz = da where the mask is true, and α da elsewhere
+        return lambda da: grads(norm, inputs, torch.where(mask, da, alpha * da))[0]
+
+    mistakes = {
+        "that is without leaky ReLU; dz = da where z > 0, α da elsewhere": lambda da: grads(norm, inputs, da)[
+            0
+        ],
+        "the sign that counts is z's, not y's": with_mask(convolve(*inputs[:2]) > 0),
+        "where z < 0, dz is α da, not 0": lambda da: grads(norm, inputs, da * (norm(*inputs) > 0))[0],
+    }
     compare_function(layer, lambda *inputs: F.leaky_relu(norm(*inputs), alpha), NAMES, inputs, mistakes)
     leaves, da = [t.requires_grad_() for t in inputs], torch.randn_like(inputs[0])
     out, forward, _ = measured(layer, *leaves)

@@ -55,7 +55,12 @@ def check_silu(function):
     source = Recipe(kept=z.clone())
     made = Recipe([source])
     words = "that is a's slope at a: ctx must hold the recipe of z"
-    mistakes = {words: lambda da: grads(F.silu, [F.silu(z)], da)[0]}
+    mistakes = {
+        words: lambda da: grads(F.silu, [F.silu(z)], da)[0],
+        "da is missing: by the chain rule, dz is da times the slope": lambda da: grads(
+            F.silu, [z], 0 * da + 1
+        )[0],
+    }
     norm = Recipe([source])
     norm.make = lambda z: z * 1
     for made.parents in ([norm], [source]):  # z is recomputed, and z is kept

@@ -31,12 +31,23 @@ def check_plan(answer):
         held = ((k, p, there if k > 1 else alone) for k, p in pairs)
         return next(((k, p) for k, p, more in held if more + peak(rounded(batch / k), p) <= memory), None)
 
+    def by_peak(prices):
+        return sorted(prices, key=functools.partial(peak, batch))
+
     two_parts = gradients + peak(4, 12)
-    for memory in (peak(7, 0), two_parts, two_parts - 1, peak(4, 12), gradients + peak(3, 12) - 1):
+    for memory in (
+        2 * peak(7, 0),
+        peak(7, 0),
+        two_parts,
+        two_parts - 1,
+        peak(4, 12),
+        gradients + peak(3, 12) - 1,
+    ):
         want, got = plan(memory), answer(model, shape, batch, memory, [*prices])
         got = tuple(got) if isinstance(got, list) else got
         note = f"{batch} images, {memory:,} bytes, prices {prices}"
         mistakes = {
+            "take the lowest price that fits, not the one with the least peak": plan(memory, order=by_peak),
             "try the prices from the lowest": plan(memory, order=list),
             "round up: 7 images in 2 parts are 4 and 3": plan(memory, rounded=int),
             "with more than one part, there are the gradients, too, in bytes": plan(memory, there=0),

@@ -108,7 +108,8 @@ def largest(budget: int, table: Table, method: str) -> dict:
     """The largest batch whose step fits into ``budget`` bytes, with momentum, next to the predicted one."""
     device, model = table.device, build(table.network, "unfused")
     price = None if method == "unfused" else float(method.removeprefix("remat, "))
-    predicted = largest_batch(model, table.shape, budget, max_cost=price)
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    predicted = largest_batch(model, table.shape, budget, max_cost=price, device_type=kind)
     if device.type == "cuda":  # so that libraries, too, see no more
         torch.cuda.set_per_process_memory_fraction(budget / torch.cuda.mem_get_info()[1])
 

@@ -286,9 +286,9 @@ WRONG = {
             ("stride**2 * y1", "y1", "at max_cost 52 this is still kept: y2"),
             ("max(y2, y3)", "y2", "still kept: y3"),
             ("max(y2, y3)", "y1 + y2 + y3", "a lower price is enough"),
-            ("math.ceil", "int", "still kept: y3"),
-            ("math.ceil(", "int(1 + ", "a lower price is enough"),
-            ("math.ceil", "", "return an integer"),
+            ("-(-width * y2 // c_out)", "width * y2 // c_out", "still kept: y3"),
+            ("-(-width * y2 // c_out)", "width * y2 // c_out + 1", "a lower price is enough"),
+            ("-(-width * y2 // c_out)", "width * y2 / c_out", "return an integer"),
         ],
         "check_fooled": [
             ("[memory] + 7 *", "[2 * memory] + 7 *", "no price fits"),

@@ -506,7 +506,7 @@ class LikeCudnn:
         return torch.ops.aten._batch_norm_impl_index_backward.default(0, y, dz, gamma, *how)
 
 
-PARTS = {
+NORM_INPUTS = {
     "transposed": lambda y: y.transpose(2, 3),
     "some channels": lambda y: y[:, 1:],
     "a crop": lambda y: y[:, :, 1:-1, 1:-1],
@@ -519,9 +519,9 @@ PARTS = {
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", NORM_INPUTS)
 def test_a_gpu_librarys_norm_gets_in_backward_what_it_got_in_forward(name, layout, training, monkeypatch):
-    part, cl = PARTS[name], {"memory_format": LAYOUTS[layout]}
+    part, cl = NORM_INPUTS[name], {"memory_format": LAYOUTS[layout]}
     conv, x = nn.Conv2d(3, 4, 3).double().to(**cl), image(8, 3, 7, 8).to(**cl).requires_grad_()
     c = part(conv(x)).shape[1]
     gamma, beta = (image(c, 2, seed=seed)[:, 0].requires_grad_() for seed in (2, 3))

@@ -69,21 +69,20 @@ def call(answer, *args, **options):
 def difference(got, want, **tolerances: float) -> str:
     """In one line how ``got`` differs from ``want``, a tensor, number, list or dict; empty if it does not."""
     if isinstance(want, dict):
-        missing = want.keys() - got.keys()
-        parts = [(name, difference(got[name], want[name], **tolerances)) for name in want.keys() & got.keys()]
-        words = [f"{name}: {wrong}" for name, wrong in parts if wrong]
-        return f"none for {', '.join(sorted(missing))}" if missing else min(words, default="")
-    of_tensors = isinstance(got, Tensor) and isinstance(want, Tensor)
-    if isinstance(got, Tensor) and not (got.dim() or of_tensors):
-        got = got.item()
-    if of_tensors:
+        parts = ((name, difference(got.get(name), w, **tolerances)) for name, w in want.items())
+        return next((f"{name}: {wrong}" for name, wrong in parts if wrong), "")
+    if isinstance(want, Tensor):
+        if not isinstance(got, Tensor):
+            return f"a tensor is expected, got {got!r:.80}"
         for what, g, w in (("shape", tuple(got.shape), tuple(want.shape)), ("dtype", got.dtype, want.dtype)):
             if g != w:
                 return f"the {what} is {g}, and must be {w}"
+    elif isinstance(got, Tensor) and not got.dim():
+        got = got.item()
     try:
         assert_close(got, want, **tolerances)
     except AssertionError:
-        if not of_tensors:
+        if not isinstance(want, Tensor):
             return f"expected {want}, got {got}"
         if not got.isfinite().all():
             return "NaN or infinity is in it"
@@ -183,12 +182,9 @@ def compare_function(function, reference, names, inputs, mistakes=None, kept=0, 
     words = f"the output is right, but {more:.1f} bytes a value are kept for backward, and {kept} would do"
     require(more < kept + 0.5, words)
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
-    state = torch.get_rng_state()  # the generator's, which is a tensor but nothing that may change
-    wrong = [
-        f"ctx.{name}"
-        for name, v in attributes
-        if any(isinstance(t, Tensor) and t.shape != state.shape for t in tree_leaves(v))
-    ]
+    tensors = [(name, t) for name, v in attributes for t in tree_leaves(v) if isinstance(t, Tensor)]
+    random_state = torch.get_rng_state().shape  # this one may be there: nothing else can change it
+    wrong = [f"ctx.{name}" for name, t in tensors if t.shape != random_state]
     words = "pass it to save_for_backward, which notices if it is changed before backward"
     require(not wrong, f"a tensor is in {', '.join(wrong)}: {words}")
     dout = torch.randn_like(out)

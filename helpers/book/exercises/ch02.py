@@ -16,9 +16,7 @@ def check_grad_weight(answer):
     }
     xt, dyt, flipped = (t.transpose(0, 1) for t in (x, dy, dy.flip(2, 3)))
     mistakes["dy is flipped, but F.conv2d does not flip its kernel"] = F.conv2d(xt, flipped).transpose(0, 1)
-    mistakes["exchange dimensions 0 and 1 by transpose; reshape mixes the values"] = F.conv2d(
-        xt, dyt
-    ).view_as(dw)
+    mistakes["reshape mixes the values; exchange dimensions 0 and 1"] = F.conv2d(xt, dyt).view_as(dw)
     compare("dw", call(answer, dy, x), dw, mistakes)
 
 

@@ -56,15 +56,14 @@ def check_norm_leaky(answer):
     def norm(x, w, gamma, beta):
         return F.batch_norm(convolve(x, w), None, None, gamma, beta, training=True)
 
-    def with_mask(mask):  # dx, if dz = da where the mask is true, and α da elsewhere
-        return lambda da: grads(norm, inputs, torch.where(mask, da, alpha * da))[0]
+    def dx(dz):
+        return grads(norm, inputs, dz)[0]
 
+    y, z = convolve(*inputs[:2]), norm(*inputs)
     mistakes = {
-        "that is without leaky ReLU; dz = da where z > 0, α da elsewhere": lambda da: grads(norm, inputs, da)[
-            0
-        ],
-        "the sign that counts is z's, not y's": with_mask(convolve(*inputs[:2]) > 0),
-        "where z < 0, dz is α da, not 0": lambda da: grads(norm, inputs, da * (norm(*inputs) > 0))[0],
+        "that is without leaky ReLU; dz = da where z > 0, α da elsewhere": dx,
+        "the sign that counts is z's, not y's": lambda da: dx(torch.where(y > 0, da, alpha * da)),
+        "where z < 0, dz is α da, not 0": lambda da: dx(da * (z > 0)),
     }
     compare_function(layer, lambda *inputs: F.leaky_relu(norm(*inputs), alpha), NAMES, inputs, mistakes)
     leaves, da = [t.requires_grad_() for t in inputs], torch.randn_like(inputs[0])

@@ -199,7 +199,8 @@ class remat:  # noqa: N801
     ``torch.utils.dlpack.to_dlpack``; or, in PyTorch 2.9, by ``torch.distributed.broadcast``.
 
     What a change in place inside the context would spoil is copied first, also where PyTorch raises an error;
-    so is a tensor that a call such as ``t.numpy()`` makes writable unseen.
+    so is a tensor that ``t.data``, ``t.numpy()`` or ``t.data_ptr()`` makes writable unseen, and what is
+    computed from it is left to PyTorch. A hook that logs activations should take ``t.detach().mean()``.
 
     A hook on a node of the graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``)
     is called for remat's node, which may have other inputs. A `TorchFunctionMode` around remat's context sees

@@ -28,6 +28,9 @@ endif
 
 BUILD := $(CURDIR)/build
 PY := .venv/bin/python
+ifneq ($(filter-out 0 1,$(LOCKED) $(EXECUTED)),)
+$(error LOCKED and EXECUTED must be 0 or 1, got $(filter-out 0 1,$(LOCKED) $(EXECUTED)))
+endif
 LOCK := $(filter-out 0,$(LOCKED))
 REQUIREMENTS := $(if $(LOCK),.requirements.lock,requirements.txt)
 INSTALLED := .venv/.installed$(if $(LOCK),-locked)
@@ -49,6 +52,7 @@ export TRITON_CACHE_DIR := $(BUILD)/triton
 export TRITON_HOME := $(BUILD)
 export CUDA_CACHE_PATH := $(BUILD)/cuda
 export XDG_CACHE_HOME := $(BUILD)/cache
+export XDG_CONFIG_HOME := $(BUILD)/config
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A Unix socket's path holds about 100 characters: below a deep clone, sockets in TMPDIR would not open.
 TMP := $(shell test $$(printf %s '$(subst ','\'',$(BUILD))/tmp' | wc -c) -le 60 && echo short)

@@ -102,7 +102,10 @@ def plan(arguments: Sequence[str], source: Path = NOTEBOOKS) -> dict[Path, dict[
         name, equals, given[name] = argument.partition("=")
         if not equals:
             raise ParameterError(f"a parameter must be given as NAME=VALUE, got {argument!r}")
-    chapters = {path.name[:2]: path for path in find_notebooks(source)}
+    found = find_notebooks(source)
+    chapters = {path.name[:2]: path for path in found}
+    if twice := [path.name for path in found if path not in chapters.values()]:
+        raise ParameterError(f"two notebooks of one chapter: move {', '.join(twice)} out of {source}")
     only = [number.zfill(2) for number in given.pop("ONLY", "").split()]
     if not chapters.keys() >= set(only):
         raise ParameterError(f"ONLY must be chapters among {' '.join(chapters)}, got {' '.join(only)!r}")

@@ -342,7 +342,7 @@ def again(
             if small and alike and storage_of(out) is not storage_of(x):
                 steps = passes * max(1.0, x.numel() / out.numel())
                 recipe = ops.Again(name, lambda x: call(x, *copies), steps, *parameters[:1])
-                recipe.whole = whole
+                recipe.whole, recipe.reshapes = whole, out.dim() != x.dim()
                 table.note(out, recipe, (value,), operation)
             return out
 
@@ -424,7 +424,7 @@ def max_pool(
     n = MAX_POOLS[function]
     k, s, p = window(input, n, kernel_size, stride, padding)
     fit(not return_indices and set(per_dimension(dilation, n)) == {1} and mode.table.is_safe(input))
-    fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0)
+    fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0 and not input.is_mps)  # whose backward reads x
     fit(all(0 <= 2 * p_i <= k_i for p_i, k_i in zip(p, k, strict=True)))
     if n == 1:  # PyTorch pools images of one row
         k, s, p = [1, *k], [1, *s], [0, *p]

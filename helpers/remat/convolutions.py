@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from .arguments import fit, per_dimension
-from .layouts import layout_of
+from .layouts import in_layout, layout_of
 from .operations import WIDE, Operation, to
 from .values import Recipe, Value, copy_of, origin_of, storage_of
 
@@ -216,6 +216,8 @@ class Convolution(Operation):
         With ``read`` of those pixels alone that a 1x1 convolution reads.
         """
         g, size = self.geometry, self.shape[2:]
+        if g.groups > 1:  # else the library may misread a weight of a single row or column
+            w = in_layout(w, w)
         if read:
             g, size = g._replace(stride=[1] * len(size)), dz.shape[2:]
         alone = dz.is_cpu and self.pointwise(w) and size == dz.shape[2:]

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,9 @@ def test_a_parameter_goes_to_the_chosen_notebooks_that_declare_it(write_pages):
     assert list(plan(["ONLY=02 01"], source)) == [a, b]
     with pytest.raises(ParameterError, match="A is not a parameter of chapter 02, got A=2"):
         plan(["ONLY=02", "A=2"], source)
+    write_pages("02_mine")
+    with pytest.raises(ParameterError, match="^two notebooks of one chapter: move 02_b.ipynb out of "):
+        plan(["ONLY=02"], source)
 
 
 def test_checking_needs_the_standard_library_alone():
@@ -162,9 +166,10 @@ def clone(tmp_path):
     for name in ("parameters.py", "install.py"):
         shutil.copy(ROOT / "helpers" / "book" / name, folder / "helpers" / "book")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
-    stub = tmp_path / "python"
-    stub.write_text(
-        f"""#!{sys.executable}
+    stub, script = tmp_path / "python", tmp_path / "stub.py"
+    stub.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(script))} "$@"\n')
+    script.write_text(
+        f"""\
 import os, subprocess, sys
 args = sys.argv[1:]
 if args[0] == "-c" or args[0].startswith("helpers/"):
@@ -258,6 +263,10 @@ def test_make_refuses_parameters_where_none_is_read(clone):
     done, calls = clone("run", "EPOCHS")
     assert done.returncode == 2 and calls == []
     assert "EPOCHS: there is no such target; a parameter is NAME=VALUE" in done.stderr
+    for wrong in ("LOCKED=yes", "EXECUTED=no"):
+        done, calls = clone("html", wrong)
+        assert done.returncode == 2 and calls == []
+        assert f"LOCKED and EXECUTED must be 0 or 1, got {wrong.partition('=')[2]}" in done.stderr
 
 
 def test_make_refuses_an_old_python(clone, tmp_path):

@@ -473,6 +473,26 @@ def test_the_gradient_of_an_input_has_its_layout(groups, kernel, layouts):
     assert found == [True]
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape, size", [((6, 3, 3, 1), (3, 1)), ((6, 3, 1, 3), (1, 3))], ids=str)
+def test_a_grouped_weight_of_one_row_or_column(shape, size, last):
+    """Where a size is 1, its stride may say nothing, but the CPU's library may read it."""
+    weight = image(*shape, dtype=torch.float32).transpose(2, 3)
+    weight = weight.contiguous(memory_format=torch.channels_last).transpose(2, 3).requires_grad_()
+    x, dz = (image(*s, dtype=torch.float32) for s in ((2, 6, *size), (2, 6, 1, 1)))
+    dz = dz.as_strided(dz.shape, (6, 1, 6, 6)) if last else dz  # of one pixel both are contiguous
+
+    def gradient(dtype, price=None):
+        a, w = x.to(dtype).requires_grad_(), weight.to(dtype)
+        with under(price):
+            y = F.conv2d(a, w if price is not None else w.contiguous(), groups=2)
+        return torch.autograd.grad(y, a, dz.to(dtype))[0]
+
+    exact = gradient(torch.float64)
+    for price in (0, 1e9):
+        torch.testing.assert_close(gradient(torch.float32, price), exact.float(), rtol=1e-4, atol=1e-5)
+
+
 class LikeCudnn:
     """`torch.ops.aten` with a batch norm like cuDNN's: its backward must get what its forward got.
 

@@ -256,6 +256,16 @@ LENGTHS = {
 }
 
 
+@pytest.mark.parametrize("length", [torch.linalg.vector_norm, torch.norm])
+def test_lengths_with_fewer_dimensions_than_what_is_kept(length, monkeypatch):
+    monkeypatch.setattr(task, "SLAB_BYTES", 100)
+
+    def forward(self, x):
+        return self.last(length(self.c(x), dim=1).square()[:, None])
+
+    check(lambda: Net(forward, c=nn.Conv2d(3, 3, 1), last=nn.Conv2d(1, 2, 1)), X)
+
+
 @pytest.mark.parametrize("name", LENGTHS)
 def test_global_response_norm(name):
     """As in ConvNeXt V2."""

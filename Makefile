@@ -25,12 +25,12 @@ ifeq ($(filter run bench,$(MAKECMDGOALS)),)
 $(error $(sort $(NAMES)): only make run and make bench take parameters)
 endif
 endif
-
-BUILD := $(CURDIR)/build
-PY := .venv/bin/python
 ifneq ($(filter-out 0 1,$(LOCKED) $(EXECUTED)),)
 $(error LOCKED and EXECUTED must be 0 or 1, got $(filter-out 0 1,$(LOCKED) $(EXECUTED)))
 endif
+
+BUILD := $(CURDIR)/build
+PY := .venv/bin/python
 LOCK := $(filter-out 0,$(LOCKED))
 REQUIREMENTS := $(if $(LOCK),.requirements.lock,requirements.txt)
 INSTALLED := .venv/.installed$(if $(LOCK),-locked)

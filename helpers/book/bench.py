@@ -314,5 +314,5 @@ def main(arguments: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # where × has no code
+    sys.stdout.reconfigure(errors="replace")  # for encodings without ×
     sys.exit(main(sys.argv[1:]))

@@ -41,7 +41,7 @@ def load_mnist(
         try:
             sets = [MNIST(root, train, download=data == "full") for train in (True, False)]
         except Exception as error:  # of the network, or whatever is wrong with a file
-            why, raw = " ".join(f"{type(error).__name__} {error}".split()), files[0].parent
+            why, raw = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":"), files[0].parent
             advice = f"remove what is damaged in {raw}, or take DATA=sample"
             raise ValueError(f"DATA={data} could not be read: {why}; {advice}") from error
         parts = [(part.data, part.targets) for part in sets]

@@ -104,8 +104,8 @@ def plan(arguments: Sequence[str], source: Path = NOTEBOOKS) -> dict[Path, dict[
             raise ParameterError(f"a parameter must be given as NAME=VALUE, got {argument!r}")
     found = find_notebooks(source)
     chapters = {path.name[:2]: path for path in found}
-    if twice := [path.name for path in found if path not in chapters.values()]:
-        raise ParameterError(f"two notebooks of one chapter: move {', '.join(twice)} out of {source}")
+    if len(chapters) < len(found):
+        raise ParameterError(f"a chapter must be one notebook, got {', '.join(path.name for path in found)}")
     only = [number.zfill(2) for number in given.pop("ONLY", "").split()]
     if not chapters.keys() >= set(only):
         raise ParameterError(f"ONLY must be chapters among {' '.join(chapters)}, got {' '.join(only)!r}")

@@ -196,5 +196,5 @@ def main(argv: Sequence[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # where × has no code
+    sys.stdout.reconfigure(errors="replace")  # for encodings without ×
     sys.exit(main(sys.argv[1:]))  # words go to stderr, with the status 1

@@ -424,7 +424,7 @@ def max_pool(
     n = MAX_POOLS[function]
     k, s, p = window(input, n, kernel_size, stride, padding)
     fit(not return_indices and set(per_dimension(dilation, n)) == {1} and mode.table.is_safe(input))
-    fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0 and not input.is_mps)  # whose backward reads x
+    fit(isinstance(ceil_mode, bool) and min(*k, *s) > 0 and not input.is_mps)  # MPS's backward reads x
     fit(all(0 <= 2 * p_i <= k_i for p_i, k_i in zip(p, k, strict=True)))
     if n == 1:  # PyTorch pools images of one row
         k, s, p = [1, *k], [1, *s], [0, *p]

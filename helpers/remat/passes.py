@@ -56,7 +56,8 @@ def normalise(y: Tensor, norm: Norm, out: Tensor | None = None) -> Tensor:
     # forward's did: y scale + (β - μ scale), with scale = γ · (1/σ).
     scale = invstd if gamma is None else invstd * gamma
     how = y, scale, beta, mean, torch.ones_like(mean), False, 0.0, 0.0
-    if out is not None and y.stride() == out.stride() and not y.is_mps:  # else it would write in y's order
+    # Into another layout it would write in y's order; and MPS's kernel divides by the size of `none`.
+    if out is not None and y.stride() == out.stride() and not y.is_mps:
         none = mean.new_empty(0)
         if not isinstance(y, FakeTensor):  # it has no memory, and would take a dozen operations here
             torch.native_batch_norm(*how, out=(out, none, none))

@@ -44,7 +44,7 @@ def require(holds, words: str) -> None:
 
 def attempted(got):
     """``got``, unless it is None, as in the gap on the page."""
-    require(got is not None, "it returned None: not attempted yet, or a way through it has no `return`")
+    require(got is not None, "not attempted yet, or a `return` is missing: the answer is None")
     return got
 
 
@@ -69,6 +69,8 @@ def call(answer, *args, **options):
 def difference(got, want, **tolerances: float) -> str:
     """In one line how ``got`` differs from ``want``, a tensor, number, list or dict; empty if it does not."""
     if isinstance(want, dict):
+        if more := got.keys() - want.keys():
+            return f"{', '.join(sorted(more))}: not expected"
         parts = ((name, difference(got.get(name), w, **tolerances)) for name, w in want.items())
         return next((f"{name}: {wrong}" for name, wrong in parts if wrong), "")
     if isinstance(want, Tensor):
@@ -80,7 +82,7 @@ def difference(got, want, **tolerances: float) -> str:
     elif isinstance(got, Tensor) and not got.dim():
         got = got.item()
     try:
-        assert_close(got, want, **tolerances)
+        assert_close(got, want, check_dtype=False, **tolerances)  # a whole float is as good as an int
     except AssertionError:
         if not isinstance(want, Tensor):
             return f"expected {want}, got {got}"
@@ -183,7 +185,7 @@ def compare_function(function, reference, names, inputs, mistakes=None, kept=0, 
     require(more < kept + 0.5, words)
     attributes = getattr(out.grad_fn.next_functions[0][0], "__dict__", {}).items()
     tensors = [(name, t) for name, v in attributes for t in tree_leaves(v) if isinstance(t, Tensor)]
-    random_state = torch.get_rng_state().shape  # this one may be there: nothing else can change it
+    random_state = torch.get_rng_state().shape  # ctx may hold one: nobody changes it in place
     wrong = [f"ctx.{name}" for name, t in tensors if t.shape != random_state]
     words = "pass it to save_for_backward, which notices if it is changed before backward"
     require(not wrong, f"a tensor is in {', '.join(wrong)}: {words}")

@@ -16,7 +16,7 @@ def check_through_gamma(answer):
     mistakes = {
         "dgamma is a mean; a number that is used m times collects a sum": want[0] / (y_hat.numel() / 2),
         "dgamma sums dscaled alone; gamma is multiplied by y_hat": dscaled.sum(CHANNELS),
-        "dgamma has gamma in it; gamma y_hat, differentiated by gamma, has not": gamma * want[0],
+        "dgamma has gamma in it; the derivative of gamma y_hat by gamma is y_hat": gamma * want[0],
         "dy_hat lacks gamma, by which y_hat is multiplied": dscaled,
     }
     compare("dgamma, dy_hat", call(answer, dscaled, gamma, y_hat), want, mistakes)
@@ -60,7 +60,7 @@ def check_grads_group_norm(answer):
     (batch_norms,) = grads(lambda y: F.batch_norm(y, None, None, gamma, training=True, eps=eps), (y,), dz)
     mistakes = {
         "gamma differs within a group, so it must be inside the sums": per_channel(gamma) * plain,
-        "gamma is missing": plain,
+        "gamma is missing from dy": plain,
         "use the eps that is passed in": other_eps,
         "groups is how many there are, not how many channels each has": of_size,
         "those are batch norm's sums; group norm's run over some channels of one image": batch_norms,

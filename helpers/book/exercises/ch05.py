@@ -58,5 +58,5 @@ def check_pool(function):
         "of equal values the first gets the gradient, not the last": to_last,
         "mind rows and columns: they are exchanged within the windows": exchanged,
     }
-    note = "each value goes to its window's maximum"
+    note = "in backward, each value of dout goes to its window's maximum"
     compare_function(function.apply, pool, "dx", [x], mistakes, kept=1, note=note, copies=True)

@@ -35,7 +35,7 @@ def check_frozen(answer):
         "z is γ/σ times y, and the factor is missing from dw": dw,
         "the mean is missing from dgamma: Σ dz (y - μ) = Σ dz y - μ Σ dz": no_mean,
         "subtract μ Σ dz from Σ dz y, do not add it": no_mean - no_y,
-        "dgamma is divided by σ, too": (no_mean + no_y) / inv_std,
+        "dgamma must be divided by σ, too": (no_mean + no_y) / inv_std,
     }
     got, trace, flops = measured(call, answer, dz, x, w, gamma, mean, var, eps)
     compare(NAMES, got, want, mistakes)

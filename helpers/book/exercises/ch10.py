@@ -28,7 +28,7 @@ def check_forward(answer):
         "divide R by m, not by m - 1": z_with(mean, var * m / (m - 1)),
         "R must be of centred x": z_with(mean, var + mean**2),
         "the scale is gamma / sqrt(var + eps)": z_with(mean, var - eps),
-        "eps is inside the root": z_with(mean, (var.sqrt() + eps) ** 2 - eps),
+        "eps belongs inside the root": z_with(mean, (var.sqrt() + eps) ** 2 - eps),
         "the root is missing: the scale is gamma / sqrt(var + eps)": z_with(mean, (var + eps) ** 2 - eps),
         "gamma is missing": F.batch_norm(y, mean, var, None, beta, eps=eps),
     }

@@ -16,6 +16,7 @@ import matplotlib
 import pytest
 import torch
 
+from helpers.book.exercises import difference
 from helpers.book.parameters import find_notebooks, read_json, read_quick, tags
 from helpers.tests.book.wrong_answers import WRONG
 
@@ -159,3 +160,7 @@ def test_no_wrong_answer_is_without_its_exercise():
     assert {(page, check) for page, checks in WRONG.items() for check in checks} <= {
         (e.page, e.check) for e in EXERCISES
     }
+
+
+def test_a_whole_float_is_as_good_as_an_int():
+    assert difference(5.0, 5) == "" and difference(torch.tensor(5), 5.0) == "" and difference(5.5, 5)

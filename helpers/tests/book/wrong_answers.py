@@ -178,7 +178,7 @@ WRONG = {
                 "dgamma: NaN or infinity is in it",
             ),
             (" - mean * dbeta", " + mean * dbeta", "do not add it"),
-            (" - mean * dbeta) * inv_std", " - mean * dbeta)", "dgamma is divided by"),
+            (" - mean * dbeta) * inv_std", " - mean * dbeta)", "dgamma must be divided by"),
         ],
         "check_norm_leaky": [
             (
@@ -346,7 +346,7 @@ WRONG = {
                 "y must not exist",
             ),
             ("gamma / (var + eps).sqrt()", "1 / (var + eps).sqrt()", "gamma is missing"),
-            ("(var + eps).sqrt()", "(var.sqrt() + eps)", "eps is inside the root"),
+            ("(var + eps).sqrt()", "(var.sqrt() + eps)", "eps belongs inside"),
             ("(var + eps).sqrt()", "(var + eps)", "the root is missing"),
         ],
         "check_slabs": [

@@ -76,14 +76,34 @@ class Operations(partitioners.OpTypes):
     """The compiler's table of operations; convolutions within the price may be computed again."""
 
     max_cost = 0.0
-    graph, within = None, frozenset()
+    graph, stale, within = None, frozenset(), frozenset()
 
     def is_recomputable(self, node: Node) -> bool:
+        if self.graph is not node.graph:
+            self.graph, self.stale = node.graph, readers_of_written(self, node.graph)
+            self.within = convolutions_within(self, node.graph)
+        if node in self.stale:
+            return False
         if node.target is aten.convolution.default:
-            if self.graph is not node.graph:
-                self.graph, self.within = node.graph, convolutions_within(self, node.graph)
             return node in self.within
         return super().is_recomputable(node) or partitioners.get_aten_target(node) in CHEAP
+
+
+def readers_of_written(operations: Operations, graph: Graph) -> set[Node]:
+    """What reads an input of the graph that forward writes, such as a buffer: backward would find it written.
+
+    Of an input that forward writes there is a ``copy_``, or an output with its new value, by the backend.
+    """
+    outputs = next(iter(reversed(graph.nodes))).meta.get("desc", ())
+    changed = {getattr(output, "mutated_input", None) for output in outputs} - {None}
+    written, readers = set(), set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            copied = any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
+            written |= {node} if copied or node.meta.get("desc") in changed else set()
+        elif any(p in written for p in node.all_input_nodes):
+            (written if operations.is_view(node) else readers).add(node)
+    return readers
 
 
 def convolutions_within(operations: Operations, graph: Graph) -> set[Node]:

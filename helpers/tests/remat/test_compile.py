@@ -360,6 +360,41 @@ def convolutions_again(model, x, max_cost):
     return again[0], mine
 
 
+class Stream(nn.Module):
+    """It reads the last rows of the images before, and then writes those of these."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = block(3, 4)
+        self.register_buffer("rows", torch.randn(images()[:, :, :2].shape))
+
+    def forward(self, x):
+        y = self.layers(torch.cat([2 * self.rows[:, :, :1], self.rows, x], 2))
+        self.rows.copy_(x[:, :, -2:])
+        return y
+
+
+@pytest.mark.parametrize("max_cost", [0, 1000])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_a_buffer_that_forward_reads_and_then_writes(in_graph, max_cost):
+    """Backward must not read it again. Inductor writes it inside the graph, other backends after it."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    backend = aot_autograd(
+        fw_compiler=boxed_nop,
+        bw_compiler=boxed_nop,
+        partition_fn=partial(partitioners.min_cut_rematerialization_partition, compiler="inductor"),
+        keep_inference_input_mutations=in_graph,
+    )
+    plain, model = Stream().double(), Stream().double()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for seed in (1, 2):
+        x = images(seed)
+        check(step(model, compiled, x, remat(max_cost)), step(plain, plain, x))
+
+
 def test_the_price_of_compiled_convolutions():
     """3 channels · 9: 27 a value; 8 · 9: 72; 16 · 1: 16, and dearer than 27 once the
     first, on its way, is not kept either. The bytes held never rise."""

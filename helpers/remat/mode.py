@@ -186,8 +186,8 @@ class remat:  # noqa: N801
     other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint,
     other threads such as those of `nn.DataParallel`. Of two contexts the inner one decides. Nothing in the
     model changes. Under torch.compile the compiler decides by the same price; by its own rules for what is
-    compiled inside a checkpoint. Its backward may read an input of the graph, such as a buffer, again: if that
-    was changed in place after the graph had run, it is PyTorch's error.
+    compiled inside a checkpoint. Its backward may read an input of the graph, such as a buffer, again: if
+    that was changed in place after the graph had run, it is PyTorch's error.
 
     `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
     such as remat's and then leave their fast path: results differ in the last digits, and at padded

@@ -118,7 +118,7 @@ class BatchNorm(Operation):
     ) -> None:
         self.value, self.running, self.training = value, (running_mean, running_var), training
         self.momentum, self.eps, self.layout = momentum, eps, None
-        self.mean = self.invstd = self.reserve = self.kernel = None
+        self.mean = self.invstd = self.reserve = self.kernel = self.format = None
 
     def forward(self, y, gamma, beta):
         how = (*self.running, self.training, self.momentum, self.eps, torch.backends.cudnn.enabled)

@@ -100,7 +100,8 @@ def readers_of_written(operations: Operations, graph: Graph) -> set[Node]:
     for node in graph.nodes:
         if node.op == "placeholder":
             copied = any(user.target is aten.copy_.default and user.args[0] is node for user in node.users)
-            written |= {node} if copied or node.meta.get("desc") in changed else set()
+            if copied or node.meta.get("desc") in changed:
+                written.add(node)
         elif any(p in written for p in node.all_input_nodes):
             (written if operations.is_view(node) else readers).add(node)
     return readers

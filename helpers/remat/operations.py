@@ -155,7 +155,6 @@ class BatchNorm(Operation):
             mask = [need_y, False, need_beta]
         else:
             (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
-        reserve = self.reserve.clone() if task.retained else self.reserve  # the kernel may write to it
         if self.kernel and self.training:  # a GPU's library must get what it got in forward
             y, dz = restrided(y, self.format), restrided(dz, self.format)
         else:
@@ -165,6 +164,7 @@ class BatchNorm(Operation):
         if not self.beside and alike and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
+        reserve = self.reserve.clone() if task.retained else self.reserve  # the kernel may write to it
         how = (*self.running, self.mean, self.invstd, self.training, self.eps, mask, reserve)
         return list(aten._batch_norm_impl_index_backward.default(self.kernel, y, dz, gamma, *how))
 

@@ -332,6 +332,15 @@ def test_held_are_the_convolutions_outputs():
     assert mine < 0.75 * plain
 
 
+def without_kernels(cut, **how):
+    """A backend that runs the graphs that Inductor would get, as ``cut`` cuts them."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    compilers = {"fw_compiler": boxed_nop, "bw_compiler": boxed_nop}
+    return aot_autograd(**compilers, partition_fn=partial(cut, compiler="inductor"), **how)
+
+
 def convolutions_again(model, x, max_cost):
     """How many convolutions the backward graph computes a second time, and the bytes held."""
     again = []
@@ -343,18 +352,9 @@ def convolutions_again(model, x, max_cost):
         again.append(sum(node.target is target for node in halves[1].graph.nodes))
         return halves
 
-    def backend(graph, inputs):
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._dynamo.backends.debugging import boxed_nop
-        from torch._inductor.compile_fx import select_decomp_table
+    from torch._inductor.compile_fx import select_decomp_table
 
-        return aot_autograd(
-            fw_compiler=boxed_nop,
-            bw_compiler=boxed_nop,
-            decompositions=select_decomp_table(),
-            partition_fn=lambda *a, **k: counting(*a, compiler="inductor", **k),
-        )(graph, inputs)
-
+    backend = without_kernels(counting, decompositions=select_decomp_table())
     dynamo.reset()
     mine = held(torch.compile(model, backend=backend, fullgraph=True), x, remat(max_cost))
     return again[0], mine
@@ -379,15 +379,8 @@ class Stream(nn.Module):
 @pytest.mark.parametrize("in_graph", [False, True])
 def test_a_buffer_that_forward_reads_and_then_writes(in_graph, max_cost):
     """Backward must not read it again. Inductor writes it inside the graph, other backends after it."""
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._dynamo.backends.debugging import boxed_nop
-
-    backend = aot_autograd(
-        fw_compiler=boxed_nop,
-        bw_compiler=boxed_nop,
-        partition_fn=partial(partitioners.min_cut_rematerialization_partition, compiler="inductor"),
-        keep_inference_input_mutations=in_graph,
-    )
+    cut = partitioners.min_cut_rematerialization_partition
+    backend = without_kernels(cut, keep_inference_input_mutations=in_graph)
     plain, model = Stream().double(), Stream().double()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for seed in (1, 2):

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import nbformat
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, NavigableString
 from jinja2 import pass_context
 from math_core import LatexError, LatexToMathML
 from nbconvert import HTMLExporter
@@ -23,9 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = Path(__file__).resolve().parent / "template"
 MATHML = LatexToMathML(fancy_error=False)
 LOCAL = re.compile(r"^(?!\w+:|#)")  # a link's address within the collection
-# What must not begin a line: a sign or an 's behind a formula, and a unit behind its number.
+# A sign or an 's behind a formula must not begin a line; nor must a unit behind its number.
 SIGN_BEHIND = re.compile(r"(<math>(?:(?!</math>).)*</math>(?:[.,:;?!)]+|['’]s\b))", re.DOTALL)
-UNIT_BEHIND = re.compile(r"(?<=\d) (?=%|(?:[KMG]i?B|bits?|bytes?|images)\b)")
+TYPOGRAPHY = {  # of prose: what to set in the place of a typewriter's signs
+    re.compile(r"(?<=\d) (?=%|(?:[KMG]i?B|bits?|bytes?|images)\b)"): "\u00a0",
+    re.compile("'"): "’",
+    re.compile('"([^"]*)"'): r"“\1”",
+}
 
 
 class PageError(ValueError):
@@ -62,10 +66,13 @@ def markdown2html(context, source: str) -> str:
 
 
 def finish(soup: BeautifulSoup) -> None:
-    """List the headings in the navigation, and let what is too wide scroll, by keyboard too."""
-    for text in soup.main(string=UNIT_BEHIND):
-        if not text.find_parent(["pre", "code", "math"]):
-            text.replace_with(UNIT_BEHIND.sub("\u00a0", text))
+    """Set the prose, list the headings in the navigation, and let the reader scroll what is too wide."""
+    for text in soup.main(string=True):
+        if type(text) is NavigableString and not text.find_parent(["pre", "code", "math"]):  # no comment
+            prose = str(text)
+            for found, sign in TYPOGRAPHY.items():
+                prose = found.sub(sign, prose)
+            text.replace_with(prose)
     for image in soup.main("img"):
         image.parent["class"] = "figure"
     for table in soup.main("table"):

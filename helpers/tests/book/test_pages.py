@@ -482,8 +482,14 @@ def test_a_sign_behind_a_formula_does_not_begin_a_line(source, together):
     assert [span.text for span in shown.select(".together")] == together
 
 
-def test_a_unit_does_not_begin_a_line():
-    page = "<nav class='toc'><ol></ol></nav><main>5 % of 3 MiB, 5 on <code>5 % 2</code></main>"
-    soup = BeautifulSoup(page, "html.parser")
+@pytest.mark.parametrize(
+    "source, shown",
+    [
+        ("5 % of 3 MiB, 5 on <code>5 % 2</code>", "5\u00a0% of 3\u00a0MiB, 5 on 5 % 2"),
+        ("PyTorch's<!-- 5's --> \"input\", not <code>f'\"x\"'</code>", "PyTorch’s “input”, not f'\"x\"'"),
+    ],
+)
+def test_typography(source, shown):
+    soup = BeautifulSoup(f"<nav class='toc'><ol></ol></nav><main>{source}</main>", "html.parser")
     finish(soup)
-    assert soup.main.text == "5\u00a0% of 3\u00a0MiB, 5 on 5 % 2"
+    assert soup.main.text == shown  # comments apart

@@ -76,7 +76,7 @@ class MemoryTrace:
         mark_times: milliseconds of each mark on the timeline's clock.
 
     Raises:
-        ValueError: ``device`` does not fit.
+        ValueError, or PyTorch's own error: ``device`` does not fit.
         RuntimeError: on entry, inside another trace, or if PyTorch's profiler is running already; on exit, if
             the profiler was started inside, because that ended this trace.
     """
@@ -92,6 +92,8 @@ class MemoryTrace:
 
     def mark(self, name: str) -> None:
         """Note the memory held at this moment."""
+        if not isinstance(name, str):
+            raise ValueError(f"name must be a str, got {name!r:.80}")
         if self.device.type != "cpu":
             self.marks[name] = torch.accelerator.memory_allocated(self.device) - self._start
         if self._profile is not None:

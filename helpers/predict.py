@@ -189,6 +189,14 @@ def as_real(func, args: tuple, out):
         return tuple(t if wanted else None for t, wanted in zip((dx, *others), mask, strict=True))
     elif name == "hardswish_backward":  # its layout is the gradient's
         return torch.empty_like(args[0], dtype=out.dtype)
+    elif name == "log_sigmoid_forward":
+        return tuple(t.contiguous() if t.is_cpu else t for t in out)
+    elif name == "convolution_backward" and args[1].is_cpu and args[-1][1:] == [False, True]:
+        dx, _, db = out
+        with unset_fake_temporarily():  # oneDNN gives the weight's gradient, too
+            like = (torch.empty(1, dtype=t.dtype).expand(t.shape) for t in args[1:3])
+            kernel = torch._C._select_conv_backend(*like, None, *args[4:10], args[3])
+        return dx, torch.empty_like(args[2]) if "Mkldnn" in str(kernel) else None, db
     elif name == "col2im":  # its memory is made for the columns
         return torch.empty_like(args[0]).resize_(out.shape)
     elif name in RESIZED and out.dim() < args[0].dim():
@@ -270,7 +278,7 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
     with same_numbers_again(torch.device("cpu")), fakes:
         try:
             run = alone("predict_memory", recomputation)
-            with guard, held, precision, Linears(held), run as record:
+            with guard, held, precision, run as record, Linears(held):
                 out = model(*args)
             ends = ends_of(out)
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
@@ -311,7 +319,10 @@ def as_tensors(model: nn.Module, inputs) -> list[Tensor]:
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     how = {"dtype": next(floats, torch.get_default_dtype()), "device": "meta"}
     other = "inputs (other than tensors)"
-    return [t if isinstance(t, Tensor) else torch.empty(checked(other, t), **how) for t in inputs]
+    inputs = [t if isinstance(t, Tensor) else torch.empty(checked(other, t), **how) for t in inputs]
+    if layouts := {t.layout for t in inputs} - {torch.strided}:
+        raise ValueError(f"inputs must be strided tensors, got one with layout {layouts.pop()}")
+    return inputs
 
 
 def checked(name: str, shape):

@@ -37,6 +37,7 @@ from .arguments import (
     is_whole,
     needs_grad,
     numbers_or_none,
+    ordinary,
     per_dimension,
     plain,
     pool_fits,
@@ -127,13 +128,12 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
 def batch_norm(
     mode, _, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
+    fit(plain(input, weight, bias, running_mean, running_var) and not needs_grad(running_mean, running_var))
     shape, numbers = input.shape, isinstance(momentum, float) and isinstance(eps, float)
     fit(isinstance(training, bool) and eps >= 0 and (eps > 0 or not training))  # else PyTorch's own error
     known = (running_mean is None) == (running_var is None) and (training or running_mean is not None)
-    fit(plain(input, weight, bias, running_mean, running_var) and not needs_grad(running_mean, running_var))
-    fit(needs_grad(input, weight, bias) and numbers and known)
+    fit(needs_grad(input, weight, bias) and numbers and known and mode.table.is_safe(input))
     fit(len(shape) >= 2 and shape.numel() > 5 * shape[1])  # the recipe holds up to 5 values a channel
-    fit(mode.table.is_safe(input))
 
     def run() -> Tensor:
         need = training or (weight is not None and weight.requires_grad)
@@ -199,7 +199,7 @@ def activation(mode: Mode, function, u, /, *args, **kwargs):
 def elementwise(mode: Mode, function, p, q, **kwargs):
     """PyTorch's own node, but for two factors, or a dividend and a divisor, with gradients; and a recipe."""
     tensors = [p, q] if isinstance(q, Tensor) else [p]
-    if not needs_grad(*tensors):
+    if not (all(map(ordinary, tensors)) and needs_grad(*tensors)):
         return None  # a counter of batches, for example
     operator, in_place = ELEMENTWISE[function], writes(function)[0]
     scales = operator in ops.PAIRS

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.compiler import is_dynamo_compiling
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
+from torch.utils._device import DeviceContext
 
 from .calls import HANDLERS, leave
 from .operations import Operation, weak
@@ -120,6 +121,9 @@ class Mode(TorchFunctionMode):
         self.owner = owner
         self.price = str(max_cost)  # a string: the compiler would turn a number into an input
         self.table = Table(max_cost)
+        # Inside a mode that may change what a function computes, nothing is known of the results.
+        around = {type(mode) for mode in _get_current_function_mode_stack()}
+        self.handlers = HANDLERS if around <= {Mode, DeviceContext} else {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
@@ -131,7 +135,7 @@ class Mode(TorchFunctionMode):
             return function(*args, **(kwargs or {}))
         if torch._C._are_functorch_transforms_active():
             return function(*args, **(kwargs or {}))
-        return HANDLERS.get(function, leave)(self, function, args, kwargs or {})
+        return self.handlers.get(function, leave)(self, function, args, kwargs or {})
 
     # The compiler traces through the method, but must not compile it alone, as it would for the calls of a
     # frame that it has given up: its guards miss ``function``, so one call would get the graph of another.
@@ -184,10 +188,11 @@ class remat:  # noqa: N801
     poolings, paddings and dropout get nodes that keep inputs as *recipes*: backward recomputes a norm, an
     activation, a concatenation, a cast, a copy or a sum from what is kept. Everything else runs as always:
     other operations, ``no_grad``, torch.func, tracing, regions with saved-tensor hooks such as a checkpoint,
-    other threads such as those of `nn.DataParallel`. Of two contexts the inner one decides. Nothing in the
-    model changes. Under torch.compile the compiler decides by the same price; by its own rules for what is
-    compiled inside a checkpoint. Its backward may read an input of the graph, such as a buffer, again: if
-    that was changed in place after the graph had run, it is PyTorch's error.
+    other threads such as those of `nn.DataParallel`, subclasses of `Tensor`, and whatever runs inside another
+    `TorchFunctionMode` (but ``torch.device``) that is entered before remat. Of two contexts the inner one
+    decides. Nothing in the model changes. Under torch.compile the compiler decides by the same price; by its
+    own rules for what is compiled inside a checkpoint. Its backward may read an input of the graph, such as a
+    buffer, again: if that was changed in place after the graph had run, it is PyTorch's error.
 
     `nn.TransformerEncoder` and `nn.MultiheadAttention`, in eval mode and without gradients, look for modes
     such as remat's and then leave their fast path: results differ in the last digits, and at padded
@@ -204,8 +209,7 @@ class remat:  # noqa: N801
     computed from it is left to PyTorch. A hook that logs activations should take ``t.detach().mean()``.
 
     A hook on a node of the graph (``grad_fn.register_hook``, or a module's older ``register_backward_hook``)
-    is called for remat's node, which may have other inputs. A `TorchFunctionMode` around remat's context sees
-    what remat calls, not what the model does. Compiled autograd is an error.
+    is called for remat's node, which may have other inputs. Compiled autograd is an error.
 
     Args:
         max_cost: multiplications per value that backward may repeat, at least 0. A convolution costs C_in /

@@ -62,6 +62,11 @@ def test_not_inside_another_on_an_accelerator_either(monkeypatch):
                 pass
 
 
+def test_a_mark_has_a_name():
+    with MemoryTrace() as trace, pytest.raises(ValueError, match="^name must be a str, got 5"):
+        trace.mark(5)
+
+
 def test_a_profiler_inside_is_an_error():
     """It would take the trace's events, and leave zeros."""
     with pytest.raises(RuntimeError, match="^PyTorch's profiler ran inside MemoryTrace"):

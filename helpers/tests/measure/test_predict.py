@@ -306,8 +306,13 @@ def hardswish():
     return nn.Sequential(*convs, nn.Hardswish(), OfPixels(16, 16, 1))
 
 
+def log_sigmoid():
+    convs = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+    return nn.Sequential(*convs, nn.LogSigmoid(), nn.Conv2d(16, 16, 1, groups=16), nn.InstanceNorm2d(16))
+
+
 @pytest.mark.parametrize("max_cost", [None, 0, 64])
-@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid, Twice, hardswish])
+@pytest.mark.parametrize("make", [IMAGES["group norm"], Pyramid, Twice, hardswish, log_sigmoid])
 def test_to_the_byte_with_channels_last(make, max_cost):
     model, x = make(), torch.randn(4, 3, 16, 16).to(memory_format=torch.channels_last)
     model = model.to(memory_format=torch.channels_last)
@@ -322,6 +327,17 @@ def test_to_the_byte_on_a_linear_layer_of_channels(last, max_cost):
     assert predict_memory(model, (2, 3, 9, 9), max_cost=max_cost) == measure(
         model, torch.randn(2, 3, 9, 9), max_cost
     )
+
+
+@pytest.mark.parametrize("max_cost", [None, 0, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_to_the_byte_where_biases_alone_are_trained(dtype, max_cost):
+    """A library may give the weight's gradient although nobody asks for it."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 64, 5)).to(dtype)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("bias"))
+    x = torch.randn(2, 3, 12, 12, dtype=dtype)
+    assert predict_memory(model, x, max_cost=max_cost) == measure(model, x, max_cost)
 
 
 class OfTokens(nn.Linear):
@@ -735,6 +751,7 @@ class AsksInBackward(nn.Linear):
         (lambda m: predict_memory(m, "23"), r"inputs \(other than tensors\) must be a shape .* got '23'"),
         (lambda m: predict_memory(m, (2, -3)), r"inputs .* must be a shape .* at least 0, got \(2, -3"),
         (lambda m: predict_memory(m, (True, 3)), r"inputs .* must be a shape .* got \(True, 3"),
+        (lambda m: predict_memory(m, torch.eye(3).to_sparse()), "inputs must be strided .* torch.sparse_coo"),
         (lambda m: predict_memory(m, {"x": (2, 3)}), "inputs .* must be a shape .* got {'x'"),
         (lambda m: predict_memory(m, (2, 3), device_type="tpu"), "device_type must be one of cpu, cuda, got"),
         (lambda m: predict_memory(Asks(), (2, 3)), "model must not ask for its tensors' values, got aten"),

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from helpers import remat
 from helpers.predict import Held
 from helpers.remat import task
+from helpers.remat.mode import Mode
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
 
@@ -127,12 +127,12 @@ def frozen(module):
     return module.requires_grad_(False)
 
 
-class Seen(TorchFunctionMode):
-    """Every tensor that forward made, as it was, beside every one that backward makes again."""
+class Seen:
+    """Every tensor that forward made under remat, as it was, beside every one that backward makes again."""
 
     def __init__(self, monkeypatch):
-        super().__init__()
-        self.remade, self.made, get = [], {}, task.Task.get
+        self.remade, self.made = [], {}
+        get, handle = task.Task.get, Mode.__torch_function__
 
         def watched(task, value):
             kept = value.kept is not None
@@ -141,14 +141,15 @@ class Seen(TorchFunctionMode):
                 self.remade.append(t.clone())
             return t, mine
 
-        monkeypatch.setattr(task.Task, "get", watched)
+        def noted(mode, func, types, args=(), kwargs=None):
+            out = handle(mode, func, types, args, kwargs)
+            for t in (*tensors(args), *tensors(out)):
+                for u in (t.detach(), t.detach().bfloat16()):  # autocast's casts
+                    self.made.setdefault((u.shape, u.dtype), []).append(u.clone())
+            return out
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in (*tensors(args), *tensors(out)):
-            for u in (t.detach(), t.detach().bfloat16()):  # autocast's casts
-                self.made.setdefault((u.shape, u.dtype), []).append(u.clone())
-        return out
+        monkeypatch.setattr(task.Task, "get", watched)
+        monkeypatch.setattr(Mode, "__torch_function__", noted)
 
     def strange(self):
         """What is no tensor of forward."""

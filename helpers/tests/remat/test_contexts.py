@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers import remat
@@ -216,6 +217,43 @@ def test_nested_contexts_hold_no_more_than_one():
     assert found == [2, 1, 1, 1]
 
 
+class Doubles(TorchFunctionMode):
+    """Changes what one function computes."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return 2 * out if function is self.function else out
+
+
+@pytest.mark.parametrize("function", [F.relu, F.batch_norm, torch.conv2d, F.dropout])
+def test_modes_of_the_users(function):
+    """One around the context sees what it sees without remat, and so does one inside of it."""
+
+    def scenario(context):
+        found = {}
+        for inside in (False, True):
+            model = nn.Sequential(network(), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Dropout(0.4)).double()
+            torch.manual_seed(0)
+            outer, inner = (context(), Doubles(function)) if inside else (Doubles(function), context())
+            with outer, inner:
+                out = model(X)
+            out.square().sum().backward()
+            found |= {f"{inside}, {name}": t for name, t in (gradients(model) | {"output": out}).items()}
+        return found
+
+    check_scenario(scenario)
+
+
+def test_a_device_around_the_context():
+    with torch.device("cpu"), remat() as record:
+        network()(X).sum().backward()
+    assert record.rows
+
+
 def test_left_in_another_order():
     before = mode_stack()
     first, second = remat(), remat(max_cost=64)
@@ -303,13 +341,18 @@ def test_tensors_that_are_not_ordinary():
     """Subclasses, complex numbers, empty batches and a function of the user's that writes in place."""
 
     class Mine(torch.Tensor):
-        pass
+        @classmethod
+        def __torch_function__(cls, function, *args, **kwargs):
+            asked.append(function)
+            return super().__torch_function__(function, *args, **kwargs)
 
     def scenario(context):
         model, empty, conv = network(), network().eval(), nn.Conv2d(3, 2, 3).to(torch.complex128)
+        asked.clear()
         with context():
             out = model(X.as_subclass(Mine))
             assert isinstance(out, Mine)
+            calls.append([*asked])
             none = empty(X[:0])
             numbers = conv(X.to(torch.complex128))
             swish = Swish.apply(model[0](X))
@@ -318,7 +361,9 @@ def test_tensors_that_are_not_ordinary():
         found = {n: g.as_subclass(torch.Tensor) for n, g in gradients(model).items()}
         return found | named(torch.view_as_real(conv.weight.grad), empty[0][0].weight.grad)
 
+    asked, calls = [], []
     check_scenario(scenario)
+    assert calls[0] and all(other == calls[0] for other in calls)  # nothing else is asked of a subclass
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

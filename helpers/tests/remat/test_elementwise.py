@@ -91,8 +91,8 @@ def test_copies_are_made_again(monkeypatch, name):
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
     check(copied(COPIES[name]), X)
     for precision, layout in itertools.product(PRECISIONS.values(), LAYOUTS.values()):
-        with Seen(monkeypatch) as seen:
-            step(copied(COPIES[name]), [X], 0, layout=layout, **precision)
+        seen = Seen(monkeypatch)
+        step(copied(COPIES[name]), [X], 0, layout=layout, **precision)
         assert seen.remade and seen.strange() == []
     with remat() as record:
         copied(COPIES[name])()(X.float())

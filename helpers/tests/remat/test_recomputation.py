@@ -84,8 +84,7 @@ def test_remade_values_are_forwards_to_the_bit(monkeypatch, name, precision, lay
             nn.ReLU(), nn.Conv2d(5, 4, 3))  # fmt: skip
 
     for cost in (0, 1e9):
-        with seen:
-            step(make, [image(5, 3, 11, 9)], cost, layout=LAYOUTS[layout], **PRECISIONS[precision])
+        step(make, [image(5, 3, 11, 9)], cost, layout=LAYOUTS[layout], **PRECISIONS[precision])
     assert len(seen.remade) >= 4
     assert seen.strange() == []
 
@@ -107,8 +106,8 @@ def test_other_functions_are_remade_to_the_bit(function):
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_networks_are_remade_to_the_bit(monkeypatch, name, precision):
-    with Seen(monkeypatch) as seen:
-        step(example(name), [X], 1e9, **PRECISIONS[precision])
+    seen = Seen(monkeypatch)
+    step(example(name), [X], 1e9, **PRECISIONS[precision])
     assert seen.remade and seen.strange() == []
 
 
@@ -118,8 +117,8 @@ def test_norms_are_remade_to_the_bit(monkeypatch, norm, precision):
     def make():
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[norm](), nn.SiLU(), nn.Conv2d(8, 2, 3))
 
-    with Seen(monkeypatch) as seen:
-        step(make, [X], 0, **PRECISIONS[precision])
+    seen = Seen(monkeypatch)
+    step(make, [X], 0, **PRECISIONS[precision])
     assert seen.strange() == []
 
 

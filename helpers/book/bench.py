@@ -42,7 +42,7 @@ from helpers.predict import largest_batch
 from helpers.remat.compare import clock, compare
 from helpers.remat.record import MIB
 
-OWN = (
+TAKEN = (
     Parameter("DEVICE", "str", "auto", "auto, cpu, or an accelerator"),
     Parameter("REPEATS", "int", 7, "rounds of timing, at least 1"),
     Parameter("TABLE", "str", "", "measure the tables with this in their title"),
@@ -50,7 +50,7 @@ OWN = (
     Parameter("FRONT", "int", 0, "1 for chapter 8's record, at least 0, at most 1"),
     QUICK,
 )
-PARAMETERS = {parameter.name: parameter for parameter in OWN}
+PARAMETERS = {parameter.name: parameter for parameter in TAKEN}
 MEASUREMENTS, BUILD = NOTEBOOKS.parent / "data" / "measurements", NOTEBOOKS.parent / "build"
 
 
@@ -295,11 +295,11 @@ def main(arguments: list[str]) -> str | None:
             raise ParameterError(f"TABLE must be part of a title, got {only!r}; there are: {titles}")
     except ValueError as error:
         return f"bench: {error}"
-    about = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
-    print(", ".join(f"{k}: {v}" for k, v in about.items()))
+    facts = {"date": datetime.date.today().isoformat(), **describe_device(device), "memory": how}
+    print(", ".join(f"{k}: {v}" for k, v in facts.items()))
     parts = "front" if values["FRONT"] else "bench", device.type, *only.split()
     path = BUILD / f"{'_'.join(parts)}.json"
-    write(path, {**about, "tables": {}})
+    write(path, {**facts, "tables": {}})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `run` stops its process
     minutes = values["TIME_LIMIT"] or (10_000 if device.type == "cpu" else 9)
     try:

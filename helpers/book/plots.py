@@ -140,25 +140,25 @@ def backward_step_by_step(axes, traces: dict, colours: list, unit: int) -> None:
     """Chapter 6: what is held after each allocation and release of backward, in units of ``unit`` bytes.
 
     Our own buffers are dark, the library's light. Changes of less than a fiftieth of a unit are left out.
-    ``traces``: title -> trace whose rows have held, change, moment and own.
+    ``traces``: title -> trace whose rows have held, change, moment and in_library.
     """
     top = 1.25 * max(trace.peak for trace in traces.values()) / unit
     for ax, (title, trace), colour in zip(axes, traces.items(), colours, strict=True):
-        shown, own = [], 0.0  # (held, own buffers, moment)
+        shown, ours = [], 0.0  # (held, in our own buffers, moment)
         for row in trace.rows:
-            before, own = own, row.held / unit if row.own else own
-            if max(abs(row.change) / unit, abs(own - before)) > 0.02 and row.moment not in ("", "end"):
-                shown.append((row.held / unit, own, row.moment))
-        held, owns, moments = zip(*shown, strict=True)
+            before, ours = ours, ours if row.in_library else row.held / unit
+            if max(abs(row.change) / unit, abs(ours - before)) > 0.02 and row.moment not in ("", "end"):
+                shown.append((row.held / unit, ours, row.moment))
+        held, buffers, moments = zip(*shown, strict=True)
         steps = range(len(shown))
-        for values, alpha in ((held, 0.25), (owns, 0.45)):
+        for values, alpha in ((held, 0.25), (buffers, 0.45)):
             ax.fill_between(steps, values, step="post", color=colour, alpha=alpha, linewidth=0)
         ax.step(steps, held, where="post", color=colour, linewidth=1.2)
         for k in steps[1:]:
             if moments[k] != moments[k - 1]:
                 begins(ax, k - 0.5, moments[k])
         ax.set(xlim=(0, steps[-1]), ylim=(0, top), ylabel="buffers", xticks=[])
-        peaks = f"{title}: peak {max(held):.1f}, of our own buffers {max(owns):.1f}"
+        peaks = f"{title}: peak {max(held):.1f}, of our own buffers {max(buffers):.1f}"
         ax.set_title(peaks, color=ink(colour), fontweight="bold", fontsize=10)
     axes[-1].set_xlabel("allocations and releases of backward, one after the other")
 

@@ -219,8 +219,8 @@ def same(p: Tensor, q: Tensor) -> bool:
 
 def random_state(device: torch.device) -> list:
     """Of PyTorch's generators, to be compared: in another dtype they draw other numbers."""
-    own = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
-    return [t.tolist() for t in (torch.get_rng_state(), *own)]
+    others = [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)]
+    return [t.tolist() for t in (torch.get_rng_state(), *others)]
 
 
 @contextlib.contextmanager

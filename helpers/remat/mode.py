@@ -68,25 +68,25 @@ class Node(torch.autograd.Function):
             grads = operation.backward(task, dz, needs, saved)
         task.holding.pop(operation.output, None)  # the value is not needed any more
         if task.twice:
-            grads = once(ctx, dz, grads)
+            grads = guarded(ctx, dz, grads)
         if not task.retained:
             ctx.operation = None
         return None, *grads
 
 
-def once(ctx, dz: Tensor | None, grads: list) -> list:
+def guarded(ctx, dz: Tensor | None, grads: list) -> list:
     """The gradients behind a node that raises, with edges to all leaves that they depend on."""
     tensors = [t for t in (*grads, dz) if t is not None]
-    stack, seen = [node for node, _ in ctx.next_functions], set()
+    stack, visited = [node for node, _ in ctx.next_functions], set()
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in visited:
+            visited.add(node)
             stack.extend(n for n, _ in node.next_functions)
             if hasattr(node, "variable"):
                 tensors.append(node.variable)
-    guarded = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
-    return [g if g is None else next(guarded) for g in grads]
+    raising = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
+    return [g if g is None else next(raising) for g in grads]
 
 
 def wanted(ctx, operation: Operation) -> list[bool]:

@@ -217,7 +217,7 @@ def slack(table: Table, retained: bool) -> list[int]:
     if table.looked_at > 10_000 + 32 * len(table.operations):  # in many small passes: there is no room
         return []
     operations = [None] * gone + [ref() for ref in table.operations[gone:]]
-    change, seen = [0] * (len(operations) + 1), set()  # of the level, before each operation's backward
+    change, visited = [0] * (len(operations) + 1), set()  # of the level, before each operation's backward
     level, gradients = 0, {}  # bytes; of gradients, by the operation whose backward takes them
     tensors, everything = [0] * len(operations), [0] * len(operations)  # how high each backward rises
     for i in reversed(range(gone, len(operations))):
@@ -226,8 +226,8 @@ def slack(table: Table, retained: bool) -> list[int]:
         unkept, convolutions = [v for v in stack if v.kept is None], []
         while stack:
             v = stack.pop()
-            if v not in seen:
-                seen.add(v)
+            if v not in visited:
+                visited.add(v)
                 stack.extend(v.parents)
                 if v.kept is not None:
                     change[v.when - 1] -= 0 if retained else v.nbytes

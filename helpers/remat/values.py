@@ -343,7 +343,7 @@ class Table:
         # Parts of a value share what it takes to recompute it, and it is there until the last is used.
         size = value.parents[0].size if isinstance(value.recipe, Part) else value.size
         work = passes = made = source = 0.0
-        largest, path, seen = value.nbytes, [value], {value}
+        largest, path, visited = value.nbytes, [value], {value}
         for v in path:  # it grows
             if (recipe := v.recipe) is None:
                 return False
@@ -355,8 +355,8 @@ class Table:
             for p in v.parents:
                 if p.kept is not None:
                     source = max(source, p.nbytes)
-                elif p not in seen and p not in also:
-                    seen.add(p)
+                elif p not in visited and p not in also:
+                    visited.add(p)
                     path.append(p)
         if limited and made > most_made * largest:
             return False

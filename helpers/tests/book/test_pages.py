@@ -323,22 +323,22 @@ def visit(browser, path):
     return SimpleNamespace(page=page, path=path, requests=requests, messages=messages)
 
 
-def requests_outside(seen):
+def requests_outside(opened):
     """What it asked for beside itself and its fonts, and what it did not get."""
-    inside = (seen.path.as_uri(), (seen.path.parent / "fonts").as_uri(), "data:")
-    return [url for url in seen.requests if not url.startswith(inside)] + seen.messages
+    inside = (opened.path.as_uri(), (opened.path.parent / "fonts").as_uri(), "data:")
+    return [url for url in opened.requests if not url.startswith(inside)] + opened.messages
 
 
-def empty_formulas(seen):
-    return seen.page.evaluate("""() => [...document.querySelectorAll('math')].filter(math => {
+def empty_formulas(opened):
+    return opened.page.evaluate("""() => [...document.querySelectorAll('math')].filter(math => {
         const box = math.getBoundingClientRect();
         return box.width < 2 || box.height < 2;
     }).map(math => math.outerHTML)""")
 
 
-def foreign_fonts(seen):
+def foreign_fonts(opened):
     """Fonts in which formulas are set, beside the one that comes with the page."""
-    session = seen.page.context.new_cdp_session(seen.page)
+    session = opened.page.context.new_cdp_session(opened.page)
     session.send("DOM.enable")
     session.send("CSS.enable")
     root = session.send("DOM.getDocument", {"depth": 0})["root"]["nodeId"]
@@ -351,9 +351,9 @@ def foreign_fonts(seen):
     return sorted(fonts - {("Pages Math", True)})
 
 
-def raw_tex(seen):
+def raw_tex(opened):
     """TeX in the text that a reader sees, outside code."""
-    return seen.page.evaluate(r"""() => {
+    return opened.page.evaluate(r"""() => {
         const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
         const tex = /\$[^$]+\$|\\[a-zA-Z]{2}|\\[()[\]]/;
         for (let node; (node = walk.nextNode()); )
@@ -362,29 +362,29 @@ def raw_tex(seen):
     }""")
 
 
-def too_wide(seen):
+def too_wide(opened):
     """How many pixels wider than the screen the page is."""
-    return seen.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    return opened.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
 
 
-def violations(seen, scheme):
+def violations(opened, scheme):
     """What axe-core finds; in the dark the contrast alone can be different.
 
     Of each class of tokens in code one will do: they are most of a page, and take most of the time.
     """
     from axe_playwright_python.sync_playwright import Axe
 
-    seen.page.evaluate("""() => {
-        const seen = new Set();
+    opened.page.evaluate("""() => {
+        const opened = new Set();
         for (const token of document.querySelectorAll('pre span[class]')) {
-            if (seen.has(token.className)) token.replaceWith(token.textContent);
-            seen.add(token.className);
+            if (opened.has(token.className)) token.replaceWith(token.textContent);
+            opened.add(token.className);
         }
         document.body.normalize();
     }""")
     only = {"runOnly": ["color-contrast"]} if scheme == "dark" else {}
-    seen.page.emulate_media(color_scheme=scheme)
-    result = Axe().run(seen.page, options={"resultTypes": ["violations"], **only})
+    opened.page.emulate_media(color_scheme=scheme)
+    result = Axe().run(opened.page, options={"resultTypes": ["violations"], **only})
     return [
         f"{found['id']} ({found['impact']}): {node['html'][:200]}"
         for found in result.response["violations"]
@@ -392,11 +392,11 @@ def violations(seen, scheme):
     ]
 
 
-def cut_off_in_print(seen):
+def cut_off_in_print(opened):
     """What is wider than the paper."""
-    seen.page.emulate_media(media="print")
-    seen.page.set_viewport_size({"width": 672, "height": 900})  # what A4 leaves between the margins
-    return seen.page.evaluate("""() => [...document.querySelectorAll('main *')]
+    opened.page.emulate_media(media="print")
+    opened.page.set_viewport_size({"width": 672, "height": 900})  # what A4 leaves between the margins
+    return opened.page.evaluate("""() => [...document.querySelectorAll('main *')]
         .filter(tag => tag.getBoundingClientRect().right > 673).map(tag => tag.outerHTML.slice(0, 120))""")
 
 
@@ -405,9 +405,9 @@ CHECKS = {
     "formulas without a box": empty_formulas,
     "formulas in another font": foreign_fonts,
     "visible TeX": raw_tex,
-    "wider than a phone": lambda seen: [width] if (width := too_wide(seen)) else [],
-    "axe, light": lambda seen: violations(seen, "light"),
-    "axe, dark": lambda seen: violations(seen, "dark"),
+    "wider than a phone": lambda opened: [width] if (width := too_wide(opened)) else [],
+    "axe, light": lambda opened: violations(opened, "light"),
+    "axe, dark": lambda opened: violations(opened, "dark"),
     "cut off in print": cut_off_in_print,
 }
 
@@ -415,10 +415,10 @@ CHECKS = {
 @in_browser
 @pytest.mark.parametrize("name", NAMES)
 def test_a_browser_finds_nothing(site, browser, name):
-    seen = visit(browser, site / f"{name}.html")
-    assert {check: found for check in CHECKS if (found := CHECKS[check](seen))} == {}
-    assert any("fonts/text.woff2" in url for url in seen.requests)
-    seen.page.close()
+    opened = visit(browser, site / f"{name}.html")
+    assert {check: found for check in CHECKS if (found := CHECKS[check](opened))} == {}
+    assert any("fonts/text.woff2" in url for url in opened.requests)
+    opened.page.close()
 
 
 @in_browser
@@ -441,9 +441,9 @@ def test_faults_are_found(make, tmp_path, browser):
     """Every check of this section says something about a page that has all faults."""
     make([text("# One\n\n$x$ and `$in code$`"), code("x = 1  # why")])
     path = tmp_path / "html" / "01_chapter.html"
-    seen = visit(browser, path)
-    assert [name for name, check in CHECKS.items() if check(seen)] == []
-    seen.page.close()
+    opened = visit(browser, path)
+    assert [name for name, check in CHECKS.items() if check(opened)] == []
+    opened.page.close()
 
     page = path.read_text()
     page = re.sub("<meta http-equiv[^>]*>", "", page)  # which would stop the first of them
@@ -454,9 +454,9 @@ def test_faults_are_found(make, tmp_path, browser):
         "<style>.c1 { color: #777 !important }</style>"
     )
     path.write_text(page.replace("</main>", faults + "</main>"))
-    seen = visit(browser, path)
-    assert [name for name, check in CHECKS.items() if check(seen)] == list(CHECKS)
-    seen.page.close()
+    opened = visit(browser, path)
+    assert [name for name, check in CHECKS.items() if check(opened)] == list(CHECKS)
+    opened.page.close()
 
 
 @in_browser
@@ -464,12 +464,12 @@ def test_a_page_cannot_ask_for_more(make, tmp_path, browser):
     """Whatever an output holds: the page's own policy stops it."""
     image = '<img src="https://example.invalid/x.png" alt="a picture from elsewhere" onerror="alert(1)">'
     make([text("# One"), code("1", shown("text/html", image))])
-    seen = visit(browser, tmp_path / "html" / "01_chapter.html")
+    opened = visit(browser, tmp_path / "html" / "01_chapter.html")
     assert not [
-        url for url in seen.requests if "example.invalid" in url and "failed: " + url not in seen.messages
+        url for url in opened.requests if "example.invalid" in url and "failed: " + url not in opened.messages
     ]
-    assert any("Content Security Policy" in message for message in seen.messages)
-    seen.page.close()
+    assert any("Content Security Policy" in message for message in opened.messages)
+    opened.page.close()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def frozen(module):
     return module.requires_grad_(False)
 
 
-class Seen:
+class Recorder:
     """Every tensor that forward made under remat, as it was, beside every one that backward makes again."""
 
     def __init__(self, monkeypatch):

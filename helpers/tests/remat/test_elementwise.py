@@ -15,7 +15,7 @@ from helpers.remat import task
 from helpers.tests.remat.examples import LAYOUTS, PRECISIONS
 from helpers.tests.remat.support import (
     Net,
-    Seen,
+    Recorder,
     X,
     assert_same_forward,
     block,
@@ -91,9 +91,9 @@ def test_copies_are_made_again(monkeypatch, name):
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
     check(copied(COPIES[name]), X)
     for precision, layout in itertools.product(PRECISIONS.values(), LAYOUTS.values()):
-        seen = Seen(monkeypatch)
+        recorder = Recorder(monkeypatch)
         step(copied(COPIES[name]), [X], 0, layout=layout, **precision)
-        assert seen.remade and seen.strange() == []
+        assert recorder.remade and recorder.strange() == []
     with remat() as record:
         copied(COPIES[name])()(X.float())
     kept = [row.recipe for row in record.rows if row.kept and row.recipe != "offsets"]

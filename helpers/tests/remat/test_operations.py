@@ -16,7 +16,7 @@ from helpers.tests.remat.examples import EVERY_ACTIVATION, NORMS
 from helpers.tests.remat.support import (
     COSTS,
     Net,
-    Seen,
+    Recorder,
     X,
     assert_same_forward,
     block,
@@ -352,14 +352,14 @@ def test_dropout_keeps_a_byte_for_each_value_or_channel(drop, monkeypatch):
     """It is recomputed to the bit, a few images at a time."""
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
     x = image(4, 3, 32, 32, dtype=torch.float32)
-    seen = Seen(monkeypatch)
+    recorder = Recorder(monkeypatch)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), drop(0.3), nn.Conv2d(8, 4, 3))
     with remat() as record:
         out = model(x)
     out.sum().backward()
     mask = 4 * 8 * (30 * 30 if drop is nn.Dropout else 4)
     assert record.kept_bytes == x.nbytes + 4 * 4 * 8 * 30 * 30 + mask
-    assert len(seen.remade) == 2 and seen.strange() == []
+    assert len(recorder.remade) == 2 and recorder.strange() == []
 
 
 SIGNALS = {

@@ -12,7 +12,7 @@ from helpers import remat
 from helpers.predict import Held
 from helpers.remat import convolutions, operations, task, values
 from helpers.tests.remat.examples import CHAINS, EVERY_ACTIVATION, LAYOUTS, NORMS, PRECISIONS, example
-from helpers.tests.remat.support import COSTS, Net, Seen, X, block, check, image, step, under
+from helpers.tests.remat.support import COSTS, Net, Recorder, X, block, check, image, step, under
 
 CUT = {
     "padding": (lambda: nn.Conv2d(4, 6, 3, padding=1), (5, 4, 9, 8)),
@@ -76,7 +76,7 @@ KNOWN = ("relu", "relu6", "hardtanh", "leaky_relu", "leaky_relu_", "elu", "elu_"
 def test_remade_values_are_forwards_to_the_bit(monkeypatch, name, precision, layout):
     """Also a few images at a time, of odd sizes: no kernel may see where a batch is cut."""
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
-    seen, activation = Seen(monkeypatch), EVERY_ACTIVATION[name]
+    recorder, activation = Recorder(monkeypatch), EVERY_ACTIVATION[name]
 
     def make():
         return nn.Sequential(
@@ -85,8 +85,8 @@ def test_remade_values_are_forwards_to_the_bit(monkeypatch, name, precision, lay
 
     for cost in (0, 1e9):
         step(make, [image(5, 3, 11, 9)], cost, layout=LAYOUTS[layout], **PRECISIONS[precision])
-    assert len(seen.remade) >= 4
-    assert seen.strange() == []
+    assert len(recorder.remade) >= 4
+    assert recorder.strange() == []
 
 
 @pytest.mark.parametrize("function", [F.softplus, torch.sin, F.normalize])
@@ -106,9 +106,9 @@ def test_other_functions_are_remade_to_the_bit(function):
 )
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_networks_are_remade_to_the_bit(monkeypatch, name, precision):
-    seen = Seen(monkeypatch)
+    recorder = Recorder(monkeypatch)
     step(example(name), [X], 1e9, **PRECISIONS[precision])
-    assert seen.remade and seen.strange() == []
+    assert recorder.remade and recorder.strange() == []
 
 
 @pytest.mark.parametrize("norm", ["two groups", "layer", "no affine", "no running statistics", "eval"])
@@ -117,9 +117,9 @@ def test_norms_are_remade_to_the_bit(monkeypatch, norm, precision):
     def make():
         return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), NORMS[norm](), nn.SiLU(), nn.Conv2d(8, 2, 3))
 
-    seen = Seen(monkeypatch)
+    recorder = Recorder(monkeypatch)
     step(make, [X], 0, **PRECISIONS[precision])
-    assert seen.strange() == []
+    assert recorder.strange() == []
 
 
 def test_padding_that_moves_images(monkeypatch):

@@ -201,7 +201,7 @@ def elementwise(mode: Mode, function, p, q, **kwargs):
     tensors = [p, q] if isinstance(q, Tensor) else [p]
     if not (all(map(ordinary, tensors)) and needs_grad(*tensors)):
         return None  # a counter of batches, for example
-    operator, in_place = ELEMENTWISE[function], writes(function)[0]
+    operator, in_place = ELEMENTWISE[function], writes(function)
     scales = operator in ops.PAIRS
     fit(plain(*tensors) or (scales and all(plain(t) or is_mask(t) for t in tensors)))
     fit(not kwargs and mode.table.is_safe(*tensors))

@@ -2,7 +2,6 @@
 
 import functools
 import sys
-import types
 from collections.abc import Callable
 
 import torch
@@ -11,26 +10,25 @@ from torch import Tensor
 
 from .values import Table
 
-OPERATORS = "add sub mul div truediv floordiv pow mod and or xor lshift rshift matmul".split()
 # After these, writes to the tensor may go unseen by autograd.
 EXPOSING = (Tensor.data.__get__, Tensor.data.__set__, Tensor.numpy, Tensor.__array__, Tensor.untyped_storage,
             Tensor.data_ptr, Tensor.storage, Tensor.__dlpack__, Tensor.__cuda_array_interface__.__get__,
             Tensor.unsafe_chunk, Tensor.unsafe_split, torch.unsafe_chunk, torch.unsafe_split)  # fmt: skip
 # Arguments that PyTorch 2.14 does not tell a mode, and would ignore.
 LOST = {F.l1_loss: "weight", torch.chain_matmul: "out", Tensor.dim_order: "ambiguity_check"}
-IN_PLACE = {"__setitem__", *(f"__i{name}__" for name in OPERATORS)}
+# The other operators in place arrive as methods whose names end in "_".
+IN_PLACE = {"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 
 
 def targets(function, args, kwargs) -> list:
     """What a call changes, with a new version."""
-    by_name, place = writes(function)
     found = [kwargs["out"]] if "out" in kwargs else []
-    if by_name or kwargs.get("inplace") or (place and len(args) > place and args[place]):
+    if writes(function) or kwargs.get("inplace"):
         found += args[:1] or [*kwargs.values()][:1]
     for i, name in schema_writes(function):
         found.append(args[i] if i < len(args) else kwargs.get(name))
     if kwargs.get("max_norm") is not None:  # an embedding's weight
-        found += [args[1] if len(args) > 1 else kwargs["weight"]]
+        found.append(args[1])
     return found
 
 
@@ -44,14 +42,11 @@ def schema_writes(function) -> frozenset[tuple[int, str]]:
 
 
 @functools.lru_cache(maxsize=4096)
-def writes(function) -> tuple[bool, int | None]:
-    """Whether a function changes its first argument, by its name; and the position of its ``inplace``."""
-    name, place = name_of(function), None
-    if isinstance(function, types.FunctionType):
-        parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
-        place = parameters.index("inplace") if "inplace" in parameters else None
+def writes(function) -> bool:
+    """Whether a function changes its first argument, by its name."""
+    name = name_of(function)
     in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-    return in_place or name in IN_PLACE, place
+    return in_place or name in IN_PLACE
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 
 import numpy as np
 import pytest
@@ -88,13 +89,17 @@ WRITES = {
 }  # fmt: skip
 
 
-IN_PLACE = {
-    "sum": lambda y: y.add_(1),
-    "operator": lambda y: y.__iadd__(y.detach().clone()),
+IN_PLACE = WRITES | {
+    **{
+        f"__i{name}__": lambda y, name=name: getattr(operator, f"i{name}")(y.detach(), 2.0)
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
+    },
     "activation": F.relu_,
-    "index": lambda y: y.__setitem__(0, 0.0),
-    "embedding": lambda y: F.embedding(torch.tensor([0, 1]), y, max_norm=0.1),
-    **{name: WRITES[name] for name in ("inference_mode", "by another class")},
+    "first index": lambda y: y.__setitem__(0, 0.0),
+    "embedding": lambda y: F.embedding(torch.tensor([0, 1]), weight=y, max_norm=0.1),
+    "in place by keyword": lambda y: F.leaky_relu(input=y, negative_slope=0.1, inplace=True),
+    "in place by position": lambda y: F.leaky_relu(y, 0.1, True),
+    "an operator by keyword": lambda y: torch.ops.remat_tests.treble(y=3.0, x=y.detach()),
 }
 
 
@@ -110,6 +115,21 @@ def test_a_write_to_what_remat_alone_keeps(name):
             IN_PLACE[name](y)
         grads = torch.autograd.grad(z.square().sum() + y.square().sum(), [x, w])
         return dict(zip("xw", grads, strict=True))
+
+    check_scenario(scenario)
+
+
+@pytest.mark.parametrize("name", ["iand", "ior", "ixor", "ilshift", "irshift"])
+def test_a_write_to_a_mask(name):
+    """PyTorch keeps the product for the weight's gradient, remat the mask."""
+
+    def scenario(context):
+        x, w = leaf(image(3, 4)), leaf(image(5, 4, seed=1))
+        mask = (x > 0) if "shift" not in name else (x > 0).int()
+        with context():
+            out = F.linear(F.silu(x) * mask, w)
+            getattr(operator, name)(mask, mask.flip(0))
+        return named(torch.autograd.grad(out.sum(), w)[0])
 
     check_scenario(scenario)
 

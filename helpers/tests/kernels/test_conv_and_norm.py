@@ -218,12 +218,12 @@ def test_sums_of_many_values_keep_their_digits(dtype, layout):
 def test_a_gradient_far_from_zero(mean):
     """The norm subtracts most of dz: dy's errors are in dz's last digits, and their mean is close to 0."""
     torch.manual_seed(0)
-    y, dz, gamma = torch.randn(33, 8, 17, 19), torch.randn(33, 8, 17, 19) + mean, torch.rand(8) + 0.5
+    y, dz, gamma = torch.randn(33, 32, 17, 19), torch.randn(33, 32, 17, 19) + mean, torch.rand(32) + 0.5
     dy, _, _ = batch_norm_backward(dz, y, gamma, *batch_stats(y))
     exact, _, _ = batch_norm_backward(*(t.double() for t in (dz, y, gamma)), *batch_stats(y.double()))
     eps = torch.finfo(torch.float32).eps
     assert (dy.double() - exact).norm() <= 0.5 * eps * (dz.norm() + (dz - mean).norm())
-    assert dy.double().mean((0, 2, 3)).abs().max() <= 0.4 * eps * (mean + 1)
+    assert dy.double().mean((0, 2, 3)).square().mean().sqrt() <= 0.11 * eps * (mean + 1)
 
 
 def test_a_gradient_of_a_tiny_norm():

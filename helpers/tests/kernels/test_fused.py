@@ -596,6 +596,11 @@ def test_bad_input_is_named_and_nothing_changes(x, message):
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_from_pair_is_in_the_norms_mode(training):
+    assert FusedConvBN2d.from_pair(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4).train(training)).training is training
+
+
 def test_bad_input_does_not_change_a_parametrization():
     conv = nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 4, 3))
     fused = FusedConvBN2d.from_pair(conv, nn.BatchNorm2d(4))

@@ -330,12 +330,13 @@ def test_to_the_byte_on_a_linear_layer_of_channels(last, max_cost):
 
 
 @pytest.mark.parametrize("max_cost", [None, 0, 600])
+@pytest.mark.parametrize("trained", ["bias", "0.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_to_the_byte_where_biases_alone_are_trained(dtype, max_cost):
-    """A library may give the weight's gradient although nobody asks for it."""
+def test_to_the_byte_where_little_is_trained(dtype, trained, max_cost):
+    """With a bias's gradient a library may give the weight's, although nobody asks for it."""
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 64, 5)).to(dtype)
     for name, p in model.named_parameters():
-        p.requires_grad_(name.endswith("bias"))
+        p.requires_grad_(name.endswith(trained))
     x = torch.randn(2, 3, 12, 12, dtype=dtype)
     assert predict_memory(model, x, max_cost=max_cost) == measure(model, x, max_cost)
 
@@ -626,6 +627,14 @@ def test_largest_batch_is_the_largest(optimizer_copies):
 
     n = largest_batch(model, (3, 64, 64), budget, optimizer_copies)
     assert n > 2 and needed(n) <= budget < needed(n + 1)
+
+
+def test_an_optimizer_keeps_nothing_for_what_is_frozen():
+    model, memory = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 64, 3).requires_grad_(False)), 1 << 20
+    batches = [largest_batch(model, (3, 8, 8), memory, copies) for copies in (0, 100)]
+    frozen, trained = (sum(p.nbytes for p in part.parameters()) for part in (model[1], model[0]))
+    one = predict_memory(model, (9, 3, 8, 8)).peak - predict_memory(model, (8, 3, 8, 8)).peak + 3 * 8 * 8 * 4
+    assert abs(batches[0] - batches[1] - 100 * trained / one) < 2 and frozen > 10 * trained
 
 
 def test_largest_batch_where_one_image_fits_or_none():

@@ -58,6 +58,11 @@ def test_what_it_finds():
     assert dearer.equal and dearer.held[1] < held[1] and dearer.held[0] == held[0]
 
 
+def test_gradients_that_are_all_zero():
+    found = compare(Model(lambda network, x: 0 * network(x)), IMAGES, rounds=1)
+    assert found.equal and found.difference == found.rounding == 0
+
+
 def test_what_it_prints():
     found = compare(network(), IMAGES, max_cost=27, rounds=2)
     found = dataclasses.replace(found, held=(2**21, 2**20), peak=(2**22, 3 * 2**20), seconds=(0.5, 0.6))

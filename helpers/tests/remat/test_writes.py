@@ -691,6 +691,35 @@ def test_a_parameter_that_got_other_memory_is_an_error(what):
         out.sum().backward()
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_changed_before_its_convolution_runs_again(name):
+    """Also where the node of the convolution, which would notice, does not run."""
+    conv, norm = nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double()
+    with remat(max_cost=1e9):
+        out = norm(conv(X))
+    with torch.no_grad():
+        getattr(conv, name).mul_(2)
+    with pytest.raises(RuntimeError, match=f"its {name} of shape .* was changed after forward"):
+        torch.autograd.grad(out.sum(), norm.weight)
+
+
+def test_running_statistics_of_eval_mode_that_change():
+    """PyTorch keeps the norm's result for the weight's gradient, remat its recipe."""
+
+    def scenario(context):
+        x, w, norm = (
+            leaf(image(4, 3, 5, 5)),
+            leaf(image(2, 3, 1, 1, seed=1)),
+            nn.BatchNorm2d(3).double().eval(),
+        )
+        with context():
+            out = F.conv2d(norm(x), w)
+        norm.train()(3 * x)
+        return named(torch.autograd.grad(out.square().sum(), w)[0])
+
+    check_scenario(scenario)
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("name", ["0.1.weight", "1.0.weight", "1.1.weight", "2.weight"])
 def test_one_parameter_changed_after_forward_is_an_error(name, cost):

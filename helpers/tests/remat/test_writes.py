@@ -707,11 +707,8 @@ def test_running_statistics_of_eval_mode_that_change():
     """PyTorch keeps the norm's result for the weight's gradient, remat its recipe."""
 
     def scenario(context):
-        x, w, norm = (
-            leaf(image(4, 3, 5, 5)),
-            leaf(image(2, 3, 1, 1, seed=1)),
-            nn.BatchNorm2d(3).double().eval(),
-        )
+        x, w = leaf(image(4, 3, 5, 5)), leaf(image(2, 3, 1, 1, seed=1))
+        norm = nn.BatchNorm2d(3).double().eval()
         with context():
             out = F.conv2d(norm(x), w)
         norm.train()(3 * x)

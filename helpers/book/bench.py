@@ -42,15 +42,17 @@ from helpers.predict import largest_batch
 from helpers.remat.compare import clock, compare
 from helpers.remat.record import MIB
 
-TAKEN = (
-    Parameter("DEVICE", "str", "auto", "auto, cpu, or an accelerator"),
-    Parameter("REPEATS", "int", 7, "rounds of timing, at least 1"),
-    Parameter("TABLE", "str", "", "measure the tables with this in their title"),
-    Parameter("TIME_LIMIT", "float", 0, "minutes, at least 0, at most 10,000; 0: 9 on an accelerator"),
-    Parameter("FRONT", "int", 0, "1 for chapter 8's record, at least 0, at most 1"),
-    QUICK,
-)
-PARAMETERS = {parameter.name: parameter for parameter in TAKEN}
+PARAMETERS = {
+    parameter.name: parameter
+    for parameter in (
+        Parameter("DEVICE", "str", "auto", "auto, cpu, or an accelerator"),
+        Parameter("REPEATS", "int", 7, "rounds of timing, at least 1"),
+        Parameter("TABLE", "str", "", "measure the tables with this in their title"),
+        Parameter("TIME_LIMIT", "float", 0, "minutes, at least 0, at most 10,000; 0: 9 on an accelerator"),
+        Parameter("FRONT", "int", 0, "1 for chapter 8's record, at least 0, at most 1"),
+        QUICK,
+    )
+}
 MEASUREMENTS, BUILD = NOTEBOOKS.parent / "data" / "measurements", NOTEBOOKS.parent / "build"
 
 

@@ -27,14 +27,18 @@ from helpers.tests.remat.support import (
 )
 
 
-@pytest.mark.parametrize("alias", [lambda y: y.unsafe_chunk(2, 1)[0], lambda y: torch.unsafe_split(y, 2)[0]])
-def test_an_alias_with_a_version_of_its_own(alias):
+@pytest.mark.parametrize("split", (f"unsafe_{name}" for name in ("chunk", "split")))
+@pytest.mark.parametrize("owner", [torch, torch.Tensor])
+def test_an_alias_with_a_version_of_its_own(owner, split):
     conv, last, grads = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), []
     x = image(2, 3, 8, 8, dtype=torch.float32).requires_grad_()
     for cost in (None, 0):
         with under(cost):
             y = conv(x)
-            out, other = last(F.interpolate(y, scale_factor=2).relu()), alias(y.detach())
+            out, other = (
+                last(F.interpolate(y, scale_factor=2).relu()),
+                getattr(owner, split)(y.detach(), 2)[0],
+            )
         other.add_(1)
         grads.append(torch.autograd.grad(out.sum(), x)[0])
     torch.testing.assert_close(*grads)
@@ -267,6 +271,20 @@ def before_the_first_need(x, a, b):
     return F.conv2d(z, torch.cat([b, b], 1))
 
 
+def twice_before_the_first_need(x, a, b):
+    p = torch.cumsum(F.conv2d(x, a, padding=1), 2)
+    z = torch.cat([p, p], 1)
+    p.data.mul_(2)
+    return F.conv2d(z, torch.cat([b, b], 1))
+
+
+def statistics_before_the_first_need(x, a, b):
+    y, mean, var = F.conv2d(x, a).mean((2, 3)), x.mean((0, 2, 3)), x.var((0, 2, 3))
+    z = F.pad(y - mean, (0, 9))
+    F.batch_norm(x, mean, var, training=True)
+    return F.silu(z)
+
+
 def running_statistics(x, a, b):
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
     y = F.conv2d(x, a, padding=1)
@@ -403,6 +421,8 @@ def enlarged(name):
         through_an_alias,
         into_anothers_data,
         before_the_first_need,
+        twice_before_the_first_need,
+        statistics_before_the_first_need,
         running_statistics,
         alias_of_an_input,
         source_of_a_linear_layers_copy,

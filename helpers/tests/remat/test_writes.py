@@ -279,7 +279,7 @@ def twice_before_the_first_need(x, a, b):
 def statistics_before_the_first_need(x, a, b):
     y, mean, var = F.conv2d(x, a).mean((2, 3)), x.mean((0, 2, 3)), x.var((0, 2, 3))
     z = F.pad(y - mean, (0, 9))
-    F.batch_norm(x, mean, var, training=True)
+    F.batch_norm(3 * x + 1, mean, var, training=True)
     return F.silu(z)
 
 

@@ -223,7 +223,9 @@ def test_a_gradient_far_from_zero(mean):
     exact, _, _ = batch_norm_backward(*(t.double() for t in (dz, y, gamma)), *batch_stats(y.double()))
     eps = torch.finfo(torch.float32).eps
     assert (dy.double() - exact).norm() <= 0.5 * eps * (dz.norm() + (dz - mean).norm())
-    assert dy.double().mean((0, 2, 3)).square().mean().sqrt() <= 0.11 * eps * (mean + 1)
+    means = dy.double().mean((0, 2, 3))
+    assert means.abs().max() <= 0.4 * eps * (mean + 1)
+    assert means.square().mean().sqrt() <= 0.11 * eps * (mean + 1)
 
 
 def test_a_gradient_of_a_tiny_norm():

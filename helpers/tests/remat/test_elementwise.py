@@ -91,8 +91,9 @@ def test_copies_are_made_again(monkeypatch, name):
     monkeypatch.setattr(task, "SLAB_BYTES", 500)
     check(copied(COPIES[name]), X)
     for precision, layout in itertools.product(PRECISIONS.values(), LAYOUTS.values()):
-        recorder = Recorder(monkeypatch)
-        step(copied(COPIES[name]), [X], 0, layout=layout, **precision)
+        with monkeypatch.context() as patch:
+            recorder = Recorder(patch)
+            step(copied(COPIES[name]), [X], 0, layout=layout, **precision)
         assert recorder.remade and recorder.strange() == []
     with remat() as record:
         copied(COPIES[name])()(X.float())

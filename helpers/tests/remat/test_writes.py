@@ -27,16 +27,17 @@ from helpers.tests.remat.support import (
 )
 
 
+@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("split", ["unsafe_chunk", "unsafe_split"])
 @pytest.mark.parametrize("owner", [torch, torch.Tensor])
-def test_an_alias_with_a_version_of_its_own(owner, split):
+def test_an_alias_with_a_version_of_its_own(owner, split, dim):
     conv, last, grads = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1), []
     x = image(2, 3, 8, 8, dtype=torch.float32).requires_grad_()
     for cost in (None, 0):
         with under(cost):
             y = conv(x)
             out = last(F.interpolate(y, scale_factor=2).relu())
-            other = getattr(owner, split)(y.detach(), 2)[0]
+            other = getattr(owner, split)(y.detach(), 2, dim)[0]
         other.add_(1)
         grads.append(torch.autograd.grad(out.sum(), x)[0])
     torch.testing.assert_close(*grads)
@@ -96,9 +97,12 @@ IN_PLACE = WRITES | {
         f"__i{name}__": lambda y, name=name: getattr(operator, f"i{name}")(y.detach(), 2.0)
         for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")
     },
+    "sum": lambda y: y.add_(1),
+    "operator": lambda y: y.__iadd__(y.detach().clone()),
     "activation": F.relu_,
     "first index": lambda y: y.__setitem__(0, 0.0),
-    "embedding": lambda y: F.embedding(torch.tensor([0, 1]), weight=y, max_norm=0.1),
+    "embedding": lambda y: F.embedding(torch.tensor([0, 1]), y, max_norm=0.1),
+    "embedding by keyword": lambda y: F.embedding(torch.tensor([0, 1]), weight=y, max_norm=0.1),
     "in place by keyword": lambda y: F.leaky_relu(input=y, negative_slope=0.1, inplace=True),
     "in place by position": lambda y: F.leaky_relu(y, 0.1, True),
     "an operator by keyword": lambda y: torch.ops.remat_tests.treble(y=3.0, x=y.detach()),

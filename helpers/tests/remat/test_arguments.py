@@ -252,6 +252,26 @@ def test_the_result_of_a_chain_of_products():
     torch.testing.assert_close(out, torch.linalg.multi_dot(matrices))
 
 
+def test_the_order_of_ambiguous_dimensions():
+    """Nor about this argument, after which a size of 1 is an error."""
+    with remat(), pytest.raises(RuntimeError, match="unique dim order"):
+        torch.zeros(1, 1, 3, 4).dim_order(ambiguity_check=True)
+
+
+def test_a_list_of_one_number_is_for_all_dimensions():
+    x, w = leaf(), image(4, 3, 3, 3, seed=1).requires_grad_()
+    with remat() as record:
+        y = F.conv2d(x, w, None, [2], (1,), dilation=[1])
+    assert len(record.rows) == 1 and torch.equal(y, F.conv2d(x, w, None, 2, 1))
+
+
+def test_a_padding_by_tensors():
+    model = network()
+    with remat() as record:
+        model[1](F.pad(model[0](X), (torch.tensor(1), 1)))
+    assert [row.recipe for row in record.rows if row.kept] == ["given", "conv2d", "conv2d"]
+
+
 def test_a_limit_that_is_no_number():
     """The result is NaN too, and does not tell where the gradient is 0."""
 

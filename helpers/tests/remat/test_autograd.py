@@ -168,14 +168,23 @@ def test_adversarial_steps():
     check_scenario(scenario)
 
 
-def test_batched_gradients():
+def by_flag(out, x, dz):
+    return torch.autograd.grad(out, x, dz, is_grads_batched=True)
+
+
+def by_vmap(out, x, dz):
+    return torch.vmap(lambda dz_i: torch.autograd.grad(out, x, dz_i))(dz)
+
+
+@pytest.mark.parametrize("batched", [by_flag, by_vmap])
+def test_batched_gradients(batched):
     """Several gradients at once: right, or an error that says so."""
 
     def scenario(context):
         model, x = network(), leaf()
         with context():
             out = model(x)
-        return named(*torch.autograd.grad(out, x, image(3, *out.shape), is_grads_batched=True))
+        return named(*batched(out, x, image(3, *out.shape)))
 
     try:
         check_scenario(scenario)

@@ -23,6 +23,7 @@ from helpers.tests.remat.support import (
     check_scenario,
     image,
     leaf,
+    named,
     step,
 )
 
@@ -63,6 +64,7 @@ COPIES = {
 
 ACROSS = {
     "rolled": lambda a: torch.roll(a, 1, 0) + a.roll(1) + a.roll((1, 2), (0, 1)),
+    "rolled as a whole": lambda a: a.roll(1),
     "flipped": lambda a: a.flip(0) + a.flip(dims=[0, 1]) + torch.flip(a, (0,)),
     "shifted": lambda a: F.pad(a, (0, 0, 0, 0, 0, 0, 1, -1)),
     "a factor for each image": lambda a: torch.addcmul(a[0, 0, 0], a.mean((1, 2, 3), keepdim=True), a),
@@ -76,6 +78,7 @@ ACROSS = {
     "other lengths": lambda a: (
         a * torch.linalg.vector_norm(a, 0, 1, True) + torch.norm(a, "nuc", (2, 3), True)
     ),
+    "lengths by name": lambda a: a * torch.linalg.vector_norm(a, ord=0, dim=1, keepdim=True),
     "unit vectors": lambda a: F.normalize(a, dim=0),
     "products": lambda a: torch.addcmul(a, a.sigmoid(), a, value=2) + torch.addcmul(a[:, :1], a[:, 1:2], a),
     "clamped by tensors": lambda a: a.clamp(torch.tensor(0.1), a.mean((2, 3), keepdim=True)),
@@ -99,6 +102,19 @@ def test_copies_are_made_again(monkeypatch, name):
         copied(COPIES[name])()(X.float())
     kept = [row.recipe for row in record.rows if row.kept and row.recipe != "offsets"]
     assert kept == ["given", "conv2d"]
+
+
+@pytest.mark.parametrize("copy", [torch.clone, torch.Tensor.double, lambda x: x.clone().view_as(x)])
+def test_a_copy_of_what_is_kept(copy):
+    """The copy that backward makes again may be written over, and what it is made from not."""
+
+    def scenario(context):
+        x, w = leaf(image(4, 3)), leaf(image(5, 3, seed=1))
+        with context():
+            outs = F.linear(x, w), F.silu(copy(x))
+        return named(*torch.autograd.grad(outs, [x, w], [image(*out.shape, seed=2) for out in outs]))
+
+    check_scenario(scenario)
 
 
 @pytest.mark.parametrize("name", ACROSS)

@@ -214,6 +214,10 @@ NOT_SAVED = {  # by PyTorch, or once
     "relu6 first": relu6_first,
     "a part, by image": lambda x, c, w: F.instance_norm(torch.cat([F.conv2d(x, c), x], 1)[:, 4:12]).sum(),
     "half of the channels": lambda x, c, w: F.linear((x * 1)[:, :4].permute(0, 2, 3, 1), w).sum(),
+    "asked for a gradient again": lambda x, c, w: F.conv2d(x, c).sum() + x.requires_grad_().mean(),
+    "read by a norm that moves statistics": lambda x, c, w: (
+        F.conv2d(h := x.detach() + 1, c).sum() + F.instance_norm(h, x.new_zeros(8), x.new_ones(8)).sum()
+    ),
 }
 
 

@@ -112,7 +112,7 @@ POINTWISE = {
     "padding": (lambda: nn.Conv2d(3, 5, 1, padding=1), (2, 3, 9, 8)),
     "transposed": (lambda: nn.ConvTranspose2d(3, 5, 1), (2, 3, 9, 8)),
     "volume, transposed": (lambda: nn.ConvTranspose3d(3, 5, 1), (2, 3, 4, 5, 4)),
-    # These skip pixels, but for the last two.
+    # These skip pixels, but for those with a padding and the transposed ones.
     "row, stride": (lambda: nn.Conv1d(3, 5, 1, stride=3), (2, 3, 70)),
     "stride": (lambda: nn.Conv2d(3, 5, 1, stride=2), (2, 3, 19, 18)),
     "volume, stride": (lambda: nn.Conv3d(3, 5, 1, stride=(1, 2, 3)), (2, 3, 4, 5, 4)),
@@ -120,7 +120,10 @@ POINTWISE = {
     "groups, stride": (lambda: nn.Conv2d(4, 6, 1, groups=2, stride=(2, 3)), (1, 4, 9, 8)),
     "padding, stride": (lambda: nn.Conv2d(3, 5, 1, padding=1, stride=2), (2, 3, 9, 8)),
     "transposed, stride": (lambda: nn.ConvTranspose2d(3, 5, 1, stride=2), (2, 3, 9, 8)),
-}
+    "volume, transposed, stride": (lambda: nn.ConvTranspose3d(3, 5, 1, stride=2), (2, 3, 4, 5, 4)),
+    "transposed, output padding": (
+        lambda: nn.ConvTranspose2d(3, 5, 1, dilation=2, output_padding=1), (2, 3, 9, 8)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -41,6 +41,13 @@ def test_the_usual_views_are_parts(name, images):
         assert torch.equal(part.run(None, whole[-1:].clone()), view(whole)[-1:])
 
 
+def test_a_part_of_one_image_with_another_stride_of_the_batch():
+    whole = torch.randn(1, 4, 3, 4)
+    part = found(whole, view := whole[0, 1:][None])
+    assert view.stride(0) < whole.stride(0) and not part.whole
+    assert torch.equal(part.run(None, whole.clone()), view)
+
+
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_a_part_has_the_views_values(data):

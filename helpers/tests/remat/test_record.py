@@ -126,8 +126,11 @@ def test_the_record_counts_every_norms_input(norm):
     assert record.plain_bytes == x.nbytes + 2 * (4 * 8 * 8 * 7) * 4
 
 
-def test_the_record_counts_autocasts_copies_of_weights():
-    model, x = nn.Sequential(block(), block(8, 8), nn.Flatten(), nn.Linear(720, 9)), X.float()
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_record_counts_autocasts_copies_of_weights(trained):
+    """Of a frozen one, one for each call."""
+    model, x = nn.Sequential(block(), block(8, 24), nn.Flatten(), nn.Linear(2160, 9)), X.float()
+    model[1][0].weight.requires_grad_(trained)
     for more in (lambda x: x, lambda x: model[1][0](model[0](x))):  # one weight is cast twice
         with Held() as held:
             held.ignore(x, *model.parameters(), *model.buffers())
@@ -194,6 +197,15 @@ def test_the_price_of_a_transposed_convolution():
         model(image(2, 8, 5, 4, dtype=torch.float32))
     costs = {row.recipe: row.cost for row in record.rows if not row.kept}
     assert costs == {"conv_transpose2d": 8 / 2 * 4 * 4 / 4, "relu": 8 / 2 * 4 * 4 / 4}
+
+
+def test_the_price_is_a_limit():
+    """What follows a convolution may cost a little more, but not the convolution itself."""
+    for channels, cost, kept in ((64, 64, 0), (66, 64, 1), (66, 66, 0)):
+        model = nn.Sequential(nn.Conv2d(channels, 65, 1), nn.Conv2d(65, 3, 1))
+        with remat(cost) as record:
+            model(image(2, channels, 5, 5, dtype=torch.float32))
+        assert sum(row.kept for row in record.rows if row.recipe == "conv2d") == kept
 
 
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 2, 1), nn.ReflectionPad2d(1)])

@@ -48,6 +48,12 @@ def treble(y: float, x: torch.Tensor) -> None:
     x.mul_(y)
 
 
+LIBRARY = torch.library.Library("remat_tests", "FRAGMENT")  # as long as the operators are to exist
+LIBRARY.define("raised(Tensor x) -> Tensor")
+LIBRARY.define("raised.by(Tensor(a!) x, float y) -> ()")
+LIBRARY.impl("raised.by", lambda x, y: [x.add_(y)] and None, "CompositeExplicitAutograd")
+
+
 class Named(torch.Tensor):
     """A user's subclass, as torchvision's images."""
 
@@ -88,6 +94,7 @@ WRITES = {
     "asarray": lambda t: np.add(np.asarray(t.detach()), 1, out=np.asarray(t.detach())),
     "dlpack": lambda t: torch.from_dlpack(t.detach()).mul_(0.5),
     "storage": lambda t: t.untyped_storage().copy_((t.detach() + 1).untyped_storage()),
+    "typed storage": lambda t: t.detach().storage().fill_(0.5),
     "memory": lambda t: np.frombuffer(t.detach().numpy(), np.float64).__imul__(0.5),
 }  # fmt: skip
 
@@ -106,9 +113,11 @@ IN_PLACE = WRITES | {
     "in place by keyword": lambda y: F.leaky_relu(input=y, negative_slope=0.1, inplace=True),
     "in place by position": lambda y: F.leaky_relu(y, 0.1, True),
     "an operator by keyword": lambda y: torch.ops.remat_tests.treble(y=3.0, x=y.detach()),
+    "an operator's second overload": lambda y: torch.ops.remat_tests.raised(y.detach(), 3.0),
 }
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_a_write_to_what_remat_alone_keeps(name):
     """PyTorch keeps the concatenation, remat the tensor that it is made from."""
@@ -155,6 +164,7 @@ def written(model, which, write):
 
 
 @pytest.mark.parametrize("which", ["convolution", "norm", "activation", "part of a concatenation", "sum"])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("write", WRITES)
 def test_writes_inside_the_context(write, which):
     """PyTorch's numbers wherever it has some, or an error; where it has an error, no matter."""
@@ -224,6 +234,8 @@ VIEWS = {  # a function, and the shapes of its arguments
     "linear in place": (lambda x, w, b: F.linear(x, w, b).relu_(), [(2, 3, 4), (5, 4), (5,)]),
     "a bias for each row": (F.linear, [(4, 5), (3, 5), (4, 3)]),
     "groups of one": (lambda x, w, v: F.conv2d(F.group_norm(x, 2, w), v), [(3, 2, 1, 1), (2,), (1, 2, 1, 1)]),
+    "a single value": (lambda x: F.silu(x := F.leaky_relu(x)) * x[1][2], [(4, 4)]),
+    "a number as a vector": (lambda x: F.silu(x * (s := x.mean())) * s.view(1), [(4, 4)]),
     "the smaller factor first": (
         lambda x, g: F.silu(g * x.contiguous(memory_format=torch.channels_last)),
         [(4, 4, 4, 5), (4, 4, 4, 1)],
@@ -516,6 +528,27 @@ def test_running_statistics_that_another_norm_changes(size, name):
     check_scenario(scenario)
 
 
+def test_an_observers_averages_that_change():
+    """Quantisation's, of the least and the largest value of each channel."""
+
+    def scenario(context):
+        x, w = leaf(image(4, 8, 2, 1)), leaf(image(5, 8, 1, 1, seed=2))
+        on, least, most = torch.tensor([1]), torch.zeros(8), torch.ones(8)
+        scale, zero = torch.ones(8), torch.zeros(8, dtype=torch.int)
+        observed = x.detach().float().transpose(0, 1)
+        with context():
+            y = F.conv2d(x, w)  # keeps x
+            s = F.silu(x * most.view(-1, 1, 1))
+            torch.fused_moving_avg_obs_fake_quant(
+                observed, on, on, least, most, scale, zero, 0.5, 0, 255, 0, True
+            )
+            out = y * F.conv2d(s, w)
+        out.sum().backward()
+        return named(x.grad, w.grad, least, most)
+
+    check_scenario(scenario)
+
+
 @pytest.mark.parametrize("unseen", [True, False])
 def test_a_source_that_changed_is_not_kept_in_its_results_place(unseen):
     """The two convolutions' outputs are smaller than the concatenation, and would do."""
@@ -534,7 +567,11 @@ def test_a_source_that_changed_is_not_kept_in_its_results_place(unseen):
     check_scenario(scenario)
 
 
-@pytest.mark.parametrize("expose", [torch.Tensor.data_ptr, lambda t: t.data, torch.Tensor.numpy])
+@pytest.mark.parametrize(
+    "expose",
+    [torch.Tensor.data_ptr, lambda t: t.data, torch.Tensor.numpy, lambda t: t.mul_(1)],
+    ids=["data_ptr", "data", "numpy", "mul_"],
+)
 def test_a_change_is_seen_although_the_tensor_is_exposed_later(expose):
     """What is copied then must not be what somebody has changed before."""
 
@@ -553,7 +590,16 @@ def test_a_change_is_seen_although_the_tensor_is_exposed_later(expose):
         expose(p.detach())
         return out
 
-    for function, words in ((weight, "modified by an inplace operation"), (operand, "changed")):
+    def bias(x, a, b):
+        c = image(3, seed=4).requires_grad_()
+        out = F.conv2d(F.silu(F.conv2d(x, a, c)), b)
+        with torch._C.DisableTorchFunction():
+            c.detach().mul_(2)
+        expose(c.detach())
+        return out
+
+    inplace, freed = "modified by an inplace operation", "its bias of shape .* was changed after forward"
+    for function, words in ((weight, inplace), (operand, "changed"), (bias, freed)):
         x, a, b = image(4, 3, 8, 8), image(3, 3, 3, 3, seed=1), image(5, 3, 3, 3, seed=2)
         with remat(1e9):
             out = function(x, a.requires_grad_(), b.requires_grad_())
@@ -713,15 +759,21 @@ def test_a_parameter_that_got_other_memory_is_an_error(what):
         out.sum().backward()
 
 
+CHANGES = {
+    "changed": torch.no_grad()(lambda t: t.mul_(2)),
+    "freed": lambda t: t.untyped_storage().resize_(0),  # as sharded training does
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_a_parameter_changed_before_its_convolution_runs_again(name):
+def test_a_parameter_changed_before_its_convolution_runs_again(name, what):
     """Also where the node of the convolution, which would notice, does not run."""
     conv, norm = nn.Conv2d(3, 4, 3).double(), nn.BatchNorm2d(4).double()
     with remat(max_cost=1e9):
         out = norm(conv(X))
-    with torch.no_grad():
-        getattr(conv, name).mul_(2)
-    with pytest.raises(RuntimeError, match=f"its {name} of shape .* was changed after forward"):
+    CHANGES[what](getattr(conv, name))
+    with pytest.raises(RuntimeError, match=f"its {name} of shape .* was {what} after forward"):
         torch.autograd.grad(out.sum(), norm.weight)
 
 

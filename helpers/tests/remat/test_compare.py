@@ -272,6 +272,22 @@ def test_complex_numbers_and_nan():
     assert compare(network(), torch.full_like(IMAGES, math.nan), rounds=1).equal
 
 
+def test_gradients_whose_squares_are_infinite():
+    found = compare(Model(lambda net, x: net(x) * 1e25), IMAGES, rounds=1)
+    assert found.difference < 1e-4 and found.rounding < 1e-4
+
+
+@pytest.mark.parametrize("other", [lambda y: -y, lambda y: y.double(), lambda y: (y, y.detach())])
+def test_a_model_that_returns_something_else_under_remat(other):
+    def forward(net, x):
+        y = net(x)
+        return other(y) if torch.overrides._get_current_function_mode_stack() else y
+
+    model = Model(forward)
+    model.network = nn.Conv2d(3, 2, 3)  # without buffers, which come after what is returned
+    assert not compare(model, IMAGES, rounds=1).equal
+
+
 def test_plain_must_be_plain():
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
     for context in (remat(), hooks):

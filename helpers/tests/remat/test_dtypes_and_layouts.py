@@ -26,6 +26,7 @@ from helpers.tests.remat.support import (
     image,
     leaf,
     named,
+    network,
     randomised,
     step,
     under,
@@ -154,6 +155,35 @@ def test_a_trained_leaf_that_several_read_under_autocast_is_copied_once(kind, co
         found.append((held.held, *torch.autograd.grad(loss, x)))
     assert found[1][0] <= found[0][0] and record.kept_bytes == x.nbytes / 2
     torch.testing.assert_close(found[1][1], found[0][1], rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [F.conv2d, lambda x, w: F.linear(x.flatten(1), w.flatten(1))])
+def test_a_trained_leaf_in_two_precisions(function):
+    found = []
+    for cost in (None, 0):
+        x, w = (leaf(image(4, 8, 3, 3, seed=seed, dtype=torch.float32)) for seed in (0, 1))
+        with under(cost):
+            outs = []
+            for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+                with torch.autocast("cpu", dtype):
+                    outs.append(function(x, w))
+        found.append([*outs, *torch.autograd.grad(sum(out.float().square().sum() for out in outs), [x, w])])
+    for f, wanted in zip(*found, strict=True):
+        assert f.dtype == wanted.dtype
+        torch.testing.assert_close(f, wanted)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_backward_inside_of_autocast(cost):
+    """What is computed again there has forward's precision."""
+    model, grads = network().float(), []
+    for how in (None, cost):
+        with under(how):
+            out = model(X.float())
+        with torch.autocast("cpu", torch.bfloat16):
+            grads.append(torch.autograd.grad(out, [*model.parameters()], image(*out.shape).float()))
+    for found, wanted in zip(*grads, strict=True):
+        assert apart(found, wanted) <= rounding(torch.float32, terms=1000)
 
 
 @pytest.mark.parametrize("cost", COSTS)
@@ -346,6 +376,24 @@ def test_the_gradient_of_an_activation_of_one_row(act, images):
     found = []
     check_scenario(scenario, costs=[0])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (2, 8, 12), (1, 8, 3, 4)])
+def test_the_gradient_of_tokens_has_pytorchs_strides(shape):
+    """Those of one image lie in columns, in PyTorch's too."""
+
+    def scenario(context):
+        x, w = leaf(image(*shape)), leaf(image(5, 8, seed=1))
+        with context():
+            tokens = x.movedim(1, -1)
+            out = F.linear(tokens, w)
+        tokens.register_hook(lambda dt: found.append(dt.stride()))
+        out.backward(image(*out.shape, seed=2))
+        return named(x.grad, w.grad)
+
+    found = []
+    check_scenario(scenario, costs=[0, 1e9])
+    assert found[0] == found[1] == found[2]
 
 
 PARTS = {

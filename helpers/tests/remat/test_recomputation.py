@@ -38,6 +38,41 @@ def test_a_batch_cut_into_parts(name, monkeypatch):
     assert set(cut) == {4}
 
 
+def test_no_cut_where_the_sum_of_parts_would_lose_digits(monkeypatch):
+    cut, parts = [], convolutions.Convolution.parts
+    monkeypatch.setattr(convolutions, "worth_a_cut", lambda copies, w: True)
+    monkeypatch.setattr(task.Task, "room", lambda self, value=None: 0)
+    monkeypatch.setattr(
+        convolutions.Convolution, "parts", lambda *given: cut.append(parts(*given)) or cut[-1]
+    )
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        conv, x = nn.Conv2d(4, 6, 3).to(dtype), image(5, 4, 9, 8).to(dtype)
+        with remat():
+            out = conv(x)
+        out.backward(image(*out.shape).to(dtype))
+    assert cut == [1, 1, 4]
+
+
+def test_a_weight_that_may_be_gone_is_not_read_again():
+    """As in sharded training: a view of a leaf, a part of a larger memory, DeepSpeed's."""
+    flat, marked = torch.randn(4, 216), nn.Parameter(torch.randn(8, 3, 3, 3))
+    marked.ds_id = 1
+    weights = {
+        "a leaf": nn.Parameter(torch.randn(8, 3, 3, 3)),
+        "computed": torch.randn(8, 3, 3, 3).requires_grad_() * 2,
+        "a view of a computed one": (torch.randn(216).requires_grad_() * 2).view(8, 3, 3, 3),
+        "a view": torch.randn(216).requires_grad_().view(8, 3, 3, 3),
+        "a part": nn.Parameter(flat[1].view(8, 3, 3, 3)),
+        "marked": marked,
+    }
+    again, x = [], X.float()
+    for name, weight in weights.items():
+        with remat(1e9) as record:
+            F.silu(F.conv2d(x, weight))
+        again += [name for row in record.rows if row.recipe == "conv2d" and not row.kept]
+    assert again == ["a leaf", "computed", "a view of a computed one"]
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.2, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])

@@ -343,6 +343,23 @@ def test_update_running_stats_names_the_bad_argument_and_changes_nothing(change,
     assert torch.equal(arguments["running_mean"], THREE)
 
 
+def test_the_variance_of_a_single_value_is_taken_as_it_is():
+    running_mean, running_var = THREE.clone(), THREE.clone()
+    update_running_stats(running_mean, running_var, 2 * THREE, 3 * THREE, 1, 0.5)
+    assert torch.equal(running_mean, 1.5 * THREE) and torch.equal(running_var, 2 * THREE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_running_statistics_in_half_precision_are_rounded_once(dtype):
+    torch.manual_seed(0)
+    running, new = torch.rand(999).to(dtype), torch.rand(999)
+    wanted = (0.7 * running.double() + 0.3 * new.double()).to(dtype)
+    running_mean, running_var = running.clone(), running.clone()
+    update_running_stats(running_mean, running_var, new, new * (7 / 8), 8, 0.3)
+    for found in (running_mean, running_var):
+        assert (found == wanted).float().mean() > 0.99
+
+
 def test_a_momentum_of_any_kind_of_number():
     running = [torch.zeros(3), torch.zeros(3)]
     update_running_stats(*running, 2 * THREE, THREE, 8, Fraction(1, 2))

@@ -458,6 +458,26 @@ def test_no_less_accurate_than_pytorch(mean, dtype, slab_size):
         assert errors[1][name] <= 3 * errors[0][name] + rounding(torch.float32, 16 * 18 * 18), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weights_gradient_of_many_slabs_is_added_up_in_float32(dtype):
+    torch.manual_seed(0)
+    fused = FusedConvBN2d(3, 4, 3, bias=False, slab_size=1).to(dtype)
+    x, dz = (torch.randn(256, c, n, n).to(dtype) for c, n in ((3, 6), (4, 4)))
+    wanted = grads_of(copy.deepcopy(fused).double(), x.double(), dz.double())["w"]
+    found = grads_of(fused, x, dz)["w"]
+    assert apart(found, wanted) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_variance_of_zero_in_half_precision(dtype):
+    """In eval mode ε is added in float32: half precision would round this one to 0."""
+    fused, x = FusedConvBN2d(2, 4, 3, eps=1e-8).to(dtype).eval(), torch.randn(4, 2, 5, 5).to(dtype)
+    fused.bn.running_var.copy_(torch.tensor([0.3, 0.1, 1e-3, 0.0]))
+    wanted = copy.deepcopy(fused).double()(x.double())
+    for c in range(4):
+        assert apart(fused(x)[:, c], wanted[:, c]) <= rounding(dtype, terms=4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_constant_channels_stay_finite(dtype):
     fused, x = (

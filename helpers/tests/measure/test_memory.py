@@ -82,6 +82,12 @@ def test_a_profiler_inside_is_an_error():
     assert trace.peak == kept.nbytes
 
 
+def test_an_error_inside_is_not_hidden_by_that_of_a_profiler():
+    with pytest.raises(ZeroDivisionError), MemoryTrace():
+        with torch.profiler.profile():
+            1 / 0  # noqa: B018
+
+
 def test_a_mark_may_have_any_name():
     with MemoryTrace() as trace:
         trace.mark("")
@@ -142,3 +148,17 @@ def test_what_a_model_saves_but_no_parameters():
     assert torch.equal(out, model(x)) and all(entry.dtype == torch.float32 for entry in saved)
     again, everything = saved_by(model, x)
     assert torch.equal(again, out) and any(t.shape == (4, 6) for t in everything)  # the weight, transposed
+
+
+def test_what_is_gone_before_the_end_has_a_storage_of_its_own():
+    """Its address may be used again."""
+
+    class Forgetful(nn.Linear):
+        def forward(self, x):
+            for _ in range(20):
+                super().forward(x).square()
+            return x
+
+    _, saved = saved_tensors(Forgetful(400, 400), x := torch.randn(500, 400))
+    made = [entry.storage for entry in saved if entry.storage != storage_address(x)]
+    assert len(set(made)) == len(made) == 20

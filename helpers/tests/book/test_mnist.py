@@ -120,6 +120,8 @@ def test_first_images():
     for (whole, cut), n in zip(splits, (100, 7), strict=True):
         assert torch.equal(cut.images, whole.images[:n]) and torch.equal(cut.labels, whole.labels[:n])
         assert cut.name == "sample: 100 training and 7 test images"
+    everything = load_mnist("sample", train_images=8192, test_images=2048)
+    assert [len(split.images) for split in everything] == [8192, 2048]
 
 
 WRONG_ARGUMENTS = {
@@ -277,17 +279,28 @@ def test_train_and_test(digits):
             self.mark("exit")
 
     found = []
-    for _ in range(2):
+    for seed in (5, 5, 6):
         events = []
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Dropout(0.1), nn.LogSoftmax(1))
         before = training.test(model, digits, 40)
-        losses = train(model, digits, 2, 40, seed=5, measure=Measure)
+        torch.manual_seed(len(found))  # of no account
+        losses = train(model, digits, 2, 40, seed=seed, measure=Measure)
         assert events == [("enter", {False}), ("end of forward", {False}), ("exit", {True})] * 60
         loss, accuracy = training.test(model, digits, 40)
         assert loss < before[0] / 2 and accuracy > 0.9 > before[1]
         found.append((before, losses, loss))
     assert found[0] == found[1]  # the seeds decide it all
+    assert found[2][0] == found[0][0] and found[2][1:] != found[0][1:]
+
+
+def test_the_seed_decides_the_order_of_the_images(digits):
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.LogSoftmax(1))
+        losses.append(train(model, digits, 1, 40, seed=seed))
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("batch_size, steps", [(96, 30), (40, 30), (3, 32)])

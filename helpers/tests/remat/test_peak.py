@@ -113,6 +113,14 @@ def test_peak_of_a_chain_of_sums(monkeypatch, depth, device_type, tensors):
     assert peak <= forward + tensors * tensor
 
 
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet_b0"])
+def test_a_higher_price_does_not_raise_the_peak(name):
+    """Of any network it could: recomputed convolutions' outputs are held until backward comes to them."""
+    model = getattr(torchvision.models, name)(weights=None)
+    peaks = [predict_memory(model, (4, 3, 96, 96), max_cost=cost).peak for cost in (0, 150, 600)]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < peaks[0]
+
+
 @pytest.fixture
 def norms(monkeypatch):
     """How often each norm is recomputed."""

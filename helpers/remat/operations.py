@@ -126,7 +126,7 @@ class BatchNorm(Operation):
         z, self.mean, self.invstd, self.reserve, self.kernel = results
         self.layout = layout_of(y)
         self.format = suggest_memory_format(y) if self.kernel else None
-        alike = y.is_contiguous() and y.dtype == self.mean.dtype and y.dtype in WIDE
+        alike = y.is_contiguous() and y.dtype in WIDE
         self.beside = not (y.is_cpu and alike and self.training)  # else dy may be written over y
         return z
 
@@ -160,7 +160,7 @@ class BatchNorm(Operation):
         else:
             y, dz = in_layout(y, y), in_layout(dz, y)
         gamma = gamma if gamma is None else gamma.contiguous()  # kernels read it without its stride
-        alike = y.is_contiguous() and dz.is_contiguous() and dz.dtype == y.dtype
+        alike = y.is_contiguous() and dz.is_contiguous()
         if not self.beside and alike and need_y and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]

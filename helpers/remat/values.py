@@ -300,7 +300,7 @@ class Table:
             return value, value.kept
         a = recipe.run(None, t.detach())
         value = Value(a, recipe, (source,), len(self.operations))
-        if t.is_leaf and t.requires_grad and torch.is_autocast_cache_enabled():
+        if t.is_leaf and t.requires_grad:
             source.cast = weakref.ref(value)
         return value, a
 
@@ -467,7 +467,7 @@ class Table:
             elif value.kept._version == value.version:
                 if value.private:
                     self.keep(value, copy_of(value.kept))
-                elif value.read and value.snapshot is None:
+                elif value.read:
                     value.snapshot = copy_of(value.kept)
 
     def is_safe(self, *tensors: Tensor | None) -> bool:

@@ -56,8 +56,6 @@ def unseen_change(function) -> Callable[[Table, Tensor], None] | None:
     if function in EXPOSING or module.startswith("torch.distributed."):  # which may write later
         return Table.expose
     name = name_of(function)
-    if name.startswith("_fused_"):  # an optimizer's step
-        return Table.before_write
     known = any(part in name for part in ("batch_norm", "instance_norm", "moving_avg"))
     return before_new_statistics if known else None
 
@@ -77,5 +75,4 @@ def lost_argument(function) -> dict:
 
 
 def name_of(function) -> str:
-    """Its name, without an overload's."""
-    return getattr(function, "__name__", "").partition(".")[0]
+    return getattr(function, "__name__", "")

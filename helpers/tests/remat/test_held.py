@@ -292,6 +292,19 @@ def test_a_small_part_that_is_enlarged_does_not_hold_the_whole():
     assert 0 < found[1] <= found[0]
 
 
+def test_a_small_source_in_a_large_memory_is_left_where_it_is():
+    """What is made of it, four times as large, is kept in the place of a result that is 16 times as large."""
+    x, w, held = image(2, 64, 8, 8).requires_grad_(), image(3, 1, 1, 1).requires_grad_(), Held()
+    held.ignore(x, w)
+    with held, remat():
+        part = torch.cumsum(x, 1)[:, :1]
+        larger = F.interpolate(part, scale_factor=2)
+        out = F.conv2d(F.interpolate(larger, scale_factor=2), w).sum()
+        most = larger.nbytes + out.nbytes
+        del part, larger
+    assert held.held <= most
+
+
 @pytest.mark.parametrize("make", [torch.cumsum, torch.add])
 def test_half_of_a_tensor_in_a_concatenation(make):
     """To keep the half would hold all of it, in place of the concatenation that PyTorch keeps."""

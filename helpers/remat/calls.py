@@ -332,6 +332,7 @@ def again(
             if node:
                 # An instance norm's node has a copy, unless it is contiguous.
                 value = table.need(value, x, copied=reads_layout and not x.is_contiguous())
+                value.private = True  # backward computes the result again, and must get forward's
                 operation = ops.Rerun(call, value, len(parameters[:saves]), copies[saves:], reads_layout)
             out = mode.apply(operation, x, *parameters) if node else call(x, *parameters)
             if node and out.dtype == x.dtype:
@@ -478,6 +479,7 @@ ADDCMUL = again("addcmul", saves=1)
 VECTOR_NORM = again("vector norm", fits=vector_norm_fits)
 ADAPTIVE_POOL = again("pool", fits=pool_fits)
 LAYER_NORM = again("norm", 3.0, fits=lambda x, shape, *_, **__: len(shape) < x.dim())
+NORMALIZE = again("normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: vector_norm_fits(x, p, dim))
 ROLL = again("roll", node=False, fits=lambda x, shifts, dims=(): within_images(x, dims))
 FLIP = again("flip", node=False, fits=lambda x, *args, dims=(): within_images(x, *args, dims))
 HANDLERS: dict[Callable, Callable] = {
@@ -508,9 +510,7 @@ HANDLERS: dict[Callable, Callable] = {
     **dict.fromkeys(functions("addcmul"), handler(addcmul)),
     **dict.fromkeys((torch.norm, Tensor.norm, torch.linalg.vector_norm), VECTOR_NORM),
     **dict.fromkeys((F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d), ADAPTIVE_POOL),
-    F.normalize: again(
-        "normalize", 3.0, fits=lambda x, p=2, dim=1, eps=0, out=None: vector_norm_fits(x, p, dim)
-    ),
+    F.normalize: NORMALIZE,
     torch.prelu: again("prelu"),
     F.softplus: again("softplus", whole=True),
     F.glu: again("glu", fits=lambda x, dim=-1: dim % x.dim() > 0),

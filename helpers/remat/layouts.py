@@ -1,10 +1,66 @@
 """Memory formats: where the values of a tensor lie, and what a size of 1 leaves open."""
 
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch._prims_common import make_channels_last_strides_for, make_contiguous_strides_for
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
+
+
+class View(NamedTuple):
+    """Shape, strides, dtype and device of a tensor."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, t: Tensor) -> View:
+        return view_of(t.shape, t.stride(), t.dtype, t.device)
+
+    def empty(self, images: int | None = None) -> Tensor:
+        """Memory for a tensor of this form, or for some images of it."""
+        shape = self.shape if images is None else (images, *self.shape[1:])
+        return torch.empty_strided(
+            shape, packed(self.shape, self.stride), dtype=self.dtype, device=self.device
+        )
+
+    def like(self, t: Tensor) -> Tensor:
+        """``t``, all images or some, with this dtype and layout: itself, or a copy."""
+        alike = t.dtype == self.dtype and t.stride() == packed(self.shape, self.stride)
+        return t if alike else self.empty(len(t)).copy_(t)
+
+    @property
+    def dense(self) -> bool:
+        """Whether its values fill their memory without gaps or overlaps."""
+        return packed(self.shape, self.stride) == self.stride
+
+
+# One for all tensors of a form: the fewer objects a step makes, the less often Python looks for cycles.
+view_of = functools.lru_cache(maxsize=4096)(View)
+
+
+@functools.lru_cache(maxsize=4096)
+def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides without gaps, with the dimensions in the same order: forward's layout."""
+    strides, step = [0] * len(shape), 1
+    for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
+        strides[i], step = step, step * shape[i]
+    if shape[:1] == (1,):
+        strides[0] = step  # of one image it may be anything, but kernels conclude a layout from it
+    alike = all(n == 1 or s == t for n, s, t in zip(shape, stride, strides, strict=True))
+    return stride if alike else tuple(strides)
+
+
+def span(shape, stride) -> int:
+    """The distance from the first value to the last."""
+    return sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def layout_of(t: Tensor) -> torch.memory_format | None:

@@ -20,9 +20,9 @@ from torch._prims_common import compute_elementwise_output_strides, suggest_memo
 
 from ..batch_norm import add_up, batch_norm_sums, grad_input_, grad_input_coefficients, per_channel
 from . import passes
-from .layouts import in_layout, layout_of, one_image, restrided
+from .layouts import View, in_layout, layout_of, one_image, restrided
 from .task import slabs
-from .values import Recipe, Value, View, copy_of, origin_of, storage_of
+from .values import Recipe, Value, copy_of, origin_of, storage_of
 
 aten = torch.ops.aten
 WIDE = (torch.float32, torch.float64)  # wide enough to add up parts, and for statistics

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from .layouts import layout_of
+from .layouts import View, layout_of
 from .operations import Operation
 from .task import slabs
-from .values import View
 
 aten = torch.ops.aten
 

@@ -6,16 +6,16 @@ finds the value of a tensor and decides what is kept.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .layouts import View, span
 
 # A recipe of cheap operations may take at most this many passes over a tensor of its result's size: longer
 # ones would run again and again where backward has no room to hold intermediate values.
@@ -54,57 +54,6 @@ class Recipe:
         ``alone(v)`` says whether ``v`` is not at hand and no other step reads it.
         """
         return None
-
-
-class View(NamedTuple):
-    """Shape, strides, dtype and device of a tensor."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, t: Tensor) -> View:
-        return view_of(t.shape, t.stride(), t.dtype, t.device)
-
-    def empty(self, images: int | None = None) -> Tensor:
-        """Memory for a tensor of this form, or for some images of it."""
-        shape = self.shape if images is None else (images, *self.shape[1:])
-        return torch.empty_strided(
-            shape, packed(self.shape, self.stride), dtype=self.dtype, device=self.device
-        )
-
-    def like(self, t: Tensor) -> Tensor:
-        """``t``, all images or some, with this dtype and layout: itself, or a copy."""
-        alike = t.dtype == self.dtype and t.stride() == packed(self.shape, self.stride)
-        return t if alike else self.empty(len(t)).copy_(t)
-
-    @property
-    def dense(self) -> bool:
-        """Whether its values fill their memory without gaps or overlaps."""
-        return packed(self.shape, self.stride) == self.stride
-
-
-# One for all tensors of a form: the fewer objects a step makes, the less often Python looks for cycles.
-view_of = functools.lru_cache(maxsize=4096)(View)
-
-
-@functools.lru_cache(maxsize=4096)
-def packed(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides without gaps, with the dimensions in the same order: forward's layout."""
-    strides, step = [0] * len(shape), 1
-    for i in sorted(range(len(shape)), key=lambda i: (stride[i], -i)):
-        strides[i], step = step, step * shape[i]
-    if shape[:1] == (1,):
-        strides[0] = step  # of one image it may be anything, but kernels conclude a layout from it
-    alike = all(n == 1 or s == t for n, s, t in zip(shape, stride, strides, strict=True))
-    return stride if alike else tuple(strides)
-
-
-def span(shape, stride) -> int:
-    """The distance from the first value to the last."""
-    return sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 class Part(Recipe):
@@ -150,7 +99,7 @@ class Value:
     read = False  # whether a recipe reads it
     counted = False  # whether `Table.plain_bytes` has it
     cast = None  # a weak reference to the value of autocast's copy, if there is one for all readers
-    private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
+    private = False  # whether a node needs the tensor as it was, whatever is written to it without a version
     terms = 0  # bytes of small factors and terms that its recipe holds, back to what a node needs
 
     def __init__(
@@ -208,11 +157,15 @@ class Table:
         self._exposed: dict[int, weakref.ref] = {}  # storages
 
     def clear(self) -> None:
-        """The context ends: nothing will read a value that nothing has read so far."""
-        for ref in self.operations[self.alive :]:
-            value = (operation := ref()) and operation.output
-            if value and value.first is None and not value.read:
-                value.recipe, value.parents = None, ()
+        """The context ends: no recipe stays but those of what the living operations need."""
+        operations = [ref() for ref in self.operations[self.alive :]]
+        operations = [operation for operation in operations if operation is not None]
+        needed = {v for operation in operations for v in operation.needed()}
+        self.take_over(needed)
+        reached = sources(needed)
+        for operation in operations:
+            if operation.output not in reached:
+                operation.output = None
         self._storages.clear()
         self._exposed.clear()
         self._living.clear()
@@ -438,6 +391,25 @@ class Table:
         if value.operation and (operation := value.operation()):  # its node outlives those that need it
             operation.output = None
 
+    def take_over(self, needed: set[Value]) -> None:
+        """Keep what others hold anyway, as nodes of operations that remat does not know hold their inputs.
+
+        In the place of values that were kept for it alone.
+        """
+        held = {}
+        for v in needed:
+            t = v.live() if v.kept is None else None
+            if t is not None:
+                t._fix_weakref()  # else PyTorch 2.9 counts Python's reference to what C++ owns as none
+                if t._version == v.version and t._use_count() > 1:
+                    held[v] = t
+        others = sources(needed - held.keys()) if held else ()
+        for v, t in held.items():
+            if alone := [p for p in sources([v]) if p.kept is not None and p not in others]:
+                self.keep_whole(v, t)
+                for p in alone:
+                    self.rows.remove(p.row)
+
     # What others write ----------------------------------------------------------------------------------
 
     def before_write(self, t: Tensor) -> None:
@@ -487,6 +459,16 @@ class Table:
             if weight.requires_grad:
                 self._cast.add(id(weight))
             self.plain_bytes += weight.numel() * dtype.itemsize
+
+
+def sources(values: Iterable[Value]) -> set[Value]:
+    """These values, and all from which their recipes compute them."""
+    found, stack = set(), [*values]
+    while stack:
+        if (v := stack.pop()) not in found:
+            found.add(v)
+            stack.extend(v.parents)
+    return found
 
 
 def storage_of(t: Tensor) -> torch.UntypedStorage:

@@ -1,5 +1,7 @@
 """What is held at the end of forward: less at a higher price, never more than PyTorch holds."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from helpers.tests.remat.examples import EVERY_ACTIVATION, example
 from helpers.tests.remat.support import (
     COSTS,
     Net,
+    assert_close,
     block,
     check_scenario,
     counted_forward,
@@ -358,6 +361,131 @@ def test_the_graph_behind_a_detached_tensor_goes(after, cost):
         body, other = nn.Sequential(block(), nn.AvgPool2d(2)), nn.Conv2d(3, 8, 2, stride=2)
         model, x = Net(run, body=body, other=other, last=nn.Conv2d(8, 4, 1)), torch.empty(4, 3, 32, 32)
     found = held_plainly_and_under_remat(model, x, cost)
+    assert 0 < found[1] <= found[0]
+
+
+def joined(self, x):
+    a, b = self.first(F.avg_pool2d(x, 2)), self.second(x)
+    return torch.cat([F.interpolate(a, scale_factor=2), b], 1), (a, b)
+
+
+def enlarged(self, x):
+    a = self.first(x)
+    return F.interpolate(a, scale_factor=1.25, mode="bilinear"), (a,)
+
+
+def with_a_part(self, x):
+    a, b = self.first(x), self.second(x)
+    z = torch.cat([F.interpolate(a, scale_factor=2), F.interpolate(b, scale_factor=2)], 1)
+    return z, (self.other(z[:, 4:8]), a, b)
+
+
+@pytest.mark.parametrize("make", [joined, enlarged, with_a_part])
+@pytest.mark.parametrize("again", [False, True])
+def test_what_another_node_holds_is_kept_in_its_sources_place(make, again):
+    """When a convolution needs it, nobody knows that a matrix product will hold it."""
+
+    def run(self, x):
+        z, alive = make(self, x)
+        weights = self.last(z).flatten(2)
+        if again:
+            z = z.flatten(1).view(z.shape)
+        return torch.bmm(weights, z.flatten(2).mT).mean()
+
+    def network():
+        convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
+        return Net(run, **convs, last=nn.LazyConv2d(2, 1), other=nn.Conv2d(4, 1, 1))
+
+    x = image(4, 3, 16, 16)
+    model = network().double()
+    model(x)
+    held, counted = [], []
+    for cost in (None, 0):
+        out, count = counted_forward(model, x, cost)
+        held.append(count.held - out.nbytes)
+        grads = torch.autograd.grad(out, [*model.parameters()], allow_unused=True)
+        counted.append({str(i): g for i, g in enumerate(grads)})
+    assert 0 < held[1] <= held[0]
+    assert_close(counted[1], counted[0])
+    with remat() as record:
+        out = model(x)
+    assert out.requires_grad and all(row.kept or row.recipe == "view" for row in record.rows)
+    kept = sum(row.nbytes for row in record.rows if row.recipe != "view")
+    assert record.kept_bytes <= kept <= held[1] + x.nbytes
+
+
+def test_what_only_the_caller_holds_is_recomputed():
+    """It may be dropped before backward."""
+
+    def run(self, x):
+        z, alive = joined(self, x)
+        return self.last(z), z
+
+    convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
+    model, x, held = Net(run, **convs, last=nn.Conv2d(16, 2, 1)), image(4, 3, 16, 16).float(), Held()
+    held.ignore(x, *model.parameters())
+    with held, remat() as record:
+        out, z = model(x)
+    assert [row.kept for row in record.rows if row.recipe == "cat"] == [False]
+    del z
+    assert held.held - out.nbytes < record.plain_bytes - x.nbytes
+
+
+def test_what_another_node_holds_is_not_kept_beside_its_sources():
+    """Where these are needed all the same."""
+
+    def run(self, x):
+        z, (a, b) = joined(self, x)
+        out = torch.bmm(self.last(z).flatten(2), z.flatten(2).mT)
+        return out.mean() + self.other(a).mean() + self.other(b).mean()
+
+    convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
+    model = Net(run, **convs, last=nn.Conv2d(16, 2, 1), other=nn.Conv2d(8, 1, 1)).double()
+    with remat() as record:
+        out = model(image(4, 3, 16, 16))
+    assert [row.recipe for row in record.rows if not row.kept] == ["cat"] and out.requires_grad
+
+
+def test_what_another_node_holds_is_not_kept_after_a_change():
+    """Of which nobody told remat: the convolution needs what it has read."""
+
+    def gradient(context, z_is_changed):
+        a, b, w = leaf(image(4, 8, 4, 4)), leaf(image(4, 8, 8, 8, seed=1)), leaf(image(2, 16, 1, 1, seed=2))
+        with context:
+            z = torch.cat([F.interpolate(a, scale_factor=2), b], 1)
+            weights = F.conv2d(z, w).flatten(2)
+            if z_is_changed:
+                with torch._C.DisableTorchFunction():
+                    z.detach().mul_(2)
+                out = torch.bmm(weights, z.flatten(2).mT)
+            else:
+                out = torch.bmm(weights, (z + z.detach()).flatten(2).mT)
+        return named(*torch.autograd.grad(out.square().sum(), [w, a, b]))
+
+    assert_close(gradient(remat(), True), gradient(contextlib.nullcontext(), False))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda z: z[:, :4],
+        lambda z: z[:, :4].masked_fill_(z[:, :4] < 0, 0.1),
+        lambda z: z + 1,
+        lambda z: F.silu(z),
+    ],
+)
+def test_a_reader_that_is_gone_holds_nothing(look):
+    """The first convolution's output is needed by a head whose result is not used."""
+
+    def run(self, x):
+        y = self.first(x)
+        self.last(y)
+        z = F.dropout(y, 0.3)
+        look(z)
+        return z.softmax(1)[:, 0].mean()
+
+    model = Net(run, first=nn.Conv2d(3, 16, 3, padding=1), last=nn.Conv2d(16, 4, 1))
+    found = held_plainly_and_under_remat(model, image(8, 3, 32, 32, dtype=torch.float32))
     assert 0 < found[1] <= found[0]
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import remat
 from helpers.predict import Held
-from helpers.remat import convolutions, operations, task, values
+from helpers.remat import convolutions, layouts, operations, task, values
 from helpers.tests.remat.examples import CHAINS, EVERY_ACTIVATION, LAYOUTS, NORMS, PRECISIONS, example
 from helpers.tests.remat.support import COSTS, Net, Recorder, X, block, check, image, step, under
 
@@ -215,7 +215,7 @@ def test_a_long_chain_of_small_steps(cost):
 def test_rows_of_a_batch_one_by_one(monkeypatch):
     """Each view's base is looked for among a number of values, not among all earlier views."""
     looked = []
-    monkeypatch.setattr(values.View, "dense", property(lambda view: looked.append(view) or True))
+    monkeypatch.setattr(layouts.View, "dense", property(lambda view: looked.append(view) or True))
     with remat():
         y = F.linear(torch.randn(500, 4, 4), torch.randn(4, 4, requires_grad=True))
         rows = y.unbind(0)

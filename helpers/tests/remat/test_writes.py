@@ -494,6 +494,35 @@ def test_a_parameter_of_a_norm_that_changes_before_backward(name, which):
     check_scenario(scenario)
 
 
+RECOMPUTED = {
+    "group norm": lambda y: F.group_norm(y, 2),
+    "group norm of a part": lambda y: F.group_norm(y[:, 2:6], 2),
+    "layer norm": lambda y: F.layer_norm(y, (6,)),
+    "rms norm": lambda y: F.rms_norm(y, (6,)),
+    "instance norm": F.instance_norm,
+    "unit vectors": F.normalize,
+    "lengths": lambda y: torch.linalg.vector_norm(y, dim=1, keepdim=True),
+    "softplus": F.softplus,
+}
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("name", RECOMPUTED)
+def test_an_unseen_write_to_what_a_node_computes_from_again(name, cost):
+    """Gradients are those of the values that forward had; PyTorch's mix old statistics with new values."""
+
+    def gradient(context, write):
+        x, w = image(2, 3, 6, 6), leaf(image(8, 3, 1, 1, seed=1))
+        with context:
+            y = F.conv2d(x, w)
+            z = RECOMPUTED[name](y)
+            if write:
+                y.data.mul_(3)
+        return torch.autograd.grad(z, w, image(*z.shape, seed=2))[0]
+
+    torch.testing.assert_close(gradient(remat(cost), True), gradient(contextlib.nullcontext(), False))
+
+
 OTHER_NORMS = {  # the first alone is remat's
     "batch norm": lambda y, *stats: F.batch_norm(y, *stats, training=True),
     "without a graph": lambda y, *stats: F.batch_norm(y.detach(), *stats, training=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Set
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +160,7 @@ class Table:
         """The context ends: no recipe stays but those of what the living operations need."""
         operations = [ref() for ref in self.operations[self.alive :]]
         operations = [operation for operation in operations if operation is not None]
-        needed = {v for operation in operations for v in operation.needed()}
+        needed = dict.fromkeys(v for operation in operations for v in operation.needed()).keys()
         self.take_over(needed)
         reached = sources(needed)
         for operation in operations:
@@ -391,7 +391,7 @@ class Table:
         if value.operation and (operation := value.operation()):  # its node outlives those that need it
             operation.output = None
 
-    def take_over(self, needed: set[Value]) -> None:
+    def take_over(self, needed: Set[Value]) -> None:
         """Keep what others hold anyway, as nodes of operations that remat does not know hold their inputs.
 
         In the place of values that were kept for it alone.
@@ -403,12 +403,12 @@ class Table:
                 t._fix_weakref()  # else PyTorch 2.9 counts Python's reference to what C++ owns as none
                 if t._version == v.version and t._use_count() > 1:
                     held[v] = t
-        others = sources(needed - held.keys()) if held else ()
+        others, gone = needed | sources(needed - held.keys()) if held else needed, set()
         for v, t in held.items():
-            if alone := [p for p in sources([v]) if p.kept is not None and p not in others]:
+            if alone := {p.row for p in sources([v]) if p.kept is not None and p not in others}:
                 self.keep_whole(v, t)
-                for p in alone:
-                    self.rows.remove(p.row)
+                gone |= alone
+        self.rows[:] = [row for row in self.rows if row not in gone] if gone else self.rows
 
     # What others write ----------------------------------------------------------------------------------
 

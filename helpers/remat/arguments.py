@@ -113,12 +113,10 @@ ACTIVATIONS = {function: kind for name, kind in KINDS.items() for function in fu
 @functools.lru_cache(maxsize=1024)
 def activation_of(function, args: tuple, kwargs: tuple) -> tuple[ops.Kind, bool]:
     """The activation that a call computes, and whether in place."""
-    kind_of = ACTIVATIONS[function]
-    names = kind_of.__code__.co_varnames
-    given = dict(zip(names, args, strict=False), **dict(kwargs))
-    in_place = given.pop("inplace", False)
-    fit(len(args) <= len(names) and not isinstance(in_place, Tensor))  # which may change, but not its hash
-    kind = kind_of(**given)
+    named = dict(kwargs)
+    in_place = named.pop("inplace", False)
+    fit(not isinstance(in_place, Tensor))  # which may change, but not its hash
+    kind = ACTIVATIONS[function](*args, **named)
     # No tensors, which the cache would hold; and of NaN the result does not tell what the input was.
     fit(all(type(n) in (int, float) and n == n for n in kind.numbers))
     return kind, bool(in_place or writes(function))

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
-from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._contextlib import context_decorator
 from torch.utils._device import DeviceContext
 
 from .calls import HANDLERS, leave
-from .operations import Operation, weak
+from .operations import Operation
 from .record import Record
 from .task import Task
 from .values import Table, Value
@@ -126,7 +125,7 @@ class Mode(TorchFunctionMode):
         self.handlers = HANDLERS if around <= {Mode, DeviceContext} else {}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
+        if torch.compiler.is_compiling():
             # One graph of forward and backward, cut by the compiler.
             from .compiled import compile_by_price
 
@@ -149,8 +148,8 @@ class Mode(TorchFunctionMode):
         operation.number = len(table.operations)
         out = Node.apply(operation, *inputs)
         operation.gradient, operation.result = inputs[0].nbytes, out.nbytes
-        if operation.saved:
-            operation.weight = weak(inputs[operation.saved[0]])
+        if operation.saved and (weight := inputs[operation.saved[0]]) is not None:
+            operation.weight = weakref.ref(weight)
         table.operations.append(weakref.ref(operation))
         return out
 

@@ -7,7 +7,6 @@ its settings, and knows nothing of autograd (`mode.Node` does).
 
 from __future__ import annotations
 
-import weakref
 from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -59,10 +58,6 @@ class Operation:
         """Bytes that backward adds to what is held: the weight's gradient, unless it is accumulated."""
         w = self.weight and self.weight()
         return 0 if w is None or not w.requires_grad or (w.is_leaf and w.grad is not None) else w.nbytes
-
-
-def weak(t: Tensor | None):
-    return None if t is None else weakref.ref(t)
 
 
 def to(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:

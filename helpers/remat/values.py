@@ -365,7 +365,8 @@ class Table:
         for v in value.parents:
             if v.kept is None and v not in known:
                 t = v.live()
-                usable = t is not None and t._version == v.version and not is_window(t)
+                # To keep a small part of a large tensor would hold much more than its own bytes.
+                usable = t is not None and t._version == v.version and storage_of(t).nbytes() <= 2 * t.nbytes
                 known[v] = mine = {v: t} if usable else None
                 if v.recipe is not None and depth and (mine is None if through else not v.recipe.work):
                     below = self.parts(v, known, through, depth - 1)
@@ -490,11 +491,6 @@ def copy_of(t: Tensor | None) -> Tensor | None:
 def origin_of(weight: Tensor | None) -> tuple[int, tuple[int, ...]] | None:
     """What a record needs of a weight. No weak reference: ``swap_tensors`` refuses a tensor that has one."""
     return None if weight is None else (id(weight), tuple(weight.shape))
-
-
-def is_window(t: Tensor) -> bool:
-    """Whether keeping ``t`` would hold much more than its own bytes: it is a small part of a large tensor."""
-    return storage_of(t).nbytes() > 2 * t.nbytes
 
 
 def key_of(t: Tensor, leaf: bool) -> tuple:

@@ -21,8 +21,8 @@ images or sequences. What an operator that is not PyTorch's own allocates inside
 ``deform_conv2d``, is not seen.
 """
 
+import bisect
 import functools
-import itertools
 import math
 import numbers
 import sys
@@ -384,19 +384,10 @@ def largest_batch(
     if needed(least) > memory:
         step = f"a step of batch size {least}, {needed(least):,} bytes"
         raise ValueError(f"memory must hold {step}, got {memory:,}")
-    low, high, n = least, math.inf, 16
-    for step in itertools.count(1):
-        low, high = (n, high) if needed(n) <= memory else (low, n)
-        if high - low == 1:
-            return low
-        # Memory is nearly linear in n: a line through two sizes finds the answer in a few steps. Where it is
-        # not, every fourth step halves the interval.
-        a, b = (low, high) if high < math.inf else (least, low)
-        rise = needed(b) - needed(a)
-        n = low + round((memory - needed(low)) * (b - a) / rise) if rise > 0 else 2 * low
-        if step % 4 == 0 and high < math.inf:
-            n = (low + high) // 2
-        n = min(max(n, low + 1), high - 1)
+    low, high = least, 16
+    while needed(high) <= memory:
+        low, high = high, 2 * high
+    return bisect.bisect_right(range(high), memory, low, key=needed) - 1
 
 
 def max_cost_for(

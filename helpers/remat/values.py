@@ -23,7 +23,7 @@ MOST_PASSES = 16
 # Recomputed outputs of convolutions are held until their convolution's backward. On the way to one value they
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
-MOST_STEPS = 256  # to one value: each may be a level of recursion
+MOST_STEPS = 256  # to one value: each may be two levels of recursion
 MOST_VALUES = 64  # of a storage, tried as the base of a view; of a concatenation, asked about one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once

@@ -159,10 +159,10 @@ class Program:
 
         By value, ``tensors`` has what is given and memory for results; ``places`` whose memory a step takes.
         """
-        made, buffers = {}, {}
+        made = {}
         for v, (recipe, parents) in self.steps.items():
             place = places.get(v, v)
-            out = tensors[place] if place in tensors else buffers.pop(place, None)
+            out = tensors.pop(place, None)
             if out is None and not recipe.gives:
                 out = v.view.empty(images)
             inputs = [
@@ -172,8 +172,8 @@ class Program:
             made[v] = recipe.run(out, *inputs)
             if out is None and not isinstance(recipe, Part):
                 made[v] = v.view.like(made[v])
-            if place is not v and place not in tensors:
-                buffers[place] = made[v]
+            if place is not v:
+                tensors[place] = made[v]
             for p in parents:
                 if self.last_reader[p] is v:  # nothing reads it any more
                     made.pop(p, None)

@@ -90,15 +90,10 @@ def functions(names: str) -> list[Callable]:
     return [function for function in found if callable(function)]
 
 
+WITHOUT_NUMBERS = ("relu", "sigmoid", "tanh", "silu", "mish", "hardswish", "hardsigmoid")
 # How an activation's kind follows from the arguments behind its input.
 KINDS: dict[str, Callable[..., ops.Kind]] = {
-    "relu": lambda: ops.Kind("relu"),
-    "sigmoid": lambda: ops.Kind("sigmoid"),
-    "tanh": lambda: ops.Kind("tanh"),
-    "silu": lambda: ops.Kind("silu"),
-    "mish": lambda: ops.Kind("mish"),
-    "hardswish": lambda: ops.Kind("hardswish"),
-    "hardsigmoid": lambda: ops.Kind("hardsigmoid"),
+    **{name: functools.partial(ops.Kind, name, ()) for name in WITHOUT_NUMBERS},
     "relu6": lambda: ops.Kind("hardtanh", (0.0, 6.0)),
     "hardtanh": lambda min_val=-1.0, max_val=1.0: ops.Kind("hardtanh", (min_val, max_val)),
     "leaky_relu": lambda negative_slope=0.01: ops.Kind("leaky_relu", (negative_slope,)),

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import math
-import operator
 import os
 import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import make_contiguous_strides_for
 from torch._subclasses.fake_tensor import FakeTensor
 
 if TYPE_CHECKING:
@@ -140,8 +139,8 @@ def matrix_of(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
 
 def without_gaps(shape, stride) -> bool:
     """Whether these are the strides of a contiguous tensor."""
-    steps = itertools.accumulate(shape[::-1], operator.mul, initial=1)
-    return all(n == 1 or s == t for n, s, t in zip(shape[::-1], stride[::-1], steps, strict=False))
+    steps = make_contiguous_strides_for(shape)
+    return all(n == 1 or s == t for n, s, t in zip(shape, stride, steps, strict=True))
 
 
 def launch(da, y, added, norm: Norm, kind: Kind, out: Tensor | None) -> Tensor:

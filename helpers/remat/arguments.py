@@ -69,10 +69,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def fixed(v, kind=list):
-    """An argument that the caller cannot change any more, lists as ``kind``; Unfit if it has tensors."""
+def fixed(v):
+    """An argument that the caller cannot change any more, of a list a copy; Unfit if it has tensors."""
     fit(not (isinstance(v, (list, tuple)) and any(isinstance(n, Tensor) for n in v)))
-    return kind(v) if isinstance(v, list) else v
+    return list(v) if isinstance(v, list) else v
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype | None:

@@ -82,12 +82,10 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
     fit(alike and (bias is None or bias.dim() == 1))
     fit(function is not F.linear or needs_grad(input, weight))  # for a bias alone PyTorch saves nothing
     fit(mode.table.is_safe(input))
-    try:
-        arguments, geometry, work = setting_of(function, weight.shape, given, tuple(named.items()))
-    except TypeError:
-        given = tuple(fixed(v, tuple) for v in given)
-        named = {name: fixed(v, tuple) for name, v in named.items()}
-        arguments, geometry, work = setting_of(function, weight.shape, given, tuple(named.items()))
+    # No lists, which have no hash, and which the caller could change later.
+    given = tuple([tuple(v) if isinstance(v, list) else v for v in given])
+    named = tuple([(name, tuple(v) if isinstance(v, list) else v) for name, v in named.items()])
+    arguments, geometry, work = setting_of(function, weight.shape, given, named)
     dtype = autocast_dtype(input)
     if dtype is None:
         fit(input.dtype == weight.dtype)

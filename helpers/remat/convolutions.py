@@ -58,7 +58,6 @@ def setting_of(function, shape: torch.Size, given: tuple, named: tuple) -> tuple
 
     Raises:
         Unfit: arguments that remat leaves to PyTorch.
-        TypeError: a list, which the caller could change later, has no hash.
     """
     dims, transposed = CONVOLUTIONS[function]
     fit(len(shape) == dims + 2)

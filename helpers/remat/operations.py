@@ -144,23 +144,21 @@ class BatchNorm(Operation):
 
     def backward(self, task, dz, needs, saved):
         (gamma,) = saved
-        need_y, need_gamma, need_beta = needs
         if self.value is None:  # constant statistics and no dγ: any tensor of y's form will do
             y = dz if self.layout is None else dz.contiguous(memory_format=self.layout)
-            mask = [need_y, False, need_beta]
         else:
-            (y, mine), mask = task.get(self.value), [need_y, need_gamma, need_beta]
+            y, mine = task.get(self.value)
         if self.kernel and self.training:  # a GPU's library must get what it got in forward
             y, dz = restrided(y, self.format), restrided(dz, self.format)
         else:
             y, dz = in_layout(y, y), in_layout(dz, y)
         gamma = gamma if gamma is None else gamma.contiguous()  # kernels read it without its stride
         alike = y.is_contiguous() and dz.is_contiguous()
-        if not self.beside and alike and need_y and task.room() < y.nbytes:
+        if not self.beside and alike and needs[0] and task.room() < y.nbytes:
             grads = grads_in_slabs(dz, y, mine, gamma, self.mean, self.invstd)
             return [g if need else None for g, need in zip(grads, needs, strict=True)]
         reserve = self.reserve.clone() if task.retained else self.reserve  # the kernel may write to it
-        how = (*self.running, self.mean, self.invstd, self.training, self.eps, mask, reserve)
+        how = (*self.running, self.mean, self.invstd, self.training, self.eps, needs, reserve)
         return list(aten._batch_norm_impl_index_backward.default(self.kernel, y, dz, gamma, *how))
 
 

@@ -419,8 +419,7 @@ class Table:
             if value.kept is None:
                 value.version = NO_VERSION
             elif value.kept._version == value.version:
-                value.kept = copy_of(value.kept)
-                value.version = value.kept._version
+                self.keep(value, copy_of(value.kept))
 
     def expose(self, t: Tensor) -> None:
         """From now on ``t`` may be written to unseen: nodes see that, as PyTorch's do; recipes must not."""

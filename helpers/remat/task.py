@@ -137,7 +137,7 @@ class Program:
             if p in steps and self.read[p] == 1 and p not in memory:
                 if p.view[:3] == v.view[:3] and not isinstance(p.recipe, Part):
                     places[p] = places.get(v, v)
-        images = [] if self.whole(result) else slabs(result)
+        images = [] if self.whole() else slabs(result)
         if not images or images[0].stop == len(result):
             if not isinstance(last.recipe, Part):
                 del memory[last], result  # a step may give its own
@@ -147,9 +147,9 @@ class Program:
             self.run_some({v: t[slab] for v, t in tensors.items()}, places, slab.stop - slab.start)
         return result
 
-    def whole(self, result: Tensor) -> bool:
+    def whole(self) -> bool:
         """Whether all images must be computed at once."""
-        return result.dim() == 0 or any(
+        return any(
             recipe.whole or any(p in self.steps and not by_image(p, v) for p in parents)
             for v, (recipe, parents) in self.steps.items()
         )

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import nbformat
 from bs4 import BeautifulSoup, NavigableString
@@ -133,6 +133,6 @@ def export(paths: Sequence[Path], folder: Path, root: Path = ROOT) -> list[str]:
                 addresses[path] = f"files/{path.relative_to(root).as_posix()}"
                 (folder / addresses[path]).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, folder / addresses[path])
-            link["href"] = addresses[path] + sign + fragment
+            link["href"] = quote(addresses[path]) + sign + fragment
         (folder / addresses[source]).write_text(str(soup), encoding="utf-8")
     return list(titles)

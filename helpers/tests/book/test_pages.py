@@ -248,6 +248,12 @@ def test_an_image_beside_the_text_comes_into_the_page(make, tmp_path):
     assert page.main.details.get_text(strip=True) == "sf"
 
 
+def test_an_image_attached_to_a_cell_comes_into_the_page(make):
+    words = text("# One\n\n![a dot](attachment:dot.png)")
+    words.attachments = {"dot.png": {"image/png": PNG}}
+    assert [image["src"] for image in make([words]).main("img")] == [f"data:image/png;base64,{PNG}"]
+
+
 def test_a_prime_is_no_superscript(make):
     page = make([text(r"# One $a' \text{it's}$")])
     assert page.main.find("mo", string="′").parent.name != "msup" and "it’s" in page.main.get_text()
@@ -280,6 +286,10 @@ def test_links(make, tmp_path):
         "02_chapter.html#Part", "https://x.org/y.ipynb", "files/data.txt", "#One", "index.html"
     ]  # fmt: skip
     assert (tmp_path / "html" / "files" / "data.txt").read_text() == "1"
+    (tmp_path / "two words.txt").write_text("2")
+    page = make([text("# One\n\n[a file](../two%20words.txt)")])
+    assert page.main.p.a["href"] == "files/two%20words.txt"
+    assert (tmp_path / "html" / "files" / "two words.txt").read_text() == "2"
     with pytest.raises(FileNotFoundError, match="gone.md"):
         make([text("# One\n\n[a](../gone.md)")])
 

@@ -527,6 +527,11 @@ def test_html(write_pages, tmp_path, capsys):
         runner.html(False, tmp_path / "empty", tmp_path / "html")
 
 
+def test_a_page_that_cannot_be_made_is_an_error_of_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner, "EXECUTED", tmp_path)
+    assert runner.main(["html", "--executed"]) == "there are no notebooks to export: `make run` comes first"
+
+
 @pytest.mark.notebooks
 def test_an_executed_notebook_says_with_what(write_pages, tmp_path):
     """Its metadata comes from the committed notebook, whose outputs are not shown any more."""

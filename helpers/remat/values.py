@@ -393,9 +393,9 @@ class Table:
             operation.output = None
 
     def take_over(self, needed: Set[Value]) -> None:
-        """Keep what others hold anyway, as nodes of operations that remat does not know hold their inputs.
+        """Keep what is in memory anyway, since nodes that remat does not know hold it, and not its sources.
 
-        In the place of values that were kept for it alone.
+        That is, those that no other value needs. In forward nobody knew that such a node would come.
         """
         held = {}
         for v in needed:
@@ -409,7 +409,8 @@ class Table:
             if alone := {p.row for p in sources([v]) if p.kept is not None and p not in others}:
                 self.keep_whole(v, t)
                 gone |= alone
-        self.rows[:] = [row for row in self.rows if row not in gone] if gone else self.rows
+        if gone:
+            self.rows[:] = [row for row in self.rows if row not in gone]
 
     # What others write ----------------------------------------------------------------------------------
 

@@ -142,8 +142,13 @@ def test_a_copy_of_what_is_kept(copy):
     check_scenario(scenario)
 
 
+def together(copies):
+    return lambda a: sum(copy(a) for copy in copies)
+
+
 @pytest.mark.parametrize(
-    "copy", [pytest.param(copy, id=name) for name, copies in ACROSS.items() for copy in copies]
+    "copy",
+    [pytest.param(copy, id=name) for name, copies in ACROSS.items() for copy in (*copies, together(copies))],
 )
 def test_copies_across_images(monkeypatch, copy):
     monkeypatch.setattr(task, "SLAB_BYTES", 500)

@@ -330,7 +330,7 @@ def again(
             if node:
                 # An instance norm's node has a copy, unless it is contiguous.
                 value = table.need(value, x, copied=reads_layout and not x.is_contiguous())
-                value.private = True  # backward computes the result again, and must get forward's
+                value.read = True  # by backward, which computes the result again
                 operation = ops.Rerun(call, value, len(parameters[:saves]), copies[saves:], reads_layout)
             out = mode.apply(operation, x, *parameters) if node else call(x, *parameters)
             if node and out.dtype == x.dtype:

@@ -195,6 +195,8 @@ class Rerun(Operation):
 
     def backward(self, task, dz, needs, saved):
         x, mine = task.get(self.value)
+        if self.value.snapshot is not None:  # what forward read
+            x, mine = self.value.snapshot, False
         if mine and self.reads_layout:  # what reads it is a copy
             x = x.contiguous()
         given = (x, *saved, *self.copies)

@@ -84,12 +84,18 @@ class Task:
 
     def recompute(self, value: Value) -> Tensor:
         """Recompute ``value``, and before it the convolutions on its way, each once."""
-        while (program := Program(self, value)).missing:
-            self.start(program.missing[-1])
-        if not value.recipe.work:
-            return program.run()
-        t = value.recipe.run(None, *[self.start(p) for p in value.parents])
-        return value.view.like(t)  # its views have forward's strides
+        while True:
+            v = value
+            while (program := Program(self, v)).missing:
+                v = program.missing[-1]
+            if v.recipe.work:
+                t = v.recipe.run(None, *[self.start(p) for p in v.parents])
+                t = v.view.like(t)  # its views have forward's strides
+            else:
+                t = program.run()
+            if v is value:
+                return t
+            self.hold(v, t)
 
 
 class Program:

@@ -23,7 +23,7 @@ MOST_PASSES = 16
 # Recomputed outputs of convolutions are held until their convolution's backward. On the way to one value they
 # may take at most this many times the bytes of the largest.
 MOST_MADE = 3.0
-MOST_STEPS = 256  # to one value: each may be two levels of recursion
+MOST_STEPS = 256  # to one value: each may be a level of recursion
 MOST_VALUES = 64  # of a storage, tried as the base of a view; of a concatenation, asked about one by one
 MUCH_SMALLER = 0.75  # of a value's bytes: what may be kept in its place, which others may hold anyway
 SMALL = 16  # a factor with fewer values than 1/16 of its product is kept at once
@@ -96,10 +96,10 @@ class Value:
     origin = None  # id and shape of the parameter of the last convolution or norm on the way here
     operation = None  # a weak reference to the one that made it, whose node holds the recipe, if there is one
     first = None  # the number of the first operation whose node needs it, if one does
-    read = False  # whether a recipe reads it
+    read = False  # whether a recipe reads it, or a node that computes from it again
     counted = False  # whether `Table.plain_bytes` has it
     cast = None  # a weak reference to the value of autocast's copy, if there is one for all readers
-    private = False  # whether a node needs the tensor as it was, whatever is written to it without a version
+    private = False  # whether PyTorch's node would not see a write to the tensor, since it saves another
     terms = 0  # bytes of small factors and terms that its recipe holds, back to what a node needs
 
     def __init__(
@@ -157,11 +157,11 @@ class Table:
         self._exposed: dict[int, weakref.ref] = {}  # storages
 
     def clear(self) -> None:
-        """The context ends: no recipe stays but those of what the living operations need."""
+        """The context ends: what the living operations need stays, with its recipes; see `take_over`."""
         operations = [ref() for ref in self.operations[self.alive :]]
         operations = [operation for operation in operations if operation is not None]
-        needed = dict.fromkeys(v for operation in operations for v in operation.needed()).keys()
-        self.take_over(needed)
+        needed = dict.fromkeys(v for operation in operations for v in operation.needed())  # in this order
+        self.take_over(needed.keys())
         reached = sources(needed)
         for operation in operations:
             if operation.output not in reached:
@@ -395,22 +395,26 @@ class Table:
     def take_over(self, needed: Set[Value]) -> None:
         """Keep what is in memory anyway, since nodes that remat does not know hold it, and not its sources.
 
-        That is, those that no other value needs. In forward nobody knew that such a node would come.
+        That is, those that no other value needs, if they are no much smaller ones. In forward nobody knew
+        that such a node would come. (A view of the tensor may hold it as well.)
         """
         held = {}
         for v in needed:
-            t = v.live() if v.kept is None else None
+            t = v.live() if v.kept is None and not v.private else None
             if t is not None:
                 t._fix_weakref()  # else PyTorch 2.9 counts Python's reference to what C++ owns as none
                 if t._version == v.version and t._use_count() > 1:
                     held[v] = t
-        others, gone = needed | sources(needed - held.keys()) if held else needed, set()
+        if not held:
+            return
+        others, gone = needed | sources(needed - held.keys()), set()
         for v, t in held.items():
-            if alone := {p.row for p in sources([v]) if p.kept is not None and p not in others}:
+            whole = v.parents[0] if isinstance(v.recipe, Part) else v
+            alone = {p.row for p in sources([v]) - {whole} if p.kept is not None and p not in others}
+            if MUCH_LARGER * sum(row.nbytes for row in alone) >= whole.nbytes:
                 self.keep_whole(v, t)
                 gone |= alone
-        if gone:
-            self.rows[:] = [row for row in self.rows if row not in gone]
+        self.rows[:] = [row for row in self.rows if row not in gone]
 
     # What others write ----------------------------------------------------------------------------------
 

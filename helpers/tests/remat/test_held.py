@@ -469,6 +469,43 @@ def test_what_another_node_holds_is_not_kept_after_a_change():
     assert_close(gradient(remat(), True), gradient(contextlib.nullcontext(), False))
 
 
+def test_what_another_node_holds_is_not_kept_for_a_small_factor():
+    """It would stay longer than that node, and save nothing."""
+    conv, norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+    with remat() as record:
+        f = F.relu(F.dropout2d(norm(conv(image(4, 3, 32, 32).float())), 0.2))
+        out = F.conv2d(f, torch.randn(4, 16, 1, 1, requires_grad=True)).sum() + f.sinh().sum()
+        del f
+    assert [row.kept for row in record.rows if row.recipe == "relu"] == [False] and out.requires_grad
+
+
+def test_what_pytorch_does_not_save_may_change_although_a_view_holds_it():
+    """Of relu6 it saves the input; remat needs the result."""
+
+    def scenario(context):
+        torch.manual_seed(0)
+        w, x, factor = leaf(image(8, 3, 1, 1)), image(4, 3, 6, 6), image(4, 8, 6, 6, seed=1)
+        with context():
+            a = F.relu6(F.batch_norm(F.conv2d(x, w), None, None, training=True) * factor)
+            first, out = a[0], a.sum()
+        a.mul_(2)
+        return named(*torch.autograd.grad(out, w), first)
+
+    check_scenario(scenario)
+
+
+def test_a_view_whose_whole_is_kept_is_kept_with_it():
+    """The record has the whole, whatever else holds the view."""
+    conv, layer, w = nn.Conv2d(3, 64, 4, stride=4), nn.Linear(64, 64), leaf(image(2, 1, 64).float())
+    x, held = image(2, 3, 32, 32).float(), Held()
+    held.ignore(x, w, *conv.parameters(), *layer.parameters())
+    with held, remat() as record:
+        tokens = conv(x).flatten(2)
+        out = F.silu(layer(tokens)), torch.bmm(w, tokens)
+        del tokens
+    assert record.kept_bytes == held.held - sum(t.nbytes for t in out) + x.nbytes
+
+
 @pytest.mark.parametrize(
     "look",
     [

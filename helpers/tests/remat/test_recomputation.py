@@ -1,5 +1,7 @@
 """What backward makes again is what forward made, to the bit, and made once."""
 
+import inspect
+import sys
 from collections import Counter
 
 import pytest
@@ -210,6 +212,24 @@ def test_a_long_chain_of_small_steps(cost):
     with remat(cost):
         got = run()
     torch.testing.assert_close(got, run())
+
+
+def test_a_long_way_of_small_convolutions_deep_in_the_callers_stack():
+    """They are recomputed one after the other, not each within the one before."""
+    convs = [nn.Conv2d(4, 4, 1, bias=False).requires_grad_(False) for _ in range(240)]
+    first, last, x = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 1, 1), image(2, 4, 2, 2).float().requires_grad_()
+    with remat(1e12):
+        h = first(x)
+        for conv in convs:
+            h = conv(h)
+        out = last(F.interpolate(h, scale_factor=64)).sum()
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 200)
+    try:
+        out.backward()
+    finally:
+        sys.setrecursionlimit(limit)
+    assert x.grad is not None
 
 
 def test_rows_of_a_batch_one_by_one(monkeypatch):

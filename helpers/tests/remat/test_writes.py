@@ -523,6 +523,21 @@ def test_an_unseen_write_to_what_a_node_computes_from_again(name, cost):
     torch.testing.assert_close(gradient(remat(cost), True), gradient(contextlib.nullcontext(), False))
 
 
+def test_an_unseen_write_is_seen_by_other_nodes_all_the_same():
+    """PyTorch's convolution computes its weight's gradient from what is there, and so does remat's."""
+
+    def scenario(context):
+        x, w = leaf(image(2, 3, 6, 6)), leaf(image(8, 3, 1, 1, seed=1))
+        with context():
+            y = x * 2
+            z = F.layer_norm(y, (6,)).mean()
+            out = F.conv2d(y, w)
+            y.data.mul_(3)
+        return named(*torch.autograd.grad(out.sum() + z, w))
+
+    check_scenario(scenario)
+
+
 OTHER_NORMS = {  # the first alone is remat's
     "batch norm": lambda y, *stats: F.batch_norm(y, *stats, training=True),
     "without a graph": lambda y, *stats: F.batch_norm(y.detach(), *stats, training=True),

@@ -395,7 +395,7 @@ class Table:
     def take_over(self, needed: Set[Value]) -> None:
         """Keep what is in memory anyway, since nodes that remat does not know hold it, and not its sources.
 
-        That is, those that no other value needs, if they are no much smaller ones. In forward nobody knew
+        That is, those that no other value needs, unless they are much smaller. In forward nobody knew
         that such a node would come. (A view of the tensor may hold it as well.)
         """
         held = {}

@@ -427,7 +427,10 @@ class Table:
                 self.keep(value, copy_of(value.kept))
 
     def expose(self, t: Tensor) -> None:
-        """From now on ``t`` may be written to unseen: nodes see that, as PyTorch's do; recipes must not."""
+        """From now on ``t`` may be written to unseen. Nodes see that, as PyTorch's do.
+
+        Recipes must not, nor nodes that compute from it again.
+        """
         key, exposed = id(storage := storage_of(t)), self._exposed
         exposed[key] = weakref.ref(storage, lambda _: exposed.pop(key, None))
         for value in self.forget(t):

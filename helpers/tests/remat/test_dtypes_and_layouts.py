@@ -157,7 +157,10 @@ def test_a_trained_leaf_that_several_read_under_autocast_is_copied_once(kind, co
     torch.testing.assert_close(found[1][1], found[0][1], rtol=0.01, atol=1e-4)
 
 
-@pytest.mark.parametrize("function", [F.conv2d, lambda x, w: F.linear(x.flatten(1), w.flatten(1))])
+LAYERS = F.conv2d, lambda x, w: F.linear(x.flatten(1), w.flatten(1))
+
+
+@pytest.mark.parametrize("function", LAYERS)
 def test_a_trained_leaf_in_two_precisions(function):
     found = []
     for cost in (None, 0):
@@ -338,7 +341,7 @@ def test_gradients_have_pytorchs_layout(make, shape, layout):
         torch.testing.assert_close(p, q)
 
 
-@pytest.mark.parametrize("function", [F.conv2d, lambda x, w: F.linear(x.flatten(1), w.flatten(1))])
+@pytest.mark.parametrize("function", LAYERS)
 def test_autocast_leaves_float64(function):
     found = []
     for cost in (None, 0):

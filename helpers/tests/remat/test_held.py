@@ -364,6 +364,11 @@ def test_the_graph_behind_a_detached_tensor_goes(after, cost):
     assert 0 < found[1] <= found[0]
 
 
+def two_convolutions(run, **more):
+    convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
+    return Net(run, **convs, **more).double()
+
+
 def joined(self, x):
     a, b = self.first(F.avg_pool2d(x, 2)), self.second(x)
     return torch.cat([F.interpolate(a, scale_factor=2), b], 1), (a, b)
@@ -396,21 +401,15 @@ def test_what_another_node_holds_is_kept_in_its_sources_place(make, more):
             out = out + torch.bmm(self.last(z).flatten(2), z.flatten(2).mT)
         return out.mean()
 
-    def network():
-        convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
-        return Net(run, **convs, last=nn.LazyConv2d(2, 1), other=nn.Conv2d(4, 1, 1))
-
-    x = image(4, 3, 16, 16)
-    model = network().double()
+    model, x = two_convolutions(run, last=nn.LazyConv2d(2, 1), other=nn.Conv2d(4, 1, 1)), image(4, 3, 16, 16)
     model(x)
-    held, counted = [], []
+    held, gradients = [], []
     for cost in (None, 0):
         out, count = counted_forward(model, x, cost)
         held.append(count.held - out.nbytes)
-        grads = torch.autograd.grad(out, [*model.parameters()], allow_unused=True)
-        counted.append({str(i): g for i, g in enumerate(grads)})
+        gradients.append(named(*torch.autograd.grad(out, [*model.parameters()], allow_unused=True)))
     assert 0 < held[1] <= held[0]
-    assert_close(counted[1], counted[0])
+    assert_close(gradients[1], gradients[0])
     with remat() as record:
         out = model(x)
     assert out.requires_grad and all(row.kept or row.recipe in ("view", "silu") for row in record.rows)
@@ -425,8 +424,7 @@ def test_what_only_the_caller_holds_is_recomputed():
         z, alive = joined(self, x)
         return self.last(z), z
 
-    convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
-    model, x, held = Net(run, **convs, last=nn.Conv2d(16, 2, 1)), image(4, 3, 16, 16).float(), Held()
+    model, x, held = two_convolutions(run, last=nn.Conv2d(16, 2, 1)), image(4, 3, 16, 16), Held()
     held.ignore(x, *model.parameters())
     with held, remat() as record:
         out, z = model(x)
@@ -443,8 +441,7 @@ def test_what_another_node_holds_is_not_kept_beside_its_sources():
         out = torch.bmm(self.last(z).flatten(2), z.flatten(2).mT)
         return out.mean() + self.other(a).mean() + self.other(b).mean()
 
-    convs = {name: nn.Conv2d(3, 8, 3, padding=1) for name in ("first", "second")}
-    model = Net(run, **convs, last=nn.Conv2d(16, 2, 1), other=nn.Conv2d(8, 1, 1)).double()
+    model = two_convolutions(run, last=nn.Conv2d(16, 2, 1), other=nn.Conv2d(8, 1, 1))
     with remat() as record:
         out = model(image(4, 3, 16, 16))
     assert [row.recipe for row in record.rows if not row.kept] == ["cat"] and out.requires_grad

@@ -26,27 +26,26 @@ CUT = {
 }
 
 
-@pytest.mark.parametrize("name", CUT)
-def test_a_batch_cut_into_parts(name, monkeypatch):
-    """As where a library's copies of a large one would raise the peak."""
-    cut, parts = [], convolutions.Convolution.parts
+@pytest.fixture
+def cut(monkeypatch):
+    """In how many parts each convolution cuts its batch, where a library's copies would raise the peak."""
+    found, parts = [], convolutions.Convolution.parts
     monkeypatch.setattr(convolutions, "worth_a_cut", lambda copies, w: True)
     monkeypatch.setattr(task.Task, "room", lambda self, value=None: 0)
     monkeypatch.setattr(
-        convolutions.Convolution, "parts", lambda *given: cut.append(parts(*given)) or cut[-1]
+        convolutions.Convolution, "parts", lambda *given: found.append(parts(*given)) or found[-1]
     )
+    return found
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_batch_cut_into_parts(name, cut):
     make, shape = CUT[name]
     check(lambda: nn.Sequential(make(), nn.ReLU()), image(*shape))
     assert set(cut) == {4}
 
 
-def test_no_cut_where_the_sum_of_parts_would_lose_digits(monkeypatch):
-    cut, parts = [], convolutions.Convolution.parts
-    monkeypatch.setattr(convolutions, "worth_a_cut", lambda copies, w: True)
-    monkeypatch.setattr(task.Task, "room", lambda self, value=None: 0)
-    monkeypatch.setattr(
-        convolutions.Convolution, "parts", lambda *given: cut.append(parts(*given)) or cut[-1]
-    )
+def test_no_cut_where_the_sum_of_parts_would_lose_digits(cut):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         conv, x = nn.Conv2d(4, 6, 3).to(dtype), image(5, 4, 9, 8).to(dtype)
         with remat():

@@ -36,6 +36,15 @@ class View(NamedTuple):
         alike = t.dtype == self.dtype and t.stride() == packed(self.shape, self.stride)
         return t if alike else self.empty(len(t)).copy_(t)
 
+    def with_gaps(self, t: Tensor) -> Tensor:
+        """``t``, all images or some, with these strides, by which kernels choose an order: it, or a copy."""
+        if self.dense or t.stride() == self.stride:
+            return t
+        out = torch.empty_strided(t.shape, self.stride, dtype=t.dtype, device=t.device)
+        once = tuple(slice(1 if stride == 0 else None) for stride in self.stride)  # of an expanded dimension
+        out[once] = t[once]
+        return out
+
     @property
     def dense(self) -> bool:
         """Whether its values fill their memory without gaps or overlaps."""

@@ -89,7 +89,7 @@ class Task:
             while (program := Program(self, v)).missing:
                 v = program.missing[-1]
             if v.recipe.work:
-                t = v.recipe.run(None, *[self.start(p) for p in v.parents])
+                t = v.recipe.run(None, *[p.view.with_gaps(self.start(p)) for p in v.parents])
                 t = v.view.like(t)  # its views have forward's strides
             else:
                 t = program.run()
@@ -117,7 +117,7 @@ class Program:
             return
         self.read[v], t = 1, self.task.at_hand(v)
         if t is not None:
-            self.given[v] = t
+            self.given[v] = v.view.with_gaps(t)
         elif v.recipe.work:
             self.missing.append(v)
         else:

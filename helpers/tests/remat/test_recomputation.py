@@ -14,7 +14,7 @@ from helpers import remat
 from helpers.predict import Held
 from helpers.remat import convolutions, layouts, operations, task, values
 from helpers.tests.remat.examples import CHAINS, EVERY_ACTIVATION, LAYOUTS, NORMS, PRECISIONS, example
-from helpers.tests.remat.support import COSTS, Net, Recorder, X, block, check, image, step, under
+from helpers.tests.remat.support import COSTS, Net, Recorder, X, block, check, image, randomised, step, under
 
 CUT = {
     "padding": (lambda: nn.Conv2d(4, 6, 3, padding=1), (5, 4, 9, 8)),
@@ -254,6 +254,40 @@ def test_a_norm_with_gaps_in_its_input_is_recomputed_to_the_bit(training):
             out = F.silu(z)
         grads += torch.autograd.grad(out.sum(), z)
     assert torch.equal(*grads)
+
+
+# Views with gaps of a recomputed tensor or of an input.
+GAPS = {
+    "channels": lambda a, x: a[:, 2:6],
+    "columns": lambda a, x: a[:, :4, :, 1:],
+    "of an input": lambda a, x: x[:, :4, 1:],
+    "expanded": lambda a, x: x[:, :4, :1].expand(4, 4, 16, 15),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("before", [nn.Identity, nn.SiLU])
+@pytest.mark.parametrize("exposed", [False, True])
+@pytest.mark.parametrize("view", GAPS)
+def test_what_reads_a_view_with_gaps_gets_forwards_strides(view, exposed, before, training):
+    """Also where backward holds the view for others, or remat has a copy of it, without the gaps."""
+    torch.manual_seed(0)
+    conv, norm, results = nn.Conv2d(8, 8, 3, padding=1), randomised(nn.BatchNorm2d(4)).train(training), []
+    large = nn.Sequential(nn.Conv2d(8, 32, 3), nn.SiLU(), nn.Conv2d(32, 32, 1), nn.SiLU())
+    x = image(4, 8, 16, 15, dtype=torch.float32)
+    for cost in (None, 0, 150):
+        data = x.clone().requires_grad_()
+        with under(cost):
+            peak = large(data).sum()  # so high that until then backward has room to hold values
+            v = GAPS[view](F.silu(conv(data)), data)
+            z = norm(before()(v))
+            out = F.silu(z)
+            second = F.linear(v, torch.ones(3, v.shape[-1], requires_grad=True)).sum() + v.square().sum()
+            del v
+            if exposed:
+                assert data.data is not data  # remat copies what may change now
+        results.append(torch.autograd.grad(peak + out.sum() + second, [z, data])[0])
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 def test_a_norms_gradient_is_written_over_its_recomputed_input(monkeypatch):

@@ -31,6 +31,7 @@ class Settings(NamedTuple):
 
     def slabs(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The images of each slab; forward and backward cut alike."""
+        check_slab_size(self.slab_size)
         images = len(x) if self.slab_size == "batch" else self.slab_size
         if images is None:
             y_values = F.conv2d(x[:0], weight, None, *self.geometry).shape[1:].numel()
@@ -226,7 +227,6 @@ class FusedConvBN2d(nn.Module):
         """Raise a ValueError if something does not fit that can be seen without the weight."""
         bn = self.bn
         norm.check_norm(input, bn.eps)
-        check_slab_size(self.slab_size)
         if bn.momentum is not None:
             norm.check_momentum(bn.momentum, input.device)
         if (bn.running_mean is None) != (bn.running_var is None):

@@ -40,7 +40,7 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
         torch.empty(1, device=device)  # an allocator that was never used has no statistics
         if torch.accelerator.memory_stats(device):
             return device, f"{device.type} allocator's statistics"
-    return torch.device("cpu"), f"CPU allocator: {device.type} keeps no peak statistics"
+    return torch.device("cpu"), f"CPU allocator: {device.type} is not here or keeps no peak statistics"
 
 
 def describe_device(device: torch.device | str) -> dict[str, str]:
@@ -81,7 +81,7 @@ class MemoryTrace:
             the profiler was started inside, because that ended this trace.
     """
 
-    _traced: ClassVar[set[str]] = set()  # kinds of accelerators: each card counts one peak
+    _traced: ClassVar[set[str]] = set()  # kinds of accelerators: an allocator counts one peak
 
     def __init__(self, device: torch.device | str = "cpu", timeline: bool = False) -> None:
         self.device = torch.device(device)
@@ -94,6 +94,8 @@ class MemoryTrace:
         """Note the memory held at this moment."""
         if not isinstance(name, str):
             raise ValueError(f"name must be a str, got {name!r:.80}")
+        if self._profile is None and self.device.type not in MemoryTrace._traced:
+            raise RuntimeError("mark must be called inside of the trace's with block")
         if self.device.type != "cpu":
             self.marks[name] = torch.accelerator.memory_allocated(self.device) - self._start
         if self._profile is not None:

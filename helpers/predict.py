@@ -367,6 +367,7 @@ def largest_batch(
 
     Raises:
         ValueError: ``memory`` is too little for one image, or an argument does not fit.
+        Other errors: see `predict_memory`.
     """
     image_shape = checked("image_shape", image_shape)
     check_memory(memory)
@@ -413,6 +414,7 @@ def max_cost_for(
     Raises:
         ValueError: no price makes it fit (the message names the price that takes least), or an argument that
             does not fit.
+        Other errors: see `predict_memory`.
     """
     check_memory(memory)
     how = {"autocast": autocast, "device_type": device_type}

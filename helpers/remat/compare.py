@@ -29,8 +29,8 @@ class Comparison:
 
     Attributes:
         max_cost: of the step under remat.
-        equal: whether all that the model returned, and its buffers afterwards, are equal to the bit; 0 and
-            -0 count as equal.
+        equal: whether all that the model returned, and its buffers afterwards, are equal to the bit, but that
+            0 is equal to -0, and one NaN to another.
         difference: the largest ‖remat's - plain's‖ / ‖plain's‖ of all gradients; in place of a smaller norm,
             1/100 of the largest gradient's, since a bias before a batch norm gets only rounding errors.
         rounding: the same between plain and ``reference``: "float64", or "a second run" if the model draws
@@ -212,7 +212,7 @@ class OnlyCopies(TorchDispatchMode):
 
 
 def same(p: Tensor, q: Tensor) -> bool:
-    """Whether they are equal to the bit, a NaN equal to a NaN."""
+    """Whether all values are equal, 0 to -0, and a NaN to a NaN."""
     p, q = (t if t.layout is torch.strided else t.to_dense() for t in (p, q))
     return p.dtype == q.dtype and p.shape == q.shape and torch.allclose(p, q, 0, 0, equal_nan=True)
 

@@ -746,6 +746,9 @@ def test_bad_slab_sizes_are_named(slab_size):
     with pytest.raises(ValueError, match="slab_size must be None, .* got"):
         fused(torch.randn(2, 2, 5, 5))
     assert fused.bn.num_batches_tracked == 0
+    with pytest.raises(ValueError, match="slab_size must be None, .* got"):
+        tensors = randn((2, 2, 5, 5)), randn((4, 2, 3, 3)), None, None, None
+        FusedConvBN2dFunction.apply(*tensors, Settings(slab_size=slab_size))
 
 
 def test_from_pair_names_what_does_not_fit():

@@ -67,6 +67,16 @@ def test_a_mark_has_a_name():
         trace.mark(5)
 
 
+def test_a_mark_outside_of_the_block_is_an_error():
+    trace = MemoryTrace()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="^mark must be called inside"):
+            trace.mark("now")
+        with trace:
+            trace.mark("now")
+    assert trace.marks == {"now": 0}
+
+
 def test_a_profiler_inside_is_an_error():
     """It would take the trace's events, and leave zeros."""
     with pytest.raises(RuntimeError, match="^PyTorch's profiler ran inside MemoryTrace"):

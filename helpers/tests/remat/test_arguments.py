@@ -214,6 +214,28 @@ def test_wrong_arguments_get_pytorchs_error(name):
     assert str(found.value) == str(wanted.value)
 
 
+EVERY_POOL = {
+    "max, 1d": lambda x: F.max_pool1d(x.flatten(2), 2),
+    "max": lambda x: F.max_pool2d(x, 2),
+    "max, 3d": lambda x: F.max_pool3d(x.unsqueeze(4), (2, 2, 1)),
+    "mean": lambda x: F.avg_pool2d(x, 2),
+    "mean, 3d": lambda x: F.avg_pool3d(x.unsqueeze(4), (2, 2, 1)),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, 2),
+}
+
+
+@pytest.mark.parametrize("pool", EVERY_POOL.values(), ids=EVERY_POOL)
+def test_pools_of_no_images(pool):
+    def scenario(context):
+        x = leaf(X[:0])
+        with context():
+            out = pool(F.silu(x))
+        out.square().sum().backward()
+        return named(out, x.grad)
+
+    check_scenario(scenario)
+
+
 def test_a_negative_epsilon():
     """An error, but in the oldest PyTorch."""
 

@@ -252,8 +252,6 @@ class remat:  # noqa: N801
         mode.table.clear()
 
     def __call__(self, function: Callable) -> Callable:
-        if isinstance(function, torch.nn.Module):
-            raise TypeError("remat decorates a function, got a module: write with remat(): model(x)")
         is_async = inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
         if not callable(function) or is_async:
             raise TypeError(f"remat decorates a function that is not async, got {function!r}")

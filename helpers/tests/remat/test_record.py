@@ -183,12 +183,6 @@ def test_what_it_cannot_decorate(function):
         remat()(function)
 
 
-def test_a_module_is_no_function():
-    """It would come back as a function, without parameters."""
-    with pytest.raises(TypeError, match=r"^remat decorates a function, got a module: write with remat\(\): "):
-        remat()(nn.ReLU())
-
-
 @pytest.mark.parametrize("max_cost", [0, 0.5, 64, np.int64(64), 1e9, float("inf")])
 def test_prices(max_cost):
     check(example("residual"), X, costs=[max_cost])

@@ -208,9 +208,10 @@ def test_the_price_is_a_limit():
         assert sum(row.kept for row in record.rows if row.recipe == "conv2d") == kept
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("pool", [nn.AvgPool2d(3, 2, 1), nn.ReflectionPad2d(1)])
-def test_an_average_or_a_pad_by_pixels_needs_nothing(pool):
-    x = image(2, 3, 6, 6).requires_grad_()
+def test_an_average_or_a_pad_by_pixels_needs_nothing(pool, layout):
+    x = image(2, 3, 6, 6).to(memory_format=layout).requires_grad_()
     with remat() as record:
         pool(x * 2)
     assert record.rows == [] and record.plain_bytes == x.nbytes

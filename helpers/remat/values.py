@@ -166,11 +166,8 @@ class Table:
         for operation in operations:
             if operation.output not in reached:
                 operation.output = None
-        self._storages.clear()
-        self._exposed.clear()
-        self._living.clear()
-        self.parameters.clear()
-        self.waiting.clear()
+        for lookup in (self._storages, self._exposed, self._living, self.parameters, self.waiting):
+            lookup.clear()
 
     # Finding --------------------------------------------------------------------------------------------
 

@@ -54,6 +54,15 @@ def test_no_cut_where_the_sum_of_parts_would_lose_digits(cut):
     assert cut == [1, 1, 4]
 
 
+@pytest.mark.parametrize("room, parts", [(0, 4), (1 << 40, 1)])
+def test_no_cut_where_there_is_room_for_the_copies(room, parts, cut, monkeypatch):
+    monkeypatch.setattr(task.Task, "room", lambda self, value=None: room)
+    with remat():
+        out = nn.Conv2d(4, 6, 3).double()(image(5, 4, 9, 8))
+    out.backward(image(*out.shape))
+    assert cut == [parts]
+
+
 def test_a_weight_that_may_be_gone_is_not_read_again():
     """As in sharded training: a view of a leaf, a part of a larger memory, DeepSpeed's."""
     flat, marked = torch.randn(4, 216), nn.Parameter(torch.randn(8, 3, 3, 3))

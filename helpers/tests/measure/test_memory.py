@@ -129,6 +129,10 @@ def test_a_block_of_an_earlier_trace_is_not_subtracted():
     assert trace.marks == {"without it": 0} and trace.peak == 4000 and trace.timeline[-1][1] == 0
 
 
+def test_a_cpu_is_measured_by_the_profiler():
+    assert memory_device("cpu") == (torch.device("cpu"), "CPU allocator, every allocation from the profiler")
+
+
 def test_an_accelerator_is_asked_only_after_it_allocated(monkeypatch):
     """Before that its allocator has no statistics, and the CPU would be measured in its place."""
     made = []

@@ -40,7 +40,7 @@ def memory_device(device: torch.device | str) -> tuple[torch.device, str]:
         torch.empty(1, device=device)  # an allocator that was never used has no statistics
         if torch.accelerator.memory_stats(device):
             return device, f"{device.type} allocator's statistics"
-    return torch.device("cpu"), f"CPU allocator: {device.type} is not here or keeps no peak statistics"
+    return torch.device("cpu"), f"CPU allocator: {device.type} is not available or keeps no peak statistics"
 
 
 def describe_device(device: torch.device | str) -> dict[str, str]:

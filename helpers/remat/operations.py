@@ -127,19 +127,22 @@ class BatchNorm(Operation):
 
     def recipe_of(self, gamma: Tensor | None, beta: Tensor | None) -> Recipe:
         """The result's, once there is one."""
+        buffers = self.running
         if self.training:
             self.running, mean, invstd = (None, None), self.mean, self.invstd
         else:
-            self.running = mean, var = tuple(map(copy_of, self.running))
+            self.running = buffers = mean, var = tuple(map(copy_of, self.running))
             invstd = (var + self.eps).rsqrt()
         alike = all(t is None or t.dtype == invstd.dtype for t in (gamma, beta))
         if invstd.dtype in WIDE and alike and self.layout is not None:
             return Normalise(gamma, beta, mean, invstd)
         # Entirely in half precision, or with gaps in its input: only the kernel knows how it rounds.
         values = copy_of(gamma), copy_of(beta)
-        how = (*self.running, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)
+        if self.training:  # the kernel depends on the buffers' dtype, and writes to them
+            buffers = [t if t is None else torch.zeros_like(t) for t in buffers]
+        how = (*buffers, self.training, 0.0, self.eps, torch.backends.cudnn.enabled)
         recipe = Again("norm", lambda y: torch._batch_norm_impl_index(y, *values, *how)[0], 3.0, gamma)
-        recipe.whole = self.training
+        recipe.whole = self.training or self.layout is None  # one image may have no gaps
         return recipe
 
     def backward(self, task, dz, needs, saved):

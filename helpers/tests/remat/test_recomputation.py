@@ -299,6 +299,45 @@ def test_what_reads_a_view_with_gaps_gets_forwards_strides(view, exposed, before
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def test_a_norm_whose_buffers_alone_are_float32_is_recomputed_to_the_bit():
+    """With gaps in its input; without buffers PyTorch would take a kernel that rounds differently."""
+    norm, x, grads = nn.BatchNorm1d(4, affine=False), image(8, 12, 4, dtype=torch.bfloat16), []
+    for cost in (None, 0):
+        norm.reset_running_stats()
+        with under(cost):
+            z = norm((x.clone().requires_grad_() * 2).transpose(1, 2))
+            out = F.silu(z)
+        grads += [*torch.autograd.grad(out.sum(), z), norm.running_mean.clone(), norm.running_var.clone()]
+    assert all(map(torch.equal, grads[:3], grads[3:]))
+
+
+def test_a_frozen_norm_of_a_view_is_recomputed_to_the_bit_in_slabs(monkeypatch):
+    """One image of the view has no gaps, and PyTorch takes another kernel."""
+    monkeypatch.setattr(task, "SLAB_BYTES", 4 * 16 * 16 * 4)  # of one image
+    conv, norm, grads = nn.Conv2d(3, 8, 1), randomised(nn.BatchNorm2d(4)).eval(), []
+    for cost in (None, 0):
+        with under(cost):
+            z = norm(conv(image(4, 3, 16, 16, dtype=torch.float32))[:, :4])
+            out = F.silu(z)
+        grads += torch.autograd.grad(out.sum(), z)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_recomputed_to_the_bit_wherever_its_input_begins(dtype, offset):
+    """The library's order depends on the address, and backward's memory is aligned."""
+    torch.manual_seed(0)
+    linears, x, grads = [nn.Linear(d, 8, dtype=dtype) for d in (5, 6, 13, 64)], image(7, 99, dtype=dtype), []
+    for cost in (None, 150):
+        for linear in linears:
+            with under(cost):
+                y = linear((x.clone().requires_grad_() * 2)[:, offset : offset + linear.in_features])
+                out = F.silu(y)
+            grads += torch.autograd.grad(out.sum(), y)
+    assert all(map(torch.equal, grads[:4], grads[4:]))
+
+
 def test_a_norms_gradient_is_written_over_its_recomputed_input(monkeypatch):
     """Where there is no room: no kept tensor is overwritten, so that the graph can be used again."""
     monkeypatch.setattr(task.Task, "room", lambda self, value=None: -1)

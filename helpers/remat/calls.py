@@ -114,8 +114,8 @@ def convolution(mode: Mode, function, input, weight, bias=None, *given, **named)
         small = work * a.nbytes > BOTTLENECK * y.nbytes
         # A computed weight, which the recipe would hold, must be one that PyTorch's node saves.
         saved = weight.is_leaf or input.requires_grad or function is not F.linear
-        fits = saved and not small and starts_alike(a, weight) and may_run_again(weight)
-        if table.max_cost and fits and table.is_safe(weight, bias):
+        fits = table.max_cost and saved and not small and starts_alike(a, weight)
+        if fits and may_run_again(weight) and table.is_safe(weight, bias):
             recipe = Convolve(function, w, bias, arguments, work, dtype)
             for t in recipe.parameters:
                 table.parameters.setdefault(id(storage_of(t)), []).append(weakref.ref(recipe))

@@ -1,6 +1,7 @@
 """What the tests of `remat` share: a step with and without it, the comparison of both, small networks."""
 
 import contextlib
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,7 @@ from torch import Tensor, nn
 
 from helpers import remat
 from helpers.predict import Held
-from helpers.remat import task
-from helpers.remat.mode import Mode
+from helpers.remat import task, values
 
 COSTS = (0, 64, 1e9)  # no convolution twice, some, all
 
@@ -128,36 +128,33 @@ def frozen(module):
 
 
 class Recorder:
-    """Every tensor that forward made under remat, as it was, beside every one that backward makes again."""
+    """Compares every tensor that backward recomputes with the one that forward made, bit for bit."""
 
     def __init__(self, monkeypatch):
-        self.remade, self.made = [], {}
-        get, handle = task.Task.get, Mode.__torch_function__
+        self.recomputed, self.different = set(), set()  # what made them, shapes and dtypes
+        made, create = weakref.WeakKeyDictionary(), values.Value.__init__
 
-        def watched(task, value):
-            kept = value.kept is not None
-            t, mine = get(task, value)
-            if not kept:
-                self.remade.append(t.clone())
-            return t, mine
+        def noted(value, t, *args, **kwargs):
+            create(value, t, *args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                made[value] = t.detach().clone()
 
-        def noted(mode, func, types, args=(), kwargs=None):
-            out = handle(mode, func, types, args, kwargs)
-            for t in (*tensors(args), *tensors(out)):
-                for u in (t.detach(), t.detach().bfloat16()):  # autocast's casts
-                    self.made.setdefault((u.shape, u.dtype), []).append(u.clone())
-            return out
+        def watched(method):
+            def watch(task, value):
+                recipe, found = value.recipe, method(task, value)
+                if recipe is not None:
+                    t, wanted = tensors(found)[0], made[value]
+                    what = recipe.name, tuple(t.shape), t.dtype
+                    self.recomputed.add(what)
+                    if not (t.dtype == wanted.dtype and torch.equal(t.nan_to_num(), wanted.nan_to_num())):
+                        self.different.add(what)
+                return found
 
-        monkeypatch.setattr(task.Task, "get", watched)
-        monkeypatch.setattr(Mode, "__torch_function__", noted)
+            return watch
 
-    def strange(self):
-        """What is no tensor of forward."""
-        return [
-            (tuple(t.shape), t.dtype)
-            for t in self.remade
-            if not any(torch.equal(t, k) for k in self.made.get((t.shape, t.dtype), []))
-        ]
+        monkeypatch.setattr(values.Value, "__init__", noted)
+        for name in ("get", "start"):  # for nodes, and for recipes
+            monkeypatch.setattr(task.Task, name, watched(getattr(task.Task, name)))
 
 
 def counted_forward(model, x, cost):

@@ -18,6 +18,8 @@ from .operations import WIDE, Operation, to
 from .values import Recipe, Value, copy_of, origin_of, storage_of
 
 aten = torch.ops.aten
+# A CPU's kernel for one image with at most so many values unfolds it; of no values it may refuse it.
+UNFOLDED = 20480
 conv_backward = aten.convolution_backward.default  # whose overload need not be looked for at each call
 # function -> how many dimensions an image has, and whether it is the transposed one
 CONVOLUTIONS = {
@@ -227,13 +229,13 @@ class Convolution(Operation):
             how = [1, 1], [0, 0], [1, 1], not g.transposed, [0, 0], g.groups
             da = torch.convolution(dz.flatten(2, 3), w.flatten(2, 3), None, *how)
             return aten._unsafe_view(da, (*da.shape[:2], *size))
-        rest = [0] * len(size)
+        rest, da = [0] * len(size), None
         if not g.transposed:
             by_dimension = zip(size, g.padding, g.dilation, w.shape[2:], g.stride, strict=True)
             rest = [(n + 2 * p - d * (k - 1) - 1) % s for n, p, d, k, s in by_dimension]
-        if dz.numel():  # else the library may refuse it
+        if dz.numel() and not (dz.is_cpu and len(dz) == 1 and dz.numel() <= UNFOLDED):
             da = torch.convolution(dz, w, None, *g[:3], not g.transposed, rest, g.groups)
-        if not dz.numel() or da.shape[2:] != size:  # an output padding of a whole stride or more
+        if da is None or da.shape[2:] != size:  # an output padding of a whole stride or more
             like = dz.new_empty(1).expand(len(dz), self.shape[1], *size)
             da = conv_backward(dz, like, w, None, *g, [True, False, False])[0]
         # One of the CPU's kernels for volumes leaves its result in the memory of a padded one.

@@ -24,6 +24,7 @@ from helpers.tests.remat.support import (
     frozen,
     held_plainly_and_under_remat,
     image,
+    leaf,
     step,
     under,
 )
@@ -149,6 +150,20 @@ def test_an_image_without_a_batch(n, transposed):
     """PyTorch takes one, so remat must leave it alone."""
     kind = getattr(nn, f"Conv{transposed}{n}d")
     check(lambda: nn.Sequential(kind(3, 8, 3), nn.SiLU(), kind(8, 2, 1)), image(3, *[4] * n))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_small_image(channels, layout):
+    """Its gradient is from the kernel that PyTorch takes: another one unfolds it, nine times its size."""
+    conv = nn.Conv2d(64, channels, 3, padding=1).to(memory_format=layout)
+    x, gradients = image(1, 64, 24, 24, dtype=torch.float32).to(memory_format=layout), []
+    for cost in (None, 0):
+        a = leaf(x)
+        with under(cost):
+            y = conv(a)
+        gradients.append(torch.autograd.grad(y, a, image(*y.shape, dtype=torch.float32))[0])
+    assert torch.equal(*gradients) and gradients[0].stride() == gradients[1].stride()
 
 
 def test_skipped_pixels_of_an_input_with_gaps():

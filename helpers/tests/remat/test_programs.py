@@ -145,7 +145,8 @@ def test_programs(data):
     steps = draw(st.lists(one, min_size=2, max_size=10))
     dtype, autocast = draw(st.sampled_from(PRECISIONS))
     x = image(*shape).to(dtype)
-    if draw(st.booleans()):
+    # In float32 PyTorch's convolutions of channels_last images of few channels may write beyond their memory.
+    if dtype is not torch.float32 and draw(st.booleans()):
         x = x.to(memory_format=LAYOUTS.get(x.dim(), torch.contiguous_format))
     try:
         made, wanted = run(x, steps, None, autocast)

@@ -26,12 +26,14 @@ class Settings(NamedTuple):
     """
 
     eps: float = 1e-5
-    geometry: tuple = (1, 0, 1, 1)  # stride, padding, dilation, groups
+    geometry: tuple = (1, 0, 1, 1)  # stride, padding (no word), dilation, groups
     slab_size: int | str | None = None
 
     def slabs(self, x: Tensor, weight: Tensor) -> list[slice]:
         """The images of each slab; forward and backward cut alike."""
         check_slab_size(self.slab_size)
+        if isinstance(padding := self.geometry[1], str):
+            raise ValueError(f"geometry must have numbers for its padding, got {padding!r}")
         images = len(x) if self.slab_size == "batch" else self.slab_size
         if images is None:
             y_values = F.conv2d(x[:0], weight, None, *self.geometry).shape[1:].numel()

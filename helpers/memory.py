@@ -203,7 +203,7 @@ def saved_by(function, *inputs: torch.Tensor):
     saved = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
-        saved.append(t)
+        saved.append(t := t.detach())  # else an output would hold the graph that holds it
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -222,6 +222,7 @@ def saved_tensors(model: torch.nn.Module, *inputs: torch.Tensor):
     saved, alive = [], []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
+        t = t.detach()  # else an output would hold the graph that holds it
         if storage_address(t) not in parameters:
             alive.append(t)  # while it lives, no other tensor can get its address
             innermost = max(running.parents, key=lambda p: p.count("."))  # the longest, as "Net.conv1.bn"

@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
 from .remat.compare import OnlyCopies, attributes, check_outside, deep_copy, ends_of, same_numbers_again
-from .remat.mode import alone
+from .remat.mode import alone, leaves_behind
 from .remat.record import check_module
 from .remat.values import storage_of
 
@@ -196,7 +196,8 @@ def as_real(func, args: tuple, out):
         with unset_fake_temporarily():  # oneDNN gives the weight's gradient, too
             like = (torch.empty(1, dtype=t.dtype).expand(t.shape) for t in args[1:3])
             kernel = torch._C._select_conv_backend(*like, None, *args[4:10], args[3])
-        return dx, torch.empty_like(args[2]) if "Mkldnn" in str(kernel) else None, db
+        # Of oneDNN's two kernels PyTorch's enum names one alone; "???" is the transposed one.
+        return dx, torch.empty_like(args[2]) if str(kernel).endswith(("Mkldnn", "???")) else None, db
     elif name == "col2im":  # its memory is made for the columns
         return torch.empty_like(args[0]).resize_(out.shape)
     elif name in RESIZED and out.dim() < args[0].dim():
@@ -237,8 +238,8 @@ def predict_memory(
             and the allocator's block size.
 
     Raises:
-        ValueError: an argument that does not fit, or a model that cannot be copied (see `compare`) or asks
-            for values, as in ``if x.sum() > 0``.
+        ValueError: an argument that does not fit, or a model that cannot be copied (see `compare`), asks
+            for values, as in ``if x.sum() > 0``, or trains parameters that are not its own.
         PyTorch's or the model's own error: shapes that the model does not take.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain; or
             the model enters ``remat`` itself.
@@ -275,15 +276,20 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
 
     guard, (model, args) = OnlyCopies(model), fake_copy(model, inputs, fake)
     held.ignore(*model.parameters(), *model.buffers(), *args)
-    with same_numbers_again(torch.device("cpu")), fakes:
+    with same_numbers_again(torch.device("cpu")), fakes, torch.autograd.set_detect_anomaly(False):
         try:
             run = alone("predict_memory", recomputation)
             with guard, held, precision, run as record, Linears(held):
                 out = model(*args)
+            torch.clear_autocast_cache()  # which would last as long as an autocast of the caller's
             ends = ends_of(out)
+            for leaf in leaves_behind(t.grad_fn for t in ends):
+                if not isinstance(leaf, FakeTensor):  # it would get a fake gradient
+                    got = f"one of shape {tuple(leaf.shape)} from elsewhere"
+                    raise ValueError(f"model must own the parameters that its forward reads, got {got}")
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
             held.ignore(*grads)
-            with guard, held:
+            with guard, held, torch.autocast("cpu", enabled=False):
                 torch.autograd.backward(ends, grads)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
@@ -384,7 +390,7 @@ def largest_batch(
         least = 2
     if needed(least) > memory:
         step = f"a step of batch size {least}, {needed(least):,} bytes"
-        raise ValueError(f"memory must hold {step}, got {memory:,}")
+        raise ValueError(f"memory must hold {step}, got {float(memory):,.0f}")
     low, high = least, 16
     while needed(high) <= memory:
         low, high = high, 2 * high
@@ -430,7 +436,8 @@ def max_cost_for(
     least_at = min(needed, key=needed.get)
     plain, _ = bytes_needed(model, inputs, optimizer_copies, **how)
     least = f"{needed[least_at]:,} bytes, what this step takes at max_cost={least_at}"
-    raise ValueError(f"memory must be at least {least} ({plain:,} in plain PyTorch), got {memory:,}")
+    least += f" ({plain:,} in plain PyTorch)"
+    raise ValueError(f"memory must be at least {least}, got {float(memory):,.0f}")
 
 
 def check_memory(memory) -> None:

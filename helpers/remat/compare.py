@@ -69,8 +69,8 @@ def compare(model: nn.Module, *inputs, max_cost: float = 0, rounds: int = 3, **k
 
     Each step runs on a deep copy of the model and of its arguments, from the same random numbers; backward
     starts from all tensors returned, with random gradients. The originals do not change, nor do the default
-    generators of PyTorch, Python and NumPy, even if the model raises. Under ``torch.autocast`` both run in
-    autocast.
+    generators of PyTorch, Python and NumPy, even if the model raises. Under ``torch.autocast`` both run
+    forward in autocast.
 
     Args:
         model: on any device that `MemoryTrace` can measure. It may return tensors in lists, tuples, dicts and
@@ -149,6 +149,7 @@ def one_step(device, model, given, start=None, context=None, trace=None, guard=N
         with trace or contextlib.nullcontext():
             with alone("compare", context or contextlib.nullcontext()):
                 out = model(*args, **kwargs)
+            torch.clear_autocast_cache()  # as at the end of an autocast around forward alone
             if trace:
                 trace.mark("held")
             ends = ends_of(out)
@@ -156,7 +157,8 @@ def one_step(device, model, given, start=None, context=None, trace=None, guard=N
                 noise = torch.Generator().manual_seed(0)
                 normal = [torch.randn(t.shape, generator=noise, device="cpu") for t in ends]
                 start = [torch.empty_like(t).copy_(n) for t, n in zip(ends, normal, strict=True)]
-            torch.autograd.backward(ends, start)
+            with torch.autocast(device.type, enabled=False):
+                torch.autograd.backward(ends, start)
         seconds, fixed = clock(device) - since, before == random_state(device)
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]

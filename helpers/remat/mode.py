@@ -7,7 +7,7 @@ import inspect
 import numbers
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -75,17 +75,22 @@ class Node(torch.autograd.Function):
 
 def guarded(ctx, dz: Tensor | None, grads: list) -> list:
     """The gradients behind a node that raises, with edges to all leaves that they depend on."""
-    tensors = [t for t in (*grads, dz) if t is not None]
-    stack, visited = [node for node, _ in ctx.next_functions], set()
+    leaves = leaves_behind(node for node, _ in ctx.next_functions)
+    tensors = [*(t for t in (*grads, dz) if t is not None), *leaves]
+    raising = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
+    return [g if g is None else next(raising) for g in grads]
+
+
+def leaves_behind(nodes: Iterable) -> list[Tensor]:
+    """The leaves that backward reaches from these nodes of the graph."""
+    stack, visited, leaves = [*nodes], {None}, []
     while stack:
-        node = stack.pop()
-        if node is not None and node not in visited:
+        if (node := stack.pop()) not in visited:
             visited.add(node)
             stack.extend(n for n, _ in node.next_functions)
             if hasattr(node, "variable"):
-                tensors.append(node.variable)
-    raising = iter(torch._C._functions.DelayedError(TWICE, len(tensors))(*tensors))
-    return [g if g is None else next(raising) for g in grads]
+                leaves.append(node.variable)
+    return leaves
 
 
 def wanted(ctx, operation: Operation) -> list[bool]:

@@ -737,6 +737,14 @@ def test_a_bad_setting_of_the_norm_is_named_and_nothing_changes(setting):
     assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_a_word_for_a_padding_is_named_in_forward(padding):
+    """The layer makes numbers of it; the function would fail in backward."""
+    x, w = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(4, 3, 3, 3)
+    with pytest.raises(ValueError, match=f"geometry must have numbers for its padding, got '{padding}'"):
+        FusedConvBN2dFunction.apply(x, w, None, None, None, Settings(geometry=(1, padding, 1, 1)))
+
+
 @pytest.mark.parametrize("slab_size", [0, -1, 1.5, True, "all"])
 def test_bad_slab_sizes_are_named(slab_size):
     with pytest.raises(ValueError, match="slab_size must be None, .* got"):

@@ -1,6 +1,7 @@
 """What MemoryTrace counts, and what it leaves out."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -162,6 +163,17 @@ def test_what_a_model_saves_but_no_parameters():
     assert torch.equal(out, model(x)) and all(entry.dtype == torch.float32 for entry in saved)
     again, everything = saved_by(model, x)
     assert torch.equal(again, out) and any(t.shape == (4, 6) for t in everything)  # the weight, transposed
+
+
+@pytest.mark.parametrize("save", [saved_by, saved_tensors])
+def test_nothing_is_left_without_a_backward(save):
+    """An output that is saved must not hold its own graph."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.Sigmoid(), nn.Sigmoid())
+    out, saved = save(model, torch.randn(5, 4))
+    gone = weakref.ref(out)
+    del out, saved
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_is_gone_before_the_end_has_a_storage_of_its_own():

@@ -334,11 +334,37 @@ def test_to_the_byte_on_a_linear_layer_of_channels(last, max_cost):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_to_the_byte_where_little_is_trained(dtype, trained, max_cost):
     """With a bias's gradient a library may give the weight's, although nobody asks for it."""
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 64, 5)).to(dtype)
+    ordinary = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, groups=2), nn.Conv2d(16, 64, 5)
+    model = nn.Sequential(*ordinary, nn.ConvTranspose2d(64, 32, 5)).to(dtype)
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith(trained))
     x = torch.randn(2, 3, 12, 12, dtype=dtype)
     assert predict_memory(model, x, max_cost=max_cost) == measure(model, x, max_cost)
+
+
+def test_where_gradients_are_checked():
+    """Anomaly mode reads values, which fake tensors have not."""
+    model = nn.Linear(3, 3)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        found = predict_memory(model, (2, 3))
+        assert torch.is_anomaly_enabled()
+    assert found == predict_memory(model, (2, 3))
+
+
+def test_a_parameter_from_elsewhere():
+    """It would get a fake gradient."""
+    other = nn.Parameter(torch.ones(3))
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * other
+
+    model = Scaled(3, 3)
+    with pytest.raises(ValueError, match=r"model must own the parameters .* one of shape \(3,\)"):
+        predict_memory(model, (2, 3))
+    assert other.grad is None
+    other.requires_grad_(False)
+    assert predict_memory(model, (2, 3)).forward > 0
 
 
 class OfTokens(nn.Linear):

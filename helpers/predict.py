@@ -238,8 +238,8 @@ def predict_memory(
             and the allocator's block size.
 
     Raises:
-        ValueError: an argument that does not fit, or a model that cannot be copied (see `compare`), asks
-            for values, as in ``if x.sum() > 0``, or trains parameters that are not its own.
+        ValueError: an argument that does not fit, or a model that cannot be copied (see `compare`) or asks
+            for values, as in ``if x.sum() > 0``.
         PyTorch's or the model's own error: shapes that the model does not take.
         RuntimeError: called inside of ``remat`` or of saved-tensor hooks, where plain would not be plain; or
             the model enters ``remat`` itself.
@@ -283,14 +283,17 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
                 out = model(*args)
             torch.clear_autocast_cache()  # which would last as long as an autocast of the caller's
             ends = ends_of(out)
-            for leaf in leaves_behind(t.grad_fn for t in ends):
-                if not isinstance(leaf, FakeTensor):  # it would get a fake gradient
-                    got = f"one of shape {tuple(leaf.shape)} from elsewhere"
-                    raise ValueError(f"model must own the parameters that its forward reads, got {got}")
+            leaves = leaves_behind(t.grad_fn for t in ends)
+            # Parameters that are not the model's must not keep a fake gradient.
+            others = [(leaf, leaf.grad) for leaf in leaves if not isinstance(leaf, FakeTensor)]
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
             held.ignore(*grads)
+            for leaf, _ in others:
+                leaf.grad = None
             with guard, held, torch.autocast("cpu", enabled=False):
                 torch.autograd.backward(ends, grads)
+            for leaf, grad in others:
+                leaf.grad = grad
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
     return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost

@@ -28,7 +28,7 @@ import numbers
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -284,19 +284,27 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
             torch.clear_autocast_cache()  # which would last as long as an autocast of the caller's
             ends = ends_of(out)
             leaves = leaves_behind(t.grad_fn for t in ends)
-            # Parameters that are not the model's must not keep a fake gradient.
-            others = [(leaf, leaf.grad) for leaf in leaves if not isinstance(leaf, FakeTensor)]
+            others = [leaf for leaf in leaves if not isinstance(leaf, FakeTensor)]  # not the model's own
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
             held.ignore(*grads)
-            for leaf, _ in others:
-                leaf.grad = None
-            with guard, held, torch.autocast("cpu", enabled=False):
+            with guard, held, torch.autocast("cpu", enabled=False), without_gradients(others):
                 torch.autograd.backward(ends, grads)
-            for leaf, grad in others:
-                leaf.grad = grad
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
     return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost
+
+
+@contextmanager
+def without_gradients(leaves: list[Tensor]):
+    """Inside, these have no gradients yet; afterwards those that they had."""
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad
 
 
 def fake_copy(model: nn.Module, inputs: list[Tensor], fake: Callable[[Tensor], Tensor]) -> tuple:

@@ -363,6 +363,11 @@ def test_a_parameter_from_elsewhere():
     model = Scaled(3, 3)
     assert predict_memory(model, (2, 3)).forward > 0
     assert other.grad is grad and torch.equal(grad, torch.ones(3))
+    raises = Scaled(3, 3)
+    raises.register_full_backward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict_memory(raises, torch.randn(2, 3, requires_grad=True))
+    assert other.grad is grad
     other.grad = None
     assert predict_memory(model, (2, 3)).peak > 0 and other.grad is None
 

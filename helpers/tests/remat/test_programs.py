@@ -9,6 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers.remat import task
+from helpers.remat.layouts import CHANNELS_LAST
+from helpers.tests.remat.examples import PRECISIONS
 from helpers.tests.remat.support import COSTS, Recorder, image, under
 
 ACTIVATIONS = [
@@ -115,15 +117,13 @@ STEPS = [
     "batch_norm", "other_norm", "activation", "activation", "activation_in_place", "view", "view", "copy",
     "pool", "pair", "excite", "dropout",
 ]  # fmt: skip
-LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
-PRECISIONS = [(torch.float64, False), (torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
 
 
 def run(x, steps, cost, autocast):
     """The tensors that forward makes, and the gradients of all leaves."""
     torch.manual_seed(0)
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), under(cost):
+    with torch.autocast("cpu", autocast, enabled=autocast is not None), under(cost):
         program = Program(x, steps)
     made, leaves = [t.detach().clone() for t in program.made], program.leaves
     outputs = [t for t in program.made[-1:-4:-1] if t.requires_grad]
@@ -143,11 +143,12 @@ def test_programs(data):
     ]
     one = st.tuples(st.sampled_from(STEPS), st.sampled_from([0, 0, 1, 2]), st.integers(0, 9999))
     steps = draw(st.lists(one, min_size=2, max_size=10))
-    dtype, autocast = draw(st.sampled_from(PRECISIONS))
+    precision = draw(st.sampled_from([*PRECISIONS.values()]))
+    dtype, autocast = precision["dtype"], precision.get("autocast")
     x = image(*shape).to(dtype)
     # In float32 PyTorch's convolutions of channels_last images of few channels may write beyond their memory.
     if dtype is not torch.float32 and draw(st.booleans()):
-        x = x.to(memory_format=LAYOUTS.get(x.dim(), torch.contiguous_format))
+        x = x.to(memory_format=CHANNELS_LAST.get(x.dim(), torch.contiguous_format))
     try:
         made, wanted = run(x, steps, None, autocast)
     except (RuntimeError, ValueError):  # an image too small for the next step

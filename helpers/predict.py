@@ -28,7 +28,7 @@ import numbers
 import sys
 import weakref
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -40,8 +40,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .remat import remat
-from .remat.compare import OnlyCopies, attributes, check_outside, deep_copy, ends_of, same_numbers_again
-from .remat.mode import alone, leaves_behind
+from .remat.compare import (
+    OnlyCopies,
+    attributes,
+    check_outside,
+    deep_copy,
+    ends_of,
+    same_numbers_again,
+    without_others_gradients,
+)
+from .remat.mode import alone
 from .remat.record import check_module
 from .remat.values import storage_of
 
@@ -283,28 +291,14 @@ def predicted(model, inputs, max_cost=None, autocast=None, device_type="cpu") ->
                 out = model(*args)
             torch.clear_autocast_cache()  # which would last as long as an autocast of the caller's
             ends = ends_of(out)
-            leaves = leaves_behind(t.grad_fn for t in ends)
-            others = [leaf for leaf in leaves if not isinstance(leaf, FakeTensor)]  # not the model's own
             forward, grads = held.held, [torch.empty_like(t) for t in ends]
             held.ignore(*grads)
-            with guard, held, torch.autocast("cpu", enabled=False), without_gradients(others):
+            own = [*model.parameters(), *args]
+            with guard, held, torch.autocast("cpu", enabled=False), without_others_gradients(ends, own):
                 torch.autograd.backward(ends, grads)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(f"model must not ask for its tensors' values, got {error}") from error
     return Prediction(forward, held.peak), math.inf if record is None else record._table.next_cost
-
-
-@contextmanager
-def without_gradients(leaves: list[Tensor]):
-    """Inside, these have no gradients yet; afterwards those that they had."""
-    before = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        yield
-    finally:
-        for leaf, grad in zip(leaves, before, strict=True):
-            leaf.grad = grad
 
 
 def fake_copy(model: nn.Module, inputs: list[Tensor], fake: Callable[[Tensor], Tensor]) -> tuple:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..memory import MemoryTrace
-from .mode import Mode, alone, remat
+from .mode import Mode, alone, leaves_behind, remat
 from .record import check_module
 
 
@@ -157,7 +157,7 @@ def one_step(device, model, given, start=None, context=None, trace=None, guard=N
                 noise = torch.Generator().manual_seed(0)
                 normal = [torch.randn(t.shape, generator=noise, device="cpu") for t in ends]
                 start = [torch.empty_like(t).copy_(n) for t, n in zip(ends, normal, strict=True)]
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast(device.type, enabled=False), without_others_gradients(ends, leaves):
                 torch.autograd.backward(ends, start)
         seconds, fixed = clock(device) - since, before == random_state(device)
     values = [t.detach() for t in (*tensors_in(out), *model.buffers())]
@@ -172,6 +172,21 @@ def ends_of(out) -> list[Tensor]:
         got = "one without a gradient" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(f"model must return a tensor that requires a gradient, got {got}")
     return ends
+
+
+@contextlib.contextmanager
+def without_others_gradients(ends: list[Tensor], own: list[Tensor]):
+    """Inside, leaves behind ``ends`` that are not ``own`` have no gradients yet; afterwards theirs again."""
+    ids = {id(t) for t in own}
+    others = [leaf for leaf in leaves_behind(t.grad_fn for t in ends) if id(leaf) not in ids]
+    before = [leaf.grad for leaf in others]
+    try:
+        for leaf in others:
+            leaf.grad = None
+        yield
+    finally:
+        for leaf, grad in zip(others, before, strict=True):
+            leaf.grad = grad
 
 
 def attributes(model: nn.Module) -> list[Tensor]:

@@ -266,6 +266,16 @@ def test_arguments_that_are_no_trees():
     assert other.weight.grad is None
 
 
+def test_a_parameter_that_the_model_does_not_own():
+    other = nn.Parameter(torch.ones(8, 1, 1))
+    other.grad = grad = torch.ones(8, 1, 1)
+    model = Model(lambda net, x: net(x) * other)
+    found = compare(model, IMAGES, rounds=1)
+    assert found.equal and other.grad is grad and torch.equal(grad, torch.ones(8, 1, 1))
+    other.grad = None
+    assert compare(model, IMAGES, rounds=1).peak == found.peak and other.grad is None
+
+
 def test_complex_numbers_and_nan():
     model = nn.Linear(3, 2, dtype=torch.complex64)
     found = compare(model, torch.randn(4, 3, dtype=torch.complex64), rounds=1)
